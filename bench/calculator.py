@@ -17,8 +17,8 @@ from textual.screen import Screen
 
 from bench.measure import Row
 from tui.app import Workbench
+from tui.panes.form import Form
 from tui.screens.calculator.screen import PAUSE
-from tui.widgets.form import FieldInput
 
 GOAL = 0.03  # seconds
 KEYS = {  # model → field → keys typed into it
@@ -73,9 +73,10 @@ async def _time_key_presses(model: str) -> Sequence[float]:
             app.switch_mode("calculator")
             await pilot.pause(0.5)
             for field, keys in {"model": model, **KEYS[model]}.items():
-                entry = app.screen.query_one(f"#{field}", FieldInput)
-                entry.cursor_blink = False
-                entry.focus()
+                form = app.screen.query_one(Form)
+                form.input.cursor_blink = False
+                form.point(field)
+                form.take_focus()
                 await asyncio.sleep(0.1)
                 times += [await _press(app, key) for key in keys]
     return times

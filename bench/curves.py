@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from textual.app import App, ComposeResult
+from textual.color import Color
 
 from bench.measure import Row, in_turns
 from pipeline.files.file_tail import FileTail
@@ -20,9 +21,10 @@ from pipeline.project.logs.run_log import Row as LogRow
 from pipeline.project.stage_graph import Look
 from pipeline.stages.registry import STAGES
 from pipeline.views.looks import other_look
-from tui.screens.curves.series import Log
-from tui.widgets.plot.chart import Chart
-from tui.widgets.plot.line_plot import Line, View
+from pipeline.views.series import Log
+from tui.panes.plot.plot import Plot
+from tui.panes.plot.series import Axis, Line
+from tui.widgets.colors import look_style, look_variables
 
 POINTS, ROUNDS, GOAL = 100_000, 21, 0.030
 SHOWN = ("finetune_full", "finetune_freeze", "finetune_lora")
@@ -66,7 +68,10 @@ def rows(seed: int, points: int = POINTS) -> list[LogRow]:
 
 class _Chart(App[None]):
     def compose(self) -> ComposeResult:
-        yield Chart()
+        yield Plot()
+
+    def get_theme_variable_defaults(self) -> dict[str, str]:
+        return look_variables(Color.parse("#000000"))
 
 
 async def _time_redraws() -> dict[str, float]:
@@ -74,19 +79,21 @@ async def _time_redraws() -> dict[str, float]:
     three, many = _logs(len(SHOWN), POINTS), _logs(ADAPTERS, STEPS)
     looks = [look for name in SHOWN if (look := STAGES[name].look)]
     async with _Chart().run_test(size=(200, 60)) as pilot:
-        chart = pilot.app.query_one(Chart)
+        chart = pilot.app.query_one(Plot)
 
         def draw(logs: Sequence[Log], looks: Sequence[Look], points: int, dim: int = 0) -> None:
-            lines = []
-            for number, (log, look) in enumerate(zip(logs, looks, strict=True)):
-                columns = log.series["loss"].visible(1, points, chart.columns)
-                top, quiet = number == len(logs) - 1, number < dim
-                band = [column[:3] for column in columns] if top else []
-                plain = [(c.x, c.mean) for c in columns]
-                lines.append(
-                    Line(plain, look.color, "name", "1.0", look.sign, band, bold=top, quiet=quiet)
-                )
-            chart.draw(lines, View((1, points)))
+            def series(columns: int) -> list[Line]:
+                lines = []
+                for number, (log, look) in enumerate(zip(logs, looks, strict=True)):
+                    found, is_top = log.series["loss"].visible(1, points, columns), log is logs[-1]
+                    band = [column[:3] for column in found] if is_top else []
+                    plain, style = [(c.x, c.mean) for c in found], look_style(look)
+                    quiet = number < dim
+                    named = "name", "1.0", look.sign, band
+                    lines.append(Line(plain, style, *named, bold=is_top, quiet=quiet))
+                return lines
+
+            chart.show(series, Axis(range=(1, points)))
             chart.render_lines(chart.size.region)
 
         await pilot.pause()

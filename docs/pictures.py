@@ -15,7 +15,7 @@ from textual.pilot import Pilot
 
 from tui.app import Workbench
 from tui.registry import SCREENS
-from tui.services.projects.demo import MINIGPT, open_demo
+from tui.services.projects.demo import open_demo
 
 HERE = Path(__file__).resolve().parent
 FOLDER = HERE / "pictures"
@@ -40,12 +40,12 @@ def text(screen: Any) -> str:
 
 
 async def pipeline(pilot: Pilot[None]) -> None:
-    await until(pilot, lambda screen: "evaluate" in text(screen) and "10 ✓" in text(screen))
-    await pilot.press(*["down"] * 5)
+    await until(pilot, lambda screen: "gate failed" in text(screen) and "6 ✓" in text(screen))
+    await pilot.press(*["down"] * 3)
 
 
 async def curves(pilot: Pilot[None]) -> None:
-    await until(pilot, lambda screen: "6 of 7 on" in text(screen) and "finished" in text(screen))
+    await until(pilot, lambda screen: "4 of 4 on" in text(screen) and "finished" in text(screen))
 
 
 async def results(pilot: Pilot[None]) -> None:
@@ -53,27 +53,24 @@ async def results(pilot: Pilot[None]) -> None:
 
 
 async def data(pilot: Pilot[None]) -> None:
-    await until(pilot, lambda screen: "tokens" in text(screen) and "finetune" in text(screen))
-    await pilot.pause(3)
+    await until(pilot, lambda screen: "tokens  " in text(screen) and "warnings" in text(screen))
 
 
 async def models(pilot: Pilot[None]) -> None:
-    await until(pilot, lambda screen: text(screen).count("100%") > 4)
-    await pilot.press(*["down"] * 5, "m")
-    await pilot.pause(8)  # the engine starts, and measures the spectrum
-    await pilot.press(
-        "space", *["up"] * 4, "space", "enter", *keys("die katze sitzt auf dem"), "enter"
-    )
+    await until(pilot, lambda screen: "unmeasured" in text(screen) and "72%" in text(screen))
+    await pilot.press("space", *["down"] * 3, "space", "enter")
+    await pilot.press(*keys("The capital of France is"), "enter")
     await pilot.pause(6)
 
 
 async def chat(pilot: Pilot[None]) -> None:
     app = pilot.app
     assert isinstance(app, Workbench)
-    app.go("chat", models=[app.root / "artifacts/expanded", app.root / "artifacts/lora_adapter"])
-    await until(pilot, lambda screen: "expanded beside lora" in text(screen))
-    await pilot.press(*keys("die suppe"), "enter")
-    await pilot.pause(10)
+    app.go("chat", models=[app.root / "artifacts/base", app.root / "artifacts/lora_adapter"])
+    await until(pilot, lambda screen: "base beside lora" in text(screen))
+    for message in ("Do you like rock climbing?", "Where did you do that?"):
+        await pilot.press(*keys(message), "enter")
+        await pilot.pause(5)
 
 
 def keys(typed: str) -> list[str]:
@@ -115,7 +112,7 @@ def without_fonts(svg: str) -> str:
 def page() -> str:
     """docs/reference/screens.md: every screen in every size, dark and light."""
     parts = [
-        "# Every screen\n\nFrom the real program on its demo (`lora-tui --demo minigpt`); `make pictures` "
+        "# Every screen\n\nFrom the real program on its demo (`lora-tui --demo`); `make pictures` "
         "renews them.\n"
     ]
     for name, entry in SCREENS.items():
@@ -135,7 +132,7 @@ async def main() -> None:
         path.unlink()
     with tempfile.TemporaryDirectory() as home:
         os.environ |= {f"XDG_{kind}_HOME": home for kind in ("CACHE", "STATE", "CONFIG")}
-        params = open_demo(MINIGPT)
+        params = open_demo()
         for name in SCREENS:
             for size in SIZES:
                 for theme in THEMES:

@@ -41,6 +41,7 @@ from tui.services.machine.readings import Machine
 from tui.services.param_edits import ParamEdits
 from tui.services.pipeline_process import Runner, Running
 from tui.services.project_watch import ProjectWatch
+from tui.services.watch import FileWatch
 from tui.themes import DARK, LIGHT, THEMES, ParsedOnce
 from tui.widgets.colors import look_variables
 from tui.widgets.header import Header, describe_state
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from tui.services.loaded_models import LoadedModels
 
 PARAMS, DVC = "params.yaml", "dvc.yaml"  # what makes a folder a project
+TICK = 1.0  # seconds between two calls of what only the clock changes
 MIN_FREE_BYTES = 2**20  # with fewer, the disk counts as full
 KEY_NAMES = {
     "enter": "Enter",
@@ -154,8 +156,13 @@ class Workbench(App[None]):
         self.params_path, self.root = params, params.parent
         self.folder_label = _abbreviate_home(self.root)
         self.runner = Runner(self.root)
+        self.file_watch = FileWatch(lambda text: self.call_later(self.log_message, text))
         self.project_watch = ProjectWatch(
-            self.params_path, self.runner, self._project_changed, self._pipeline_ended
+            self.params_path,
+            self.runner,
+            self.file_watch,
+            self._project_changed,
+            self._pipeline_ended,
         )
         self.edits = ParamEdits()
         # created by the first screen that prompts, as `models` is
@@ -176,7 +183,7 @@ class Workbench(App[None]):
             (self.root / DVC).exists() and self.params_path.name == PARAMS
         )
         self.switch_mode(self.first_screen if is_project else WELCOME)
-        self.set_interval(1.0, self.refresh_header)
+        self.set_interval(TICK, self._tick)
         # their threads would share the time of the first paint
         self.call_after_refresh(self._start_services)
 
@@ -188,10 +195,14 @@ class Workbench(App[None]):
             return
         if self._greeting:
             self.log_message(self._greeting)
-        self.run_worker(self.project_watch.run(), group="watch")
+        self._start_watches()
         self.machine.start()
         if sys.__stdin__ and sys.__stdin__.isatty():
             Thread(target=self._watch_terminal, args=(sys.__stdin__.fileno(),), daemon=True).start()
+
+    def _start_watches(self) -> None:
+        for watch in (self.project_watch, self.file_watch):
+            self.run_worker(watch.run(), group="watch")
 
     async def open_project(self, params: Path, greeting: str = "") -> None:
         """Show another project in this terminal or browser: screens and services begin anew."""
@@ -205,7 +216,7 @@ class Workbench(App[None]):
             await self.remove_mode(name)
             self.add_mode(name, SCREENS[name].load)
         await self.switch_mode(self.first_screen)
-        self.run_worker(self.project_watch.run(), group="watch")
+        self._start_watches()
         if greeting:
             self.log_message(greeting)
 
@@ -267,6 +278,12 @@ class Workbench(App[None]):
             self.base_screen.notice()
             self.refresh_bindings()  # `stop` is offered while something runs
 
+    def _tick(self) -> None:
+        """The one clock: screens set no interval."""
+        self.refresh_header()
+        if self.screen_stack and hasattr(self.base_screen, "tick") and self.base_screen.is_mounted:
+            self.base_screen.call_later(self.base_screen.tick)
+
     def refresh_header(self) -> None:
         """Update the top line of the screen that is shown; it is drawn only if it changed."""
         if not self.screen_stack:  # between two screens
@@ -274,9 +291,7 @@ class Workbench(App[None]):
         for header in self.base_screen.query(Header):
             watch = self.project_watch
             states = [*watch.states.values()]
-            header.state = describe_state(
-                states, watch.pipeline is not None, watch.problem, self.theme_variables
-            )
+            header.state = describe_state(states, watch.pipeline is not None, watch.problem)
             header.facts = (watch.branch, self.machine.summary(), self.folder_label)
 
     async def on_event(self, event: Event) -> None:
@@ -541,9 +556,8 @@ class Workbench(App[None]):
         from tui.help import page
 
         screen = self.base_screen
-        self.push_screen(
-            HelpScreen(*page(screen.HELP, self.keys_of(screen), screen.focused_pane), title="Help")
-        )
+        keys, pane = self.keys_of(screen), screen.focused_pane
+        self.push_screen(HelpScreen(page(screen.HELP, keys, pane, self.theme_variables), "Help"))
 
     def action_messages(self) -> None:
         if not isinstance(self.screen, MessagesScreen):

@@ -7,21 +7,18 @@ from datetime import datetime
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, TypeVar
 
-from rich.console import RenderableType
-from rich.table import Table
-from rich.text import Text
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical, VerticalScroll
+from textual.content import Content
 from textual.screen import ModalScreen
 from textual.widget import Widget
-from textual.widgets import Input, OptionList, Static
-from textual.widgets.option_list import Option
+from textual.widgets import Input, Static
 
-from tui.widgets.table import VIM_KEYS
+from tui.panes.markdown import markdown
+from tui.panes.text import Draw, Text
 
 Severity = Literal["information", "warning", "error"]
-STYLES: Mapping[Severity, str] = {"error": "bold red", "warning": "yellow", "information": ""}
 MAX_PAGE_BYTES = 2**21  # of a Markdown file that is shown
 
 
@@ -40,32 +37,34 @@ def _frame(dialog: Frame, title: str, keys: str) -> Frame:
     """The widget with a title in its border, which is never read as markup, and the keys that end
     the dialog.
     """
-    dialog.border_title, dialog.border_subtitle = Text(title), keys
+    dialog.border_title, dialog.border_subtitle = Content(title), keys
     return dialog
 
 
-class Reader(ModalScreen[None]):
-    """A scrollable text, closed by Escape, q, or a key that a subclass adds: the one that opened
-    it.
+class Reader(ModalScreen[str | None]):
+    """A page over the screen, of any length: Markdown, or what draws lines. A click on a link may
+    dismiss it with a text.
     """
 
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("escape,q", "dismiss", "Close"),
-        Binding("j", "scroll(1)", "Down", show=False),
-        Binding("k", "scroll(-1)", "Up", show=False),
-    ]
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q", "dismiss", "Close")]
+    DEFAULT_CSS = """
+    Reader { align: center middle; }
+    Reader > Text { width: 96%; max-width: 140; height: 94%; max-height: 94%; }
+    """
 
-    def __init__(self, *parts: RenderableType, title: str = "") -> None:
+    def __init__(self, page: str | Draw, title: str) -> None:
         super().__init__()
-        self._parts, self._title = parts, title
+        self._page, self._title = page, title
+        self.page = Text(wide=True)
 
     def compose(self) -> ComposeResult:
-        yield _frame(
-            VerticalScroll(*map(Static, self._parts), classes="dialog"), self._title, "Esc close"
-        )
+        self.page.add_class("dialog")
+        yield _frame(self.page, self._title, "Esc close")
 
-    def action_scroll(self, lines: int) -> None:
-        self.query_one(VerticalScroll).scroll_relative(y=lines, animate=False)
+    def on_mount(self) -> None:
+        page = self._page
+        draw = markdown(page, self.app.theme_variables) if isinstance(page, str) else page
+        self.page.show(draw, slowly=True)
 
 
 class HelpScreen(Reader):
@@ -80,51 +79,20 @@ class MessagesScreen(Reader):
     BINDINGS: ClassVar[list[BindingType]] = [Binding("f12", "dismiss", "Close")]
 
     def __init__(self, messages: Sequence[Message]) -> None:
-        rows = Table.grid(padding=(0, 2))
+        lines = []
         for when, severity, text in messages:
-            rows.add_row(f"{when:%H:%M:%S}", text, style=STYLES[severity])
-        super().__init__(rows if messages else "No messages yet.", title="Messages")
+            style = "" if severity == "information" else f"${severity}"
+            lines.append(Content.styled(f"{when:%H:%M:%S}  {text}", style))
+        super().__init__(lambda _: lines or [Content("No messages yet.")], "Messages")
 
 
-class MarkdownReader(ModalScreen[None]):
-    """Shows a Markdown text or file. Its links are not followed: what it says comes from
-    elsewhere.
-    """
-
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q", "dismiss", "Close")]
-    DEFAULT_CSS = """
-    MarkdownReader { align: center middle; }
-    MarkdownReader > .dialog { width: 96%; max-width: 120; height: 94%; max-height: 94%; }
-    """
-
-    def __init__(self, source: str | Path, title: str = "") -> None:
-        super().__init__()
-        self._source, self._title = (
-            source,
-            title or (source.name if isinstance(source, Path) else ""),
-        )
-
-    def compose(self) -> ComposeResult:
-        # with its parser 40 ms, which the first paint should not wait for
-        from textual.widgets import Markdown
-
-        yield _frame(
-            VerticalScroll(Markdown(self._text(), open_links=False), classes="dialog"),
-            self._title,
-            "Esc close",
-        )
-
-    def on_mount(self) -> None:
-        self.set_focus(self.query_one(VerticalScroll))
-
-    def _text(self) -> str:
-        if isinstance(self._source, str):
-            return self._source
-        try:
-            with self._source.open(encoding="utf-8", errors="replace") as file:
-                return file.read(MAX_PAGE_BYTES)
-        except OSError as error:
-            return f"{self._source.name} cannot be read: {error.strerror}."
+def read_page(path: Path) -> str:
+    """The text of a Markdown file, or why it cannot be read."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return file.read(MAX_PAGE_BYTES)
+    except OSError as error:
+        return f"{path.name} cannot be read: {error.strerror}."
 
 
 class PathScreen(ModalScreen[str | None]):
@@ -147,41 +115,6 @@ class PathScreen(ModalScreen[str | None]):
         self.dismiss(event.value.strip() or None)
 
 
-class Menu(ModalScreen[str | None]):
-    """Returns the key of the chosen line; None if Escape was pressed."""
-
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("escape,q", "dismiss(None)", "Close"),
-        *VIM_KEYS,
-    ]
-
-    def __init__(self, title: str, choices: Mapping[str, str | Text], chosen: str = "") -> None:
-        super().__init__()
-        self._title, self._choices, self._chosen = title, choices, chosen
-
-    def compose(self) -> ComposeResult:
-        with _frame(Vertical(classes="dialog -fit"), self._title, "Enter choose  Esc cancel"):
-            options = (Option(text, id=key) for key, text in self._choices.items())
-            yield OptionList(*options, compact=True, markup=False)
-
-    def on_mount(self) -> None:
-        if self._chosen in self._choices:
-            self._list.highlighted = list(self._choices).index(self._chosen)
-
-    @property
-    def _list(self) -> OptionList:
-        return self.query_one(OptionList)
-
-    def action_cursor_down(self) -> None:
-        self._list.action_cursor_down()
-
-    def action_cursor_up(self) -> None:
-        self._list.action_cursor_up()
-
-    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
-        self.dismiss(event.option_id)
-
-
 class Ask(ModalScreen[str]):
     """A question, answered by a letter: returns the letter, or "" for Escape.
 
@@ -192,7 +125,7 @@ class Ask(ModalScreen[str]):
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss('')", "Cancel")]
 
     def __init__(
-        self, question: RenderableType, answers: Mapping[str, str], title: str = ""
+        self, question: Content | str, answers: Mapping[str, str], title: str = ""
     ) -> None:
         super().__init__()
         self._question, self._answers, self._title = question, answers, title
@@ -202,7 +135,7 @@ class Ask(ModalScreen[str]):
             yield Static(self._question, markup=False)
             yield Static()
             for letter, what in {**self._answers, "Esc": "cancel"}.items():
-                yield Static(Text.assemble((f"{letter:>4}", "bold"), f"  {what}"))
+                yield Static(Content.assemble((f"{letter:>4}", "bold"), f"  {what}"))
 
     def key_escape(self) -> None:
         self.dismiss("")

@@ -2,15 +2,16 @@
 signs mean.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
-from rich.console import RenderableType
-from rich.table import Table
-from rich.text import Text
 from textual.binding import Binding
+from textual.content import Content
 
+from tui.panes.markdown import markdown
 from tui.panes.pane import Pane
-from tui.widgets.colors import LOOKS
+from tui.panes.table import fitted
+from tui.panes.text import Draw
+from tui.widgets.colors import LOOKS, look_style
 
 STATES = {
     "✓": "up to date; intact",
@@ -34,34 +35,47 @@ EVERYWHERE = (
 )
 
 Keys = list[tuple[str, Binding]]
+Row = tuple[Content | str, str, str]
 
 
-def page(prose: str, keys: Keys, pane: Pane | None) -> Iterable[RenderableType]:
-    """The parts of the help: prose (Markdown), then tables."""
-    from rich.markdown import Markdown
+def page(prose: str, keys: Keys, pane: Pane | None, variables: dict[str, str]) -> Draw:
+    """What draws the help: prose, then tables."""
+    text = f"**{pane.title}**\n\n{pane.about.help}\n\n{prose}" if pane else prose
+    own = [pair for pair in keys if not (pair[1].id or "app.").startswith("app.")]
+    tables: dict[str, list[Row]] = {
+        "Keys here": [(names, each.description, each.id or "") for names, each in own],
+        "Keys everywhere": [(names, what, "") for names, what in EVERYWHERE],
+        "Signs": [(sign, what, "") for sign, what in STATES.items()],
+        "Methods": [
+            (Content.styled(look.sign, look_style(look)), name, "") for name, look in LOOKS.items()
+        ],
+    }
 
-    if pane and pane.about.help:
-        yield Text(pane.title, "bold")
-        yield Markdown(f"{pane.about.help}\n")
-    yield Markdown(f"{prose}\n")
-    own = [
-        (names, binding) for names, binding in keys if not (binding.id or "app.").startswith("app.")
+    def draw(width: int) -> Iterator[Content]:
+        yield from markdown(text, variables, 0)(width)
+        for title, rows in tables.items():
+            if rows:
+                yield Content("")
+                yield Content.styled(title, "bold")
+                yield from _lines(rows)
+        note = "The names at the right can be given other keys in the config file."
+        yield from (Content(""), Content.styled(note, "$foreground-muted"))
+
+    return draw
+
+
+def _lines(rows: Iterable[Row]) -> Iterator[Content]:
+    """Keys, what they do, their name."""
+    cells = [
+        (Content(keys) if isinstance(keys, str) else keys, what, name) for keys, what, name in rows
     ]
-    if own:
-        yield _table(
-            "Keys here", ((names, binding.description, binding.id or "") for names, binding in own)
+    first = max(keys.cell_length for keys, *_ in cells)
+    second = max(len(what) for _, what, _ in cells)
+    for keys, what, name in cells:
+        yield Content("  ").join(
+            [
+                fitted(keys, first),
+                Content(what.ljust(second)),
+                Content.styled(name, "$foreground-muted"),
+            ]
         )
-    yield _table("Keys everywhere", ((names, text, "") for names, text in EVERYWHERE))
-    yield _table("Signs", ((sign, text, "") for sign, text in STATES.items()))
-    yield _table(
-        "Methods", ((Text(look.sign, look.color), name, "") for name, look in LOOKS.items())
-    )
-    yield Text("\nThe names at the right can be given other keys in the config file.", "dim")
-
-
-def _table(title: str, rows: Iterable[tuple[str | Text, str, str]]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_row(Text(f"\n{title}", "bold"), "", "")
-    for keys, text, name in rows:
-        table.add_row(keys, text, Text(name, "dim"))
-    return table

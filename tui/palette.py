@@ -15,11 +15,10 @@ from textual.command import DiscoveryHit, Hit, Hits, Provider
 from pipeline.files.home import expand
 from pipeline.inference.catalog import model_folders
 from pipeline.project.stage_graph import ARTIFACTS
-from tui.dialogs import MarkdownReader
+from tui.dialogs import Reader, read_page
+from tui.panes.fields import format_value
 from tui.panes.pane import Pane
 from tui.registry import SCREENS
-from tui.widgets.form import format_value
-from tui.widgets.pane import Pane as ClassPane
 
 Workbench = Any  # `tui.app` has it, and imports this module
 MAX_PROMPTS, MAX_MODELS = 50, 2000
@@ -121,22 +120,13 @@ def _screen_commands(app: Workbench, name: str) -> Iterator[Command]:
     if name not in SCREENS:  # the first look has none
         return
     kind: Any = SCREENS[name].kind()
-    own = [("", binding) for binding in _bindings(kind.__dict__.get("BINDINGS", ()))]
+    own = [("", binding) for binding in _bindings(kind.own_bindings())]
     for pane, about in kind.PANES.items():
         own += [(f"#{pane}", binding) for binding in _bindings(about.keys)]
-    folder = kind.__module__.rpartition(".")[0]
-    for old in (pane for pane in _panes(ClassPane) if pane.__module__.startswith(f"{folder}.")):
-        own += [(old.__name__, b) for b in _bindings(old.__dict__.get("BINDINGS", ()))]
     for pane, binding in own:
         label = f"{SCREENS[name].label}: {binding.description}"
         key = f"key {app.get_key_display(binding)}"
         yield Command(label, key, partial(_run_there, app, name, pane, binding.action))
-
-
-def _panes(kind: type[ClassPane]) -> Iterator[type[ClassPane]]:
-    for below in kind.__subclasses__():
-        yield below
-        yield from _panes(below)
 
 
 async def _run_there(app: Workbench, name: str, pane: str, action: str) -> None:
@@ -197,7 +187,7 @@ def _docs(app: Workbench) -> Iterator[Command]:
 
 
 def _read(app: Workbench, page: Path) -> None:
-    app.push_screen(MarkdownReader(page))
+    app.push_screen(Reader(read_page(page), page.name))
 
 
 def _pages() -> list[Path]:

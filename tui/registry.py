@@ -29,6 +29,10 @@ class NumberedScreen(Protocol):
 
     def notice(self) -> None: ...
 
+    def tick(self) -> None: ...
+
+    def call_later(self, callback: Callable[[], None]) -> bool: ...
+
 
 class ScreenEntry(NamedTuple):
     """A screen: its label in the header, a shorter one for a narrow terminal, and its class as

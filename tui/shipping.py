@@ -5,11 +5,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from rich.text import Text
+from textual.content import Content
 
 from pipeline.files.home import expand
 from pipeline.inference.catalog import VERDICT, measured_of
-from tui.dialogs import Menu, PathScreen
+from tui.dialogs import PathScreen
+from tui.panes.menu import Menu
 from tui.services.lora_command import LoraCommand
 
 FOLDER = "shipped"
@@ -21,7 +22,8 @@ async def ship(workbench: Any, name: str, adapter: Path) -> None:
     # not by this.
     formats = import_module("pipeline.export.formats").FORMATS
     choices = {
-        key: Text.assemble((f"{key:14}", "bold"), format.about) for key, format in formats.items()
+        key: Content.assemble((f"{key:14}", "bold"), format.about)
+        for key, format in formats.items()
     }
     measured = await asyncio.to_thread(measured_of, adapter)
     verdict = measured.get(VERDICT)

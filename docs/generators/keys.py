@@ -11,13 +11,13 @@ from typing import Any
 
 from textual.binding import Binding
 
+import tui.panes
 import tui.screens
 import tui.widgets
 from docs.generators import cell, table
 from tui.app import Workbench
 from tui.registry import SCREENS
 from tui.screens.base import WorkbenchScreen
-from tui.widgets.pane import Pane
 
 HEAD = """# The keys of lora-tui
 
@@ -43,7 +43,8 @@ def pages() -> dict[str, str]:
     lines += _keys(
         each for each in _modules(tui.screens) if each.startswith("tui.screens.welcome.")
     )
-    lines += ["## Fields, forms and dialogs\n", *_keys([*_modules(tui.widgets), "tui.dialogs"])]
+    lines += ["## Panes, fields, forms and dialogs\n"]
+    lines += _keys([*_modules(tui.panes), *_modules(tui.widgets), "tui.dialogs"])
     return {"reference/keys.md": "\n".join(lines).rstrip() + "\n"}
 
 
@@ -54,16 +55,11 @@ def _modules(package: Any) -> list[str]:
 def _keys(modules: Iterable[str]) -> Iterator[str]:
     """A table of what the classes of these modules bind, without what moves in a list."""
     rows = dict.fromkeys(
-        (
-            _key(binding),
-            _owner(kind),
-            cell(binding.description),
-            f"`{binding.id}`" if binding.id else "",
-        )
+        (_key(binding), owner, cell(binding.description), f"`{binding.id}`" if binding.id else "")
         for module in dict.fromkeys(modules)
         for kind in vars(import_module(module)).values()
         if isinstance(kind, type) and kind.__module__ == module
-        for binding in kind.__dict__.get("BINDINGS", ())
+        for owner, binding in _bindings(kind)
         if binding.description not in MOVEMENTS
     )
     head = ("key", "in", "what it does", "name")
@@ -73,12 +69,18 @@ def _keys(modules: Iterable[str]) -> Iterator[str]:
     )
 
 
+def _bindings(kind: type) -> Iterator[tuple[str, Binding]]:
+    """What a class binds, and what the panes of a screen do."""
+    for binding in kind.__dict__.get("BINDINGS", ()):
+        yield _owner(kind), binding
+    if issubclass(kind, WorkbenchScreen):
+        for about in kind.PANES.values():
+            for binding in about.keys:
+                yield about.title, binding
+
+
 def _owner(kind: type) -> str:
-    """The pane by its title, another part of the screen by its class; nothing for the screen
-    itself.
-    """
-    if issubclass(kind, Pane) and kind.TITLE:
-        return kind.TITLE
+    """A part of a screen by its class; nothing for the screen itself."""
     if issubclass(kind, Workbench | WorkbenchScreen):
         return ""
     return " ".join(re.findall("[A-Z][a-z]+", kind.__name__.removesuffix("Screen"))).capitalize()

@@ -6,8 +6,8 @@ from tests.lab_projects import DOCUMENT
 
 from pipeline.stages.registry import open_project
 from pipeline.views.reports import numbers_of, read_pages, read_pictures
-from tui.screens.pipeline.dag import DagView
-from tui.screens.pipeline.tree import tree_rows
+from pipeline.views.stage_tree import stage_rows
+from tui.screens.pipeline.stages import draw_picture
 
 
 def drawn(unfolded: bool) -> list[str]:
@@ -15,10 +15,10 @@ def drawn(unfolded: bool) -> list[str]:
     needs = {
         name: [need for need in stage.needs if need in stages] for name, stage in stages.items()
     }
-    rows = tree_rows(stages, needs, unfolded)
     return [
         f"{row.guides}{row.label}{' ← ' + ', '.join(row.after) if row.after else ''}"
-        for row in rows
+        for row in stage_rows(stages, needs, {})
+        if unfolded or row.parent is None
     ]
 
 
@@ -36,15 +36,16 @@ def test_the_tree_of_the_document() -> None:
         "│ ├ sweep",
         "│ ├ evaluate ← scratch, full, freeze, merge, prefix, prompt",
         "│ └ figures ← full, freeze, lora",
-        "├ ▸ studies",
+        "├ studies",
         "└ claims ← sweep, evaluate, figures, studies",
     ]
-    assert drawn(True)[12:15] == ["├ ▾ studies", "│ ├ intrinsic_dimension", "│ ├ spectrum"]
+    assert drawn(True)[12:15] == ["├ studies", "│ ├ intrinsic_dimension", "│ ├ spectrum"]
 
 
 def test_the_picture_of_the_pipeline_has_a_row_of_studies() -> None:
-    view = DagView(open_project(DOCUMENT / "params.yaml").readable, {}, "")
-    last = view.render().plain.splitlines()[-1].rstrip()
+    stages = open_project(DOCUMENT / "params.yaml").readable
+    needs = {name: list(stage.needs) for name, stage in stages.items()}
+    last = draw_picture(stages, {}, needs, "")[-1].plain.rstrip()
     assert last == "studies · · · · · · · · · · ─▶ · figures ─▶ · claims"
 
 

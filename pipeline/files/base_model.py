@@ -159,9 +159,14 @@ def license_of(folder: Path) -> dict[str, str]:
     return dict(_LICENSE.findall(front_matter)) if end and not begin.strip() else {}
 
 
+def path_to_watch(base: str, root: Path) -> Path | None:
+    """The file or folder of a local base, existing or not; None if the base cannot be one."""
+    return None if base == MINIGPT else _path(base, root)
+
+
 def files_to_watch(base: str, root: Path) -> list[Path]:
     """The files of a local base to watch for changes, existing or not."""
-    path = None if base == MINIGPT else _path(base, root)
+    path = path_to_watch(base, root)
     if path is None:
         return []
     try:

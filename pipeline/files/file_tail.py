@@ -74,13 +74,12 @@ class FileTail(Generic[T]):
             return Chunk([], "gone" if existed else "")
 
     async def chunks(self) -> AsyncIterator[Chunk[T]]:
-        """All new rows by chunks, with a turn of the event loop after each."""
-        more = True
+        """All new rows by chunks, which a thread reads."""
+        more = self.changed()
         while more:
-            chunk = self.read()
+            chunk = await asyncio.to_thread(self.read)
             yield chunk
             more = chunk.more
-            await asyncio.sleep(0)
 
     def _read(self, file: BinaryIO) -> Chunk[T]:
         info = os.fstat(file.fileno())

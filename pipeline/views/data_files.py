@@ -182,6 +182,18 @@ def spaced(record: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
+def corrected_row(record: Mapping[str, Any], *, has_template: bool) -> dict[str, Any]:
+    """An answer of the chat as a row to train on; for a model without a chat template as prompt and
+    completion.
+    """
+    messages = record.get("messages") or ()
+    roles = [message.get("role") for message in messages]
+    if roles == ["user", "assistant"] and not has_template:
+        prompt, completion = (str(message["content"]) for message in messages)
+        record = {"prompt": prompt, "completion": completion}
+    return spaced(record)
+
+
 def append_row(path: Path, name: str, line: str) -> None:
     """Append a row to a .jsonl file. Raises UserError if its rows are of a format that the row may
     not stand beside.

@@ -1,6 +1,6 @@
 """What an evaluation measured: its files, as plain values."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
 from pathlib import Path
@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from pipeline.errors import UserError
 from pipeline.evaluation.comparison import (
+    LEGEND,
+    MISSING,
     beside,
     by_variant,
     comparison,
@@ -32,6 +34,20 @@ COUNTS = (
     "prompts_corrected",
     "prompts_to_correct",
 )
+# headings of the comparison, in a sentence
+IN_WORDS = {
+    "learned": {
+        "new\ncompleted": "{} new sentences completed",
+        "new\nloss": "loss {} on new sentences",
+        "prefers\nchosen": "chosen answers preferred {}",
+    },
+    "kept": {
+        "answers\nkept": "{} of old answers",
+        "old\nloss": "loss {} on old sentences",
+        "old loss\nchange": "{} from the base",
+        "KL from\nbase": "KL {}",
+    },
+}
 Numbers = Mapping[str, Any]  # a variant's part of metrics.json
 
 
@@ -113,6 +129,17 @@ class Method:
         return self.verdict.reasons if self.verdict else []
 
     @property
+    def size(self) -> str:
+        """The weights to store: `17 kB`."""
+        heading = next(name for name in self.cells if name.startswith("size"))
+        return f"{self.cells[heading]} {heading.partition('(')[2].rstrip(')')}"
+
+    @property
+    def run(self) -> str:
+        """The run of its training; "" if it was not trained."""
+        return self.stage.name if self.stage.trains else ""
+
+    @property
     def trained(self) -> bool:
         """Whether it was trained from the base: not the base itself, nor an adapter merged into
         it.
@@ -155,6 +182,37 @@ class Evaluation:
         if self.limits.broken:
             return f"✗ {self.limits.counted} broken"
         return f"✓ limits kept by {', '.join(self.limits.models)}"
+
+
+def in_words(method: Method) -> Iterator[str]:
+    """What a model costs, what it learned and kept, in a line each."""
+    numbers = method.numbers
+    parameters = f"{numbers.get('parameters', 0):,} parameters"
+    beside = ""
+    if "trainable" in numbers:
+        share = method.cells.get("share\nof all", "")
+        parameters = f"trained {numbers['trainable']:,} of {parameters}, {share}"
+        beside = " beside one copy of its base" * (method.stage.kind == "adapter")
+    yield f"{parameters}; {method.size} to store{beside}"
+    for label, forms in IN_WORDS.items():
+        known = [(forms[name], method.cells.get(name, MISSING)) for name in forms]
+        facts = [form.format(text) for form, text in known if text != MISSING]
+        if facts:
+            yield f"{label:<8}{', '.join(facts)}"
+    names = ("old_prompts_kept", "old_prompts", "prompts_corrected", "prompts_to_correct")
+    kept, old, right, wrong = (numbers.get(name, 0) for name in names)
+    if old or wrong:
+        yield f"prompts {kept} of {old} keep their answer, {right} of {wrong} have the corrected one"
+
+
+def numbers_page(method: Method) -> str:
+    """All numbers of a model and what they mean, as Markdown."""
+    rows = []
+    for heading, text in method.cells.items():
+        rows.append(f"| {heading.replace(chr(10), ' ')} | {text} |")
+    notes = [f"- {text}" for heading, text in LEGEND if not heading or heading in method.cells]
+    head = [f"# {method.stage.title}\n", f"`{method.path}`", "", "| | |", "|---|---:|"]
+    return "\n".join([*head, *rows, "", *notes])
 
 
 class Metrics(NamedTuple):

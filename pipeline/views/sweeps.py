@@ -32,6 +32,7 @@ class Trial:
 
     name: str
     path: Path
+    base: Path
     values: Mapping[str, Any]  # swept key → its value
     loss: float | None
     divergence: float | None
@@ -40,6 +41,11 @@ class Trial:
     state: str
     front: bool
     best: bool
+
+    @property
+    def run(self) -> str:
+        """The run of its training."""
+        return f"{SWEEP}/{self.name}"
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,6 @@ class Sweep:
     trials: Sequence[Trial]
     keys: Sequence[str]
     held_out: bool
-    base: Path
     # such as `learning_rate highest`: where the best has the last value tried
     edges: Sequence[str] = ()
 
@@ -81,6 +86,7 @@ def read_sweep(project: Project) -> Sweep | None:
             Trial(
                 name=name,
                 path=folder / Path(name).name,  # a name from a file must not lead elsewhere
+                base=project.artifact("expand_vocab"),
                 values=dict(row["values"]),
                 loss=loss_of(row),
                 divergence=_finite(row.get("divergence")),
@@ -103,7 +109,7 @@ def read_sweep(project: Project) -> Sweep | None:
         edges = [f"{key} {edge}" for key, (edge, _) in found.items()]
     names = dict.fromkeys(key for trial in trials for key in trial.values)
     keys = [key for key in names if len({repr(trial.values.get(key)) for trial in trials}) > 1]
-    return Sweep(trials, keys, held_out, project.artifact("expand_vocab"), edges)
+    return Sweep(trials, keys, held_out, edges)
 
 
 def _kept(adapter: Path, measurements: Measurements) -> float | None:

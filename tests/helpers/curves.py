@@ -5,14 +5,16 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from textual.content import Content
 from textual.pilot import Pilot
 
 from tests.helpers.pilot import screen_opens, until
 from tui.app import Workbench
-from tui.screens.curves.panes import AnswersPane, ChartPane, DetailsPane, RunList, SmallPlots
+from tui.panes.plot.plot import Plot
+from tui.panes.plot.scale import Range
+from tui.screens.curves.lines import Window, best_of
 from tui.screens.curves.screen import CurvesScreen
-from tui.widgets.plot.chart import PlotWidget
-from tui.widgets.plot.line_plot import text
+from tui.screens.curves.words import details
 
 
 @asynccontextmanager
@@ -33,41 +35,59 @@ async def wait_until_drawn(pilot: Pilot[Any], screen: CurvesScreen) -> None:
     """Wait until all files are read and drawn."""
 
     def done() -> bool:
-        views = [screen.runs.views[key] for key in screen.runs.shown]
         return (
-            screen.runs.stamp is not None
-            and not screen._reading
-            and not any(view.changed() for view in views)
+            bool(screen.runs.stamp)
+            and not screen.reader.is_reading
+            and not screen.reader.is_stale
+            and not any(curve.changed() for curve in screen.runs.curves)
         )
 
     # a read that began earlier may miss what was written since
-    await until(pilot, lambda: not screen._reading)
-    screen._poll()
+    await until(pilot, lambda: not screen.reader.is_reading)
+    screen.files_changed()
     await pilot.pause()
     await until(pilot, done)
+    await pilot.pause()
 
 
-def drawn_text(widget: PlotWidget) -> str:
-    """The characters of a plot."""
-    return text(widget._rows).plain
+def window(screen: CurvesScreen) -> Window:
+    return screen.plots.window
+
+
+def ranges(screen: CurvesScreen) -> tuple[Range, Range]:
+    """The steps and values that the large plot shows."""
+    drawing = screen.plots.chart.drawing
+    return (drawing.x.low, drawing.x.high), (drawing.y.low, drawing.y.high)
 
 
 def chart_text(screen: CurvesScreen) -> str:
-    return drawn_text(screen.chart)
+    return plot_text(screen.plots.chart)
+
+
+def plot_text(plot: Plot) -> str:
+    return plot.render().plain
+
+
+def small_plots(screen: CurvesScreen) -> dict[str, Plot]:
+    """Those that are shown, by their metrics."""
+    return {name: plot for name, plot in screen.plots.small.items() if plot.display}
 
 
 def small_text(screen: CurvesScreen) -> str:
-    return drawn_text(screen.query_one(SmallPlots))
+    """The small plots, one below the other, and the numbers."""
+    constants = screen.plots.constants
+    numbers = str(constants.content) if constants.display else ""
+    return "\n".join([*map(plot_text, small_plots(screen).values()), numbers])
 
 
 def title(screen: CurvesScreen) -> str:
     """Of the large chart."""
-    return screen.query_one(ChartPane)._title_text.plain
+    return Content.from_markup(str(screen.query_one("#chart").border_title)).plain
 
 
 def list_lines(screen: CurvesScreen) -> list[str]:
     """The runs' lines, with single spaces."""
-    return [" ".join(str(option.prompt).split()) for option in screen.query_one(RunList).options]
+    return [" ".join(line.split()) for line in screen.table.texts()]
 
 
 def list_text(screen: CurvesScreen) -> str:
@@ -75,24 +95,27 @@ def list_text(screen: CurvesScreen) -> str:
 
 
 def details_text(screen: CurvesScreen) -> str:
-    return screen.query_one(DetailsPane).text.plain
+    """The pane, as it would be with room for whole lines."""
+    pointed = best_of(screen.table.pointed)
+    lines = details(pointed, window(screen).cursor) if pointed else ()
+    return "\n".join(line.plain for line in lines)
 
 
 def answers_text(screen: CurvesScreen) -> str:
-    return screen.query_one(AnswersPane).text.plain if screen.has_class("-answers") else ""
+    return screen.answers.plain if screen.has_class("-answers") else ""
 
 
 def names_on(screen: CurvesScreen) -> set[str]:
     """The runs that are on."""
-    return {screen.runs.views[key].name for key in screen.runs.shown}
+    return {view.name for view in screen.runs.on}
 
 
 async def point_to(pilot: Pilot[Any], screen: CurvesScreen, name: str) -> None:
     """Move the cursor of the list to a run, or to an adapter of a sweep."""
-    runs = screen.query_one(RunList)
-    screen.set_focus(runs)
-    words = [str(option.prompt).split() for option in runs.options]
-    runs.highlighted = next(i for i, line in enumerate(words) if name in line)
+    screen.set_focus(screen.table)
+    words = [line.split() for line in screen.table.texts()]
+    line = next(number for number, parts in enumerate(words) if name in parts)
+    await pilot.press("g", *["j"] * line)
     await pilot.pause()
 
 

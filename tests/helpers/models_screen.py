@@ -6,18 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from textual.pilot import Pilot
-from textual.widgets import Static
 
+from pipeline.inference.talk import Answer
 from pipeline.views.model_library import Entry
 from tests.helpers.fake_engine import FakeInference
 from tests.helpers.pilot import AppSession, until
 from tui.app import Workbench
-from tui.screens.models.answers import Completions, TopK
-from tui.screens.models.conversation import Conversation
-from tui.screens.models.details import format_details
+from tui.panes.table import Table
+from tui.screens.models.columns import Folder, Line
+from tui.screens.models.details import detail_lines
 from tui.screens.models.screen import ModelsScreen
-from tui.screens.models.table import ModelTable
-from tui.widgets.prompting import EngineBar, PromptInput
 
 USUAL = ["base", "expanded", "scratch", "full", "freeze", "lora", "merged", "prefix", "prompt"]
 LISTED = [*USUAL, "sweep/", "sweep/rank-1", "sweep/rank-2"]
@@ -34,57 +32,59 @@ class Session(AppSession[ModelsScreen]):
         self.engine = engine or FakeInference()
 
     @property
-    def table(self) -> ModelTable:
-        return self.screen.query_one(ModelTable)
+    def table(self) -> Table[Line]:
+        return self.screen.table
 
     def rows(self) -> list[str]:
         return self.table.texts()
 
     def names(self) -> list[str]:
         """The labels of the models that are listed, and of folders their names with a slash."""
-        lines = self.table._lines
-        return [line.label if isinstance(line, Entry) else f"{line.name}/" for line in lines]
+        lines = self.table.shown
+        return [f"{line.name}/" if isinstance(line, Folder) else line.label for line in lines]
+
+    def pointed(self) -> str:
+        line = self.table.pointed
+        return line.label if isinstance(line, Entry) else ""
 
     def header(self) -> list[str]:
-        return self.table._header().plain.split()
-
-    def nothing(self) -> str:
-        return str(self.screen.query_one("#none", Static).render())
+        return self.table.head().plain.split()
 
     def shown_details(self) -> str:
-        return str(self.screen.query_one("ModelDetails Lines").render())
+        return self.screen.model.plain
 
     def row(self, name: str) -> str:
         return self.rows()[self.names().index(name)]
 
     @property
-    def conversation(self) -> Conversation:
-        return self.screen.prompt_pane.conversation
+    def answers(self) -> list[Answer]:
+        """Those to the last prompt."""
+        turns = self.screen.talk.turns
+        return turns[-1].reply.answers if turns else []
 
     def is_generating(self) -> bool:
-        return self.screen.prompt_pane.is_generating()
+        return self.screen.is_writing()
 
     def completions(self, shown: bool = False) -> str:
-        """The answers, or only those that are shown."""
-        children = self.screen.query_one(Completions).children
-        return "\n".join(str(child.render()) for child in children if child.display or not shown)
+        """The answers to the last prompt as they are shown, or only those that are displayed."""
+        texts = self.screen.history.views[-1].replied.texts
+        return "\n".join(str(text.render()) for text in texts if text.display or not shown)
 
-    @property
-    def bar(self) -> EngineBar:
-        return self.screen.query_one(EngineBar)
+    def engine_line(self) -> str:
+        return str(self.screen.engine_line.render())
 
-    def text(self, kind: type[TopK]) -> str:
-        return str(self.screen.query_one(kind).render())
+    def top_k(self) -> list[str]:
+        """The table of next tokens: its head, then a line per token."""
+        table = self.screen.history.views[-1].table
+        return [table.head().plain, *table.texts()] if table.display else []
 
     async def ask(self, prompt: str) -> None:
         self.screen.action_prompt()
-        self.screen.query_one(PromptInput).value = prompt
+        self.screen.field.fill(prompt)
         await self.press("enter")
 
     async def answered(self) -> None:
-        await until(
-            self.pilot, lambda: self.conversation.newest is not None and not self.is_generating()
-        )
+        await until(self.pilot, lambda: self.answers and not self.is_generating())
 
     async def checked(self, count: int) -> None:
         def all_checked() -> bool:
@@ -103,7 +103,7 @@ class Session(AppSession[ModelsScreen]):
 
     def details(self) -> str:
         assert self.screen.details is not None
-        return "\n".join(line.plain for line in format_details(self.screen.details, 100))
+        return "\n".join(line.plain for line in detail_lines(self.screen.details, 100))
 
 
 @asynccontextmanager

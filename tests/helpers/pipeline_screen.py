@@ -6,15 +6,14 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import yaml
+from textual.content import Content
 from textual.pilot import Pilot
 
 from tests.helpers.pilot import until
 from tests.helpers.projects import BRIEF, save
 from tui.app import Workbench
-from tui.screens.pipeline.facts import FactsPane
-from tui.screens.pipeline.log_pane import LogView
+from tui.panes.pane import Pane
 from tui.screens.pipeline.screen import PipelineScreen
-from tui.screens.pipeline.stages_pane import StageTree
 
 Opened = tuple[Pilot[None], PipelineScreen]
 
@@ -33,8 +32,8 @@ async def open_screen(root: Path, size: tuple[int, int] = (120, 40)) -> AsyncIte
 
 def rows(screen: PipelineScreen) -> list[str]:
     """The rows of the tree, without its lines and with single spaces."""
-    prompts = (str(option.prompt) for option in screen.query_one(StageTree).options)
-    return [re.sub(r" +", " ", re.sub("[├└│]", "", prompt)).strip() for prompt in prompts]
+    texts = screen.rows.texts()
+    return [re.sub(r" +", " ", re.sub("[├└│]", "", text)).strip() for text in texts]
 
 
 def row(screen: PipelineScreen, label: str) -> str:
@@ -46,10 +45,20 @@ def row(screen: PipelineScreen, label: str) -> str:
     )
 
 
+def title(screen: PipelineScreen, pane: str) -> str:
+    """What the border of a pane says."""
+    return Content.from_markup(screen.query_one(f"#{pane}", Pane).border_title or "").plain
+
+
 def facts(screen: PipelineScreen) -> list[str]:
-    """The headline and the lines of the stage's facts."""
-    pane = screen.query_one(FactsPane)
-    return [pane.headline, *(f"{label} {text}".strip() for label, text, _ in pane.facts)]
+    """The headline and the lines of the stage's facts, with single spaces."""
+    lines = [title(screen, "facts"), *screen.facts.plain.splitlines()]
+    return [re.sub(r"(?<=\S) +", " ", line).strip() for line in lines]
+
+
+def said(screen: PipelineScreen) -> str:
+    """The facts in one line, as a narrow pane wraps them."""
+    return " ".join(facts(screen))
 
 
 def messages(screen: PipelineScreen) -> str:
@@ -57,26 +66,43 @@ def messages(screen: PipelineScreen) -> str:
 
 
 def log_lines(screen: PipelineScreen) -> list[str]:
-    return screen.query_one(LogView).lines
+    """The lines of the log as they are drawn."""
+    return screen.log_pane.text.plain.splitlines()
 
 
 async def choose(pilot: Pilot[None], screen: PipelineScreen, stage: str) -> None:
     """Move the cursor to a stage, as the palette does."""
     screen.open_with(stage=stage)
-    await until(pilot, lambda: screen.params_pane.stage == stage)
+    await until(pilot, lambda: title(screen, "facts").split(" ")[0] == stage)
 
 
 async def edit(pilot: Pilot[None], screen: PipelineScreen, key: str, text: str) -> None:
     """Open the field of a param, and type another value."""
     screen.open_with(stage=screen.chosen, param=key)
+    await until(pilot, lambda: screen.params.key == key and screen.params.has_focus)
     await pilot.press("enter")
-    screen.params_pane.field.value = text
+    screen.params.input.value = text
     await pilot.pause()
+
+
+def params(screen: PipelineScreen) -> dict[str, str]:
+    """The lines of the params that are shown, by their keys, and of heads by the key of the head."""
+    form, lines = screen.params, dict[str, str]()
+    for line in form.lines():
+        words = line.removeprefix("●").split()
+        label = words[0].rstrip("…") if words else "-"
+        key = next((key for key in form.fields if key.startswith(label)), "")
+        if label in form.fields or (key and words[0].endswith("…")):
+            lines.setdefault(label if label in form.fields else key, line)
+        elif line.startswith(("▸", "▾")):
+            lines[f"({words[1]})"] = line
+    return lines
 
 
 def below(screen: PipelineScreen) -> str:
     """What is said below the param that the cursor is on."""
-    return " ".join(part.plain.strip() for part in screen.params_pane.list.below)
+    indented = (line for line in screen.params.lines() if line.startswith("    "))
+    return " ".join(line.strip() for line in indented if line.strip())
 
 
 def brief_params(root: Path) -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.stages.registry import open_project
+from pipeline.views.stage_tree import stage_rows
 from tests.helpers.checkpoints import checkpoint
 from tests.helpers.projects import LORA, ROOT, git, load, new_project
 from tests.helpers.tmux import BIN, Terminal, lora_tui, needs_tmux
-from tui.screens.pipeline.tree import tree_rows
 
 pytestmark = needs_tmux
 
@@ -104,7 +104,8 @@ def tree_index(root: Path, stage: str) -> int:
     """How many rows of the tree are above a stage's."""
     project = open_project(root / "params.yaml")
     needs = {name: project.home(name).needs(each) for name, each in project.readable.items()}
-    return [row.key for row in tree_rows(project.readable, needs, unfolded=False)].index(stage)
+    rows = stage_rows(project.readable, needs, {})
+    return [row.key for row in rows if row.parent is None].index(stage)
 
 
 def chart(screen: str) -> list[str]:

@@ -63,17 +63,14 @@ def parsed_once() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Screens poll files several times per second and draw changes immediately, even on a busy
-    machine.
-    """
+    """Changed files are shown at once, even on a busy machine."""
+    monkeypatch.setattr("tui.app.TICK", 0.1)
     monkeypatch.setattr("tui.services.project_watch.BUSY", 0.1)
-    monkeypatch.setattr("tui.services.project_watch.IDLE", 0.1)
-    monkeypatch.setattr("tui.services.project_watch.IDLE_SHARE", 0.05)
-    monkeypatch.setattr("tui.screens.pipeline.screen.TICK", 0.1)
-    monkeypatch.setattr("tui.screens.curves.screen.POLL", 0.1)
-    monkeypatch.setattr("tui.screens.curves.screen.MAX_DELAY", 0.0)
-    monkeypatch.setattr("tui.screens.models.screen.EVERY", 0.3)
-    monkeypatch.setattr("tui.screens.models.prompt_pane.STATUS_EVERY", 0.1)
+    monkeypatch.setattr("tui.services.project_watch.PAUSE", 0.05)
+    monkeypatch.setattr("tui.services.watch.STEP", 20)
+    monkeypatch.setattr("tui.services.watch.STARTED", 50)
+    monkeypatch.setattr("tui.services.watch.PAUSE", 0.05)
+    monkeypatch.setattr("tui.screens.curves.reading.MAX_DELAY", 0.0)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from textual.css.query import NoMatches
-from textual.widgets import Static
+from textual.pilot import Pilot
 from textual.worker import WorkerFailed
 
 from pipeline.errors import UserError
@@ -25,9 +25,10 @@ from tests.helpers.pilot import until
 from tests.helpers.projects import ROOT
 from tui.app import Workbench
 from tui.config import Config, State, config_path, load_config, state_path
+from tui.dialogs import Reader
+from tui.panes.key_bar import KeyBar
 from tui.registry import SCREENS
 from tui.widgets.header import Header
-from tui.widgets.key_bar import KeyBar
 
 LORA_TUI = str(Path(sys.executable).parent / "lora-tui")
 
@@ -132,21 +133,19 @@ async def test_help_lists_every_key_of_the_screen(empty: Path, name: str) -> Non
         assert all(binding.description for binding in ours)
         await pilot.press("question_mark")
         await until(pilot, lambda: type(app.screen).__name__ == "HelpScreen")
-        text = "".join(_text(part.content) for part in app.screen.query(Static))
+        text = await page_of(app, pilot)
         assert all(binding.description in text for binding in ours)
         assert "up to date" in text and "palette" in text
         await pilot.press("escape")
         await until(pilot, lambda: name_of(app) == name)
 
 
-def _text(renderable: Any) -> str:
-    from io import StringIO
-
-    from rich.console import Console
-
-    file = StringIO()
-    Console(file=file, width=200).print(renderable)
-    return file.getvalue()
+async def page_of(app: Workbench, pilot: Pilot[None]) -> str:
+    """The text of the page that is open, once it is laid out."""
+    reader = app.screen
+    assert isinstance(reader, Reader)
+    await until(pilot, lambda: reader.page.plain)
+    return reader.page.plain
 
 
 @pytest.mark.slow
@@ -189,7 +188,7 @@ async def test_messages_can_be_read_again(empty: Path) -> None:
         app.fail(OSError(28, "No space left on device", "/x/y"))
         await pilot.press("f12")
         await until(pilot, lambda: type(app.screen).__name__ == "MessagesScreen")
-        text = _text(app.screen.query_one(Static).content)
+        text = await page_of(app, pilot)
         assert "rank must be at least 1, got [0]." in text
         assert "No space left on device: /x/y." in text
 

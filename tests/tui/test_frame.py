@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from rich.text import Text
 from textual.binding import Binding
 from textual.command import CommandInput
 from textual.widget import Widget
@@ -25,47 +24,39 @@ from tests.helpers.projects import load
 from tui.app import Workbench
 from tui.dialogs import Ask
 from tui.palette import Command, Everything
+from tui.panes.key_bar import KeyBar
+from tui.panes.pane import About, FilterField, Pane
+from tui.panes.table import Column, Table
 from tui.screens.base import WorkbenchScreen
 from tui.services.pipeline_process import Runner, Running
 from tui.widgets.header import Header, describe_state
-from tui.widgets.key_bar import KeyBar
-from tui.widgets.pane import FilterField, Pane
-from tui.widgets.text import KeyedList
 
 FRUIT = ("apple", "apricot", "banana")
-COLORS = {name: name for name in ("accent", "error", "warning", "success")}
-
-
-class FruitPane(Pane):
-    TITLE = "Fruit"
-    HELP = "What **grows** on trees."
-    FILTER = True
-    BINDINGS: ClassVar[list[Any]] = [Binding("e", "eat", "Eat", id="fruit.eat")]
-    eaten = 0
-
-    def contents(self) -> Iterable[Widget]:
-        yield KeyedList()
-
-    def on_mount(self) -> None:
-        super().on_mount()
-        self.filtered("")
-
-    def filtered(self, text: str) -> None:
-        self.query_one(KeyedList).show({name: Text(name) for name in FRUIT if text in name})
-
-    def action_eat(self) -> None:
-        self.eaten += 1
+ABOUT = About(
+    "Fruit",
+    "What **grows** on trees.",
+    [Binding("e", "screen.eat", "Eat", id="fruit.eat")],
+    filters="filter",
+)
 
 
 class FruitScreen(WorkbenchScreen):
     NAME = "fruit"
     HELP = "All that is **eaten**."
+    PANES: ClassVar[dict[str, About]] = {"fruit": ABOUT}
     talk = ""
-    seen = 0
+    seen = eaten = 0
 
     def body(self) -> Iterable[Widget]:
-        yield FruitPane()
+        self.table = Table[str](key=str, columns=[Column("name", str)])
+        yield self.pane("fruit", self.table)
         yield Input(id="name")
+
+    def on_mount(self) -> None:
+        self.table.show(FRUIT)
+
+    def action_eat(self) -> None:
+        self.eaten += 1
 
     def unsaved(self) -> str:
         return self.talk
@@ -88,7 +79,7 @@ class FruitApp(Workbench):
 
     @property
     def shown_fruit(self) -> list[str]:
-        return [str(option.id) for option in self.fruit.query_one(KeyedList).options]
+        return self.fruit.table.texts()
 
 
 def bottom(app: Workbench) -> str:
@@ -103,11 +94,11 @@ async def test_a_filter_narrows_its_list_and_escape_shows_all_again(empty: Path)
         assert app.shown_fruit == ["apple", "apricot"]
         assert "Enter" in bottom(app) and "F2–F9 screens" in bottom(app)
         await pilot.press("enter")
-        assert isinstance(app.focused, KeyedList) and "/ap" in str(
-            app.fruit.query_one(FruitPane).border_title
+        assert isinstance(app.focused, Table) and "/ap" in str(
+            app.fruit.query_one(Pane).border_title
         )
         await pilot.press("j")
-        assert app.focused.highlighted_option and app.focused.highlighted_option.id == "apricot"
+        assert app.focused.pointed == "apricot"
         await pilot.press("slash", "escape")
         assert app.shown_fruit == list(FRUIT)
         assert not isinstance(app.focused, FilterField)
@@ -124,18 +115,18 @@ async def test_letters_typed_into_a_field_are_no_commands(empty: Path) -> None:
         assert "esc leave" in bottom(app).lower()
         await pilot.press("escape", "e")
         # the pane has no focus
-        assert not field.has_focus and app.fruit.query_one(FruitPane).eaten == 0
-        app.fruit.set_focus(app.fruit.query_one(KeyedList))
+        assert not field.has_focus and app.fruit.eaten == 0
+        app.fruit.set_focus(app.fruit.table)
         await pilot.press("e")
-        assert app.fruit.query_one(FruitPane).eaten == 1
+        assert app.fruit.eaten == 1
 
 
 @pytest.mark.parametrize("key", ["plus", "f10"])
 async def test_a_pane_fills_the_screen_and_returns(empty: Path, key: str) -> None:
     app = FruitApp(empty)
     async with app.run_test(size=(80, 24)) as pilot:
-        await until(pilot, lambda: isinstance(app.focused, KeyedList))
-        pane = app.fruit.query_one(FruitPane)
+        await until(pilot, lambda: isinstance(app.focused, Table))
+        pane = app.fruit.query_one(Pane)
         await pilot.press(key)
         await until(pilot, lambda: pane.size.height > 18)
         assert (
@@ -150,7 +141,7 @@ async def test_a_pane_fills_the_screen_and_returns(empty: Path, key: str) -> Non
 async def test_help_is_of_the_focused_pane(empty: Path) -> None:
     app = FruitApp(empty)
     async with app.run_test(size=(120, 60)) as pilot:
-        await until(pilot, lambda: isinstance(app.focused, KeyedList))
+        await until(pilot, lambda: isinstance(app.focused, Table))
         await pilot.press("question_mark")
         await until(pilot, lambda: type(app.screen).__name__ == "HelpScreen")
         text = screen_text(app)
@@ -315,25 +306,25 @@ def state(name: str, of: Any, **journal: Any) -> StageState:
 def test_the_header_says_what_runs_else_what_failed_else_what_is_left() -> None:
     done, lost = state("pretrain", "current"), state("finetune_lora", "failed")
     running = state("finetune_lora", "running", done=64, total=100)
-    long, short, _ = describe_state([done, running], True, "x", COLORS)
+    long, short, _ = describe_state([done, running], True, "x")
     assert long.startswith("▶ finetune_lora 64% ") and short == "▶ lora 64%"
-    assert describe_state([done], True, "", COLORS)[0] == "▶ starting"
-    assert describe_state([done, lost], False, "", COLORS) == (
+    assert describe_state([done], True, "")[0] == "▶ starting"
+    assert describe_state([done, lost], False, "") == (
         "✗ finetune_lora",
         "✗ lora",
-        "bold error",
+        "bold $error",
     )
-    assert describe_state([done, state("merge", "waits")], False, "", COLORS)[::2] == (
+    assert describe_state([done, state("merge", "waits")], False, "")[::2] == (
         "● 1 to run",
-        "warning",
+        "$warning",
     )
-    assert describe_state([done], False, "", COLORS)[0] == "✓"
+    assert describe_state([done], False, "")[0] == "✓"
     verdict = Verdict(
         ("lora",), (Broken("lora", "new_loss", 1.0, 2.0), Broken("lora", "divergence", 1.0, None))
     )
     broken = StageState(GRAPH.stages["evaluate"], "current", (), None, verdict)
-    said = describe_state([done, broken, state("merge", "waits")], False, "", COLORS)
-    assert said == ("✗ 2 limits broken", "✗ limits", "bold error")
+    said = describe_state([done, broken, state("merge", "waits")], False, "")
+    assert said == ("✗ 2 limits broken", "✗ limits", "bold $error")
 
 
 @pytest.mark.parametrize("width", [30, 60, 80, 120, 200])

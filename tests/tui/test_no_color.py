@@ -15,11 +15,11 @@ from tests.helpers.run_folders import write_measured, write_methods
 from tui.app import Workbench
 from tui.dialogs import Ask, HelpScreen, MessagesScreen, PathScreen
 from tui.help import page
+from tui.panes.plot.plot import Plot
 from tui.registry import SCREENS
-from tui.screens.models.attention import AttentionScreen
+from tui.screens.conversation.sampling import SamplingDialog
+from tui.screens.models.attention import AttentionDialog
 from tui.services.loaded_models import Sampling
-from tui.widgets.plot.chart import Chart
-from tui.widgets.sampling import SamplingScreen
 
 BUTTONS = {"#ff5f57", "#febc2e", "#28c840"}  # of the window that Textual draws around a screenshot
 
@@ -47,7 +47,7 @@ async def test_every_screen_is_drawn_without_colors(watched: Path, name: str) ->
     app.first_screen, app.inference = name, FakeInference()
     async with app.run_test(size=(80, 24)) as pilot:
         if name == "curves":
-            await until(pilot, lambda: app.screen.query_one(Chart).plot.x != (0, 1))
+            await until(pilot, lambda: app.screen.query_one("#chart Plot", Plot).shown)
         assert not colors(app)
         await pilot.press("tab", "tab", "down", "l", "m", "escape")
         for size in ((80, 24), (60, 16), (160, 50)):
@@ -62,12 +62,14 @@ async def _weights(strength: float, **head: int) -> dict[str, Any]:
 
 
 DIALOGS: dict[str, Callable[[Workbench], Screen[Any]]] = {
-    "help": lambda app: HelpScreen(*page("What it shows.", app.keys_of(app.base_screen), None)),
+    "help": lambda app: HelpScreen(
+        page("What it shows.", app.keys_of(app.base_screen), None, app.theme_variables), "Help"
+    ),
     "messages": lambda app: MessagesScreen(app.message_history),
     "path": lambda _: PathScreen("Which folder?"),
-    "sampling": lambda _: SamplingScreen(Sampling(), True, True),
+    "sampling": lambda _: SamplingDialog(Sampling(), system="", chat=True),
     "ask": lambda _: Ask("finetune_lora.rank: 8 → 16", {"y": "write it"}, "Write to params.yaml"),
-    "attention": lambda _: AttentionScreen("lora", True, 1.0, _weights),
+    "attention": lambda _: AttentionDialog("lora", True, 1.0, _weights),
 }
 
 

@@ -8,7 +8,8 @@ from pipeline.errors import UserError
 from tests.helpers.json_files import edit_json, read_json
 from tests.helpers.pilot import screen_opens, until
 from tui.app import Workbench
-from tui.dialogs import Menu, PathScreen
+from tui.dialogs import PathScreen
+from tui.panes.menu import Menu
 from tui.screens.models.screen import ModelsScreen
 from tui.services.lora_command import LoraCommand
 from tui.shipping import ship
@@ -22,7 +23,7 @@ async def test_an_adapter_is_shipped_with_three_answers(project: Path) -> None:
         screen = app.screen
         assert isinstance(screen, ModelsScreen)
         screen.open_with(select="artifacts/lora_adapter")
-        await until(pilot, lambda: screen.table.pointed and screen.table.pointed.label == "lora")
+        await until(pilot, lambda: [e.label for e in screen.chosen_entries()] == ["lora"])
         await pilot.press("x")
         await screen_opens(pilot, Menu)
         await pilot.press("enter")  # peft, the first
@@ -34,7 +35,7 @@ async def test_an_adapter_is_shipped_with_three_answers(project: Path) -> None:
         )
         assert read_json(out / "adapter_config.json")["peft_type"] == "LORA"
         screen.open_with(select="artifacts/base")
-        await until(pilot, lambda: screen.table.pointed and screen.table.pointed.label == "base")
+        await until(pilot, lambda: [e.label for e in screen.chosen_entries()] == ["base"])
         await pilot.press("x")
         await until(pilot, lambda: "Only adapters are exported" in app.message_history[-1].text)
 

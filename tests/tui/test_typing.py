@@ -9,16 +9,15 @@ from typing import Any
 import pytest
 from textual.events import Key, Paste
 from textual.pilot import Pilot
-from textual.widgets import Input
+from textual.widgets import TextArea
 
 from tests.helpers.fake_engine import FakeInference
 from tests.helpers.pilot import screen_opens, until
 from tests.helpers.projects import load
 from tui.app import Workbench
+from tui.screens.conversation.field import MessageField
 from tui.screens.models.screen import ModelsScreen
 from tui.screens.pipeline.screen import PipelineScreen
-from tui.screens.pipeline.stages_pane import StageTree
-from tui.widgets.prompting import PromptInput
 
 
 def burst(pilot: Pilot[Any], *keys: str) -> None:
@@ -28,24 +27,24 @@ def burst(pilot: Pilot[Any], *keys: str) -> None:
 
 
 @asynccontextmanager
-async def at_the_prompt(root: Path) -> AsyncIterator[tuple[Pilot[None], Input]]:
+async def at_the_prompt(root: Path) -> AsyncIterator[tuple[Pilot[None], TextArea]]:
     """The app with the focus in the prompt field."""
     app = Workbench(root / "params.yaml")
     app.inference = FakeInference()
     async with app.run_test() as pilot:
         app.go("models", prompt=" ")
-        await until(pilot, lambda: isinstance(app.focused, PromptInput))
-        assert isinstance(app.focused, Input)
-        app.focused.value = ""
+        await until(pilot, lambda: isinstance(app.focused, MessageField))
+        assert isinstance(app.focused, MessageField)
+        app.focused.text = ""
         yield pilot, app.focused
 
 
 async def test_a_line_that_is_cleared_and_typed_again(empty: Path) -> None:
     async with at_the_prompt(empty) as (pilot, field):
         burst(pilot, *"abc", "ctrl+u", *"def")
-        await until(pilot, lambda: field.value == "def", 5)
+        await until(pilot, lambda: field.text == "def", 5)
         burst(pilot, *"gh", "home", *"x", "end", "backspace", *"yz")
-        await until(pilot, lambda: field.value == "xdefgyz", 5)
+        await until(pilot, lambda: field.text == "xdefgyz", 5)
 
 
 @pytest.mark.slow
@@ -54,8 +53,8 @@ async def test_a_param_is_written_from_keys_typed_ahead(empty: Path) -> None:
     async with app.run_test() as pilot:
         screen = app.screen
         assert isinstance(screen, PipelineScreen)
-        await until(pilot, lambda: screen.params_pane.params)
-        down = ["down"] * [row.key for row in screen.stages_pane.rows].index("finetune_lora")
+        await until(pilot, lambda: screen.params.fields)
+        down = ["down"] * [row.key for row in screen.rows.shown].index("finetune_lora")
         burst(
             pilot,
             *down,
@@ -99,7 +98,7 @@ async def test_numbers_of_the_sampling_dialog_land_in_their_fields(empty: Path) 
         )
         await screen_opens(pilot, PipelineScreen, 20)
         assert (
-            str(screen.prompt_pane.conversation.sampling)
+            str(screen.session.sampling)
             == "temperature 0.7 · top-k 5 · top-p 0.9 · seed 3 · 40 tokens · 7 candidates"
         )
 
@@ -109,7 +108,7 @@ async def test_a_paste_waits_for_the_keys_before_it(empty: Path) -> None:
         burst(pilot, *"abc", "ctrl+u")
         pilot.app.post_message(Paste("pasted"))
         burst(pilot, "home", "x")
-        await until(pilot, lambda: field.value == "xpasted", 5)
+        await until(pilot, lambda: field.text == "xpasted", 5)
 
 
 async def test_a_widget_that_hangs_does_not_take_the_keyboard_with_it(
@@ -118,9 +117,10 @@ async def test_a_widget_that_hangs_does_not_take_the_keyboard_with_it(
     monkeypatch.setattr("tui.app.KEY_PATIENCE", 0.05)
     app = Workbench(empty / "params.yaml")
     async with app.run_test() as pilot:
-        await until(pilot, lambda: app.screen.query(StageTree))
+        screen = await screen_opens(pilot, PipelineScreen)
+        await until(pilot, lambda: screen.rows.has_focus)
         go_on = asyncio.Event()
-        app.screen.query_one(StageTree).call_later(go_on.wait)
+        screen.rows.call_later(go_on.wait)
         burst(pilot, "m")  # lost in the queue of the list, which has the focus
         await asyncio.sleep(0.02)
         app.screen.set_focus(None)

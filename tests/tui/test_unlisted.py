@@ -18,7 +18,7 @@ from tests.helpers.pilot import until
 from tests.helpers.projects import BRIEF, make, save
 from tests.helpers.run_folders import hold, journal
 from tui.app import Workbench, _replaced_by
-from tui.screens.models.columns import BY_LABEL
+from tui.screens.models.columns import columns
 from tui.screens.monitor.screen import MonitorScreen
 
 
@@ -43,9 +43,9 @@ async def test_the_tree_has_it_and_its_params_are_no_other_stages(unlisted: Path
     async with pipeline_screen.open_screen(unlisted) as (pilot, screen):
         assert "not in params.yaml" in pipeline_screen.row(screen, "sweep")
         await pipeline_screen.choose(pilot, screen, "finetune_lora")
-        assert screen.params_pane.params
+        assert screen.params.fields
         await pipeline_screen.choose(pilot, screen, "finetune_sweep")
-        assert not screen.params_pane.params
+        assert not screen.params.fields
         assert any("not in params.yaml" in fact for fact in pipeline_screen.facts(screen))
 
 
@@ -61,7 +61,7 @@ async def test_curves_and_monitor_show_it_while_it_runs(unlisted: Path) -> None:
         async with app.run_test() as pilot:
             await until(pilot, lambda: app.project_watch.running is not None)
             assert isinstance(app.screen, MonitorScreen)
-            assert app.screen._stage == "finetune_sweep"
+            assert app.screen.stage == "finetune_sweep"
 
 
 def test_results_have_its_sweep_and_its_adapter_with_what_was_measured_of_it(
@@ -112,6 +112,10 @@ def test_what_a_run_replaces_is_marked_and_said_before(
     assert _replaced_by(now, arguments) == said
     marked = {entry.label: entry for entry in Library(now).scan() if entry.apart}
     assert list(marked) == ["lora"]
-    assert BY_LABEL["name"].cell(marked["lora"], {}).plain == "lora ●"
-    assert "rank 2 → 4" in BY_LABEL["state"].cell(marked["lora"], {}).plain
+    cells = {
+        column.title: str(column.cell(marked["lora"]))
+        for column in columns(lambda _: False, lambda _: False, lambda _: False, lambda: False)
+    }
+    assert cells["name"] == "lora ●"
+    assert "rank 2 → 4" in cells["state"]
     assert method(read_evaluation(now), "lora").apart == ("epochs 1 → 2", "rank 2 → 4")

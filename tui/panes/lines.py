@@ -4,6 +4,7 @@ from typing import ClassVar
 
 from textual.binding import Binding, BindingType
 from textual.content import Content
+from textual.events import Resize
 from textual.geometry import Size
 from textual.scroll_view import ScrollView
 from textual.selection import Selection
@@ -11,9 +12,12 @@ from textual.strip import Strip
 from textual.style import Style
 from textual.visual import Visual
 
+# In a stylesheet it is $text-muted, which a Content would draw in white.
+MUTED = "$foreground-muted"
+
 
 class Lines(ScrollView, can_focus=True):
-    """Subclasses implement `line`, call `set_size`, and `refresh` when lines look otherwise.
+    """Subclasses implement `line` and `lay_out`, and call `refresh` when lines look otherwise.
 
     With `head_height` 1 the line `head` stays at the top.
     """
@@ -35,6 +39,18 @@ class Lines(ScrollView, can_focus=True):
         "lines--found",
     }
     head_height = 0
+
+    def lay_out(self) -> None:
+        """Find the lines for the width that there is, and call `set_size`."""
+        raise NotImplementedError
+
+    def on_resize(self, _: Resize) -> None:
+        self.lay_out()
+
+    def watch_show_vertical_scrollbar(self, is_shown: bool) -> None:
+        """A scroll bar takes a column, of which no resize tells."""
+        if is_shown:
+            self.lay_out()
 
     def line(self, number: int) -> Content:
         """The line of this number, counted from 0; it is cut to the width."""
@@ -67,6 +83,7 @@ class Lines(ScrollView, can_focus=True):
         size = Size(width, lines + self.head_height)
         if size != self.virtual_size:
             self.virtual_size = size
+            self._refresh_scrollbars()  # Textual does not in a container of the same size
             # A layout may come between the asking and the setting, and would keep the old height.
             self.call_after_refresh(self.refresh, layout=True)
         self.refresh()
@@ -108,12 +125,21 @@ class Lines(ScrollView, can_focus=True):
         return content.stylize(style, start, len(content) if end == -1 else end)
 
     def get_selection(self, selection: Selection) -> tuple[str, str] | None:
-        """The text that the mouse selected."""
-        text = "\n".join(self.line(number).plain for number in range(self.line_count))
-        return selection.extract(text), "\n"
+        """The text that the mouse selected; the other lines are not drawn for it."""
+        first = selection.start.y if selection.start else 0
+        last = selection.end.y if selection.end else self.line_count - 1
+        texts = []
+        for number in range(first, min(last + 1, self.line_count)):
+            start, end = selection.get_span(number) or (0, 0)
+            plain = self.line(number).plain
+            texts.append(plain[start : len(plain) if end == -1 else end])
+        return "\n".join(texts), "\n"
 
-    def selection_updated(self, selection: Selection | None) -> None:  # noqa: ARG002  # Textual's
-        self.refresh()
+
+def wrapped(line: Content, width: int) -> list[Content]:
+    """A line in lines of at most `width` cells, or of 2 where it is less."""
+    line = line.expand_tabs()
+    return [line] if line.cell_length <= width else line.wrap(width)
 
 
 MOVE_KEYS: tuple[BindingType, ...] = (

@@ -6,17 +6,18 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from textual.binding import Binding, BindingType
 from textual.content import Content
-from textual.events import Click, Resize
+from textual.events import Click
 from textual.message import Message
 
-from tui.dialogs import Menu
-from tui.panes.lines import MOVE_KEYS, Lines
+from tui.panes.lines import MOVE_KEYS, MUTED, Lines, wrapped
+from tui.panes.menu import Menu
 
 R = TypeVar("R")
-MEASURED = 300  # rows by which the width of a column is found
+MEASURED = 150  # rows at the beginning, and at the end, by which the width of a column is found
 LEAST = 10  # cells of a column that fills what is left
 GAP = 1  # cells between two columns
 UNSORTED = ""
+ONE_LINE = str.maketrans("\n\t", "  ")
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Column(Generic[R]):
     """What a row shows in a column, and by what rows are sorted there: None comes last.
 
     A column without `order` cannot be sorted by. Where there is no room for all columns, those of
-    the highest `rank` are left out; of rank 0 all are kept, and the table scrolls.
+    the highest `rank` are left out, in a row also for a longer cell that `fills`; of rank 0 all are
+    kept, and the table scrolls.
     """
 
     title: str
@@ -34,16 +36,19 @@ class Column(Generic[R]):
     rank: int = 0
     right: bool = False
     largest_first: bool = False
-    fills: bool = False  # shrinks to the room that the others leave
+    fills: bool = False  # of the room that is left: all if it has a width, or up to its widest cell
 
 
 class Table(Lines, Generic[R]):
     """Rows, each with a `key` that stays when it is shown anew, so that the cursor stays on it.
 
     `parent`: the key of the row that a row is folded below. `words`: what the filter searches; else
-    all that the row shows. Rows may be any sequence: only those that are seen are asked for, unless
-    it is sorted or narrowed.
+    all that the row shows. `favourite`: what `>` sorts by first. Without `sideways`, ← → go on to
+    the screen. Rows may be any sequence: only those that are seen, and MEASURED at each end, are
+    asked for, unless it is sorted or narrowed. A row may be None until it is read.
     """
+
+    ALLOW_SELECT = False  # a double click would select all
 
     BINDINGS: ClassVar[list[BindingType]] = [
         *MOVE_KEYS,
@@ -51,7 +56,7 @@ class Table(Lines, Generic[R]):
         Binding("space", "choose", "Choose", show=False),
         Binding("left", "sideways(-1)", "Fold, or to the left", show=False),
         Binding("right", "sideways(1)", "Unfold, or to the right", show=False),
-        Binding("s", "sort", "Sort", show=False),
+        Binding("s", "sort", "Sort", show=False, id="table.sort"),
         Binding("less_than_sign", "sort_beside(-1)", "Sort by the column before", show=False),
         Binding("greater_than_sign", "sort_beside(1)", "Sort by the next column", show=False),
     ]
@@ -80,31 +85,44 @@ class Table(Lines, Generic[R]):
         columns: Sequence[Column[R]] = (),
         parent: Callable[[R], Hashable | None] | None = None,
         words: Callable[[R], str] | None = None,
-        nothing: str = "",
+        nothing: Content | str = "",
         titles: bool = True,
+        favourite: str = UNSORTED,
+        sideways: bool = True,
         id: str | None = None,  # as Textual names it
     ) -> None:
         super().__init__(id=id)
         self._key, self._columns, self._above = key, columns, parent
         self._words = words or self._shown_words
         self.nothing = nothing  # a sentence in place of no rows
-        self.head_height = int(titles)
+        self.head_height, self._sideways = int(titles), sideways
+        self._favourite = favourite
         self.rows: Sequence[R] = ()
         self.shown: Sequence[R] = ()  # sorted, narrowed, unfolded
         self.folded: set[Hashable] = set()
         self.sorted_by, self.reverse = UNSORTED, False
         self.needle = ""
         self.cursor = 0
+        self._told: R | None = None  # the row that was posted last
         self._widths: list[tuple[Column[R], int]] = []
+        self._sentence: Sequence[Content] = ()  # `nothing` in the lines that it needs
 
     # What is shown
 
-    def show(self, rows: Sequence[R], columns: Sequence[Column[R]] | None = None) -> None:
-        """Show these rows. The cursor stays on its row, or on its line if that is gone."""
+    def show(
+        self,
+        rows: Sequence[R],
+        columns: Sequence[Column[R]] | None = None,
+        *,
+        line: int | None = None,
+    ) -> None:
+        """Show these rows. The cursor stays on its row, or on its line if that is gone, or goes to
+        `line`.
+        """
         self.rows = rows
         if columns is not None:
             self._columns = columns
-        self._arrange()
+        self._arrange(line)
 
     @property
     def pointed(self) -> R | None:
@@ -118,20 +136,29 @@ class Table(Lines, Generic[R]):
 
     def texts(self) -> list[str]:
         """Every row as it is drawn."""
-        return [self._row(row).plain.rstrip() for row in self.shown]
+        return [self.line(number).plain.rstrip() for number in range(len(self.shown))]
 
     def point(self, key: Hashable) -> bool:
         """Move the cursor to a row, and unfold what it is in. False if there is none."""
-        row = next((row for row in self.rows if self._key(row) == key), None)
-        if row is None:
-            return False
-        if self._above and self._above(row) in self.folded:
-            self.folded.discard(self._above(row))
+        if self.folded and self._above:
+            parents = (self._above(row) for row in self.rows if self._key(row) == key)
+            self.folded.discard(next(parents, None))
             self._arrange()
-        keys = [self._key(each) for each in self.shown]
-        if key in keys:
-            self._go_to(keys.index(key))
-        return key in keys
+        line = self._line_of(key)
+        if line is not None:
+            self.go_to(line)
+        return line is not None
+
+    def _line_of(self, key: Hashable) -> int | None:
+        """The line of the row with this key."""
+        if self._has_key(self.cursor, key):
+            return self.cursor
+        lines = (number for number in range(len(self.shown)) if self._has_key(number, key))
+        return next(lines, None)
+
+    def _has_key(self, line: int, key: Hashable) -> bool:
+        row = self.shown[line] if line < len(self.shown) else None
+        return row is not None and self._key(row) == key
 
     def filter(self, text: str) -> None:
         """Show only rows with all words of `text`, whatever the case, and the heads above them."""
@@ -144,34 +171,41 @@ class Table(Lines, Generic[R]):
         self.sorted_by = title
         self._arrange()
 
-    def _arrange(self) -> None:
-        """Find the rows to show; the cursor stays on its row."""
-        before = self.pointed
-        key = None if before is None else self._key(before)
+    def _arrange(self, line: int | None = None) -> None:
+        """Find the rows to show; the cursor stays on its row, or goes to a line."""
+        before, at = self.pointed, self.cursor if line is None else line
         self.shown = self._shown_rows()
-        same_line = self.cursor < len(self.shown) and self._key_at(self.cursor) == key
-        if before is not None and not same_line:
-            places = (n for n, row in enumerate(self.shown) if self._key(row) == key)
-            self.cursor = next(places, min(self.cursor, max(len(self.shown) - 1, 0)))
-        self._lay_out()
-        self.show_line(self.cursor)
-        if self.pointed is not before and self.pointed is not None:
-            self.post_message(self.Pointed(self, self.pointed))
+        if line is None and before is not None:
+            found = self._line_of(self._key(before))
+            at = at if found is None else found
+        at = min(max(at, 0), max(len(self.shown) - 1, 0))
+        has_moved, self.cursor = at != self.cursor, at
+        self._measure()
+        if has_moved:
+            self.show_line(at)
+        if self.pointed is not self._told:
+            self._tell()
 
-    def _key_at(self, line: int) -> Hashable:
-        row = self.shown[line]
-        return None if row is None else self._key(row)
+    def _tell(self) -> None:
+        """Post the row that the cursor is on, unless it is not read yet."""
+        self._told = self.pointed
+        if self._told is not None:
+            self.post_message(self.Pointed(self, self._told))
 
     def _shown_rows(self) -> Sequence[R]:
         rows, parent, needles = self.rows, self._above, self.needle.split()
+        columns = (column for column in self._columns if column.order)
+        column = next((column for column in columns if column.title == self.sorted_by), None)
+        if needles or column:
+            rows = [row for row in rows if row is not None]
         if needles:
             fitting = [row for row in rows if self._fits(row, needles)]
-            heads = {parent(row) for row in fitting} if parent else set()
             keys = {self._key(row) for row in fitting}
-            rows = [row for row in rows if self._key(row) in heads or self._key(row) in keys]
-        elif parent and not self.sorted_by:
+            if parent:
+                keys |= {parent(row) for row in fitting}
+            rows = [row for row in rows if self._key(row) in keys]
+        elif self.folded and parent and not column:
             rows = [row for row in rows if parent(row) not in self.folded]
-        column = next((column for column in self._columns if column.title == self.sorted_by), None)
         if column is None:
             return rows
         if parent:
@@ -188,29 +222,48 @@ class Table(Lines, Generic[R]):
 
     # How it is drawn
 
-    def _lay_out(self) -> None:
+    def lay_out(self) -> None:
+        self._measure()
+        self.show_line(self.cursor)
+
+    def _measure(self) -> None:
         """Choose the columns that there is room for, and their widths."""
-        measured = [row for row in self.shown[:MEASURED] if row is not None]
-        wide = {}
-        for column in self._columns:
-            cells = [_content(column.cell(row)).cell_length for row in measured]
-            title = len(column.title) + 2 * bool(column.order) if self.head_height else 0
-            wide[column.title] = column.width or max([title, *cells], default=0)
-        room = self.width
-        filling = [column for column in self._columns if column.fills]
-        kept = []
+        wanted = {column: self._width_of(column) for column in self._columns}
+        room, widths = self.width + GAP, dict[Column[R], int]()
         for column in sorted(self._columns, key=lambda column: column.rank):
-            width = min(wide[column.title], LEAST) if column.fills else wide[column.title]
+            is_open = column.fills and not column.width
+            width = min(wanted[column], LEAST) if is_open else wanted[column]
             if column.rank and room < width + GAP:
                 break
-            kept.append(column)
+            widths[column] = width
             room -= width + GAP
-        for column in filling:
-            least = min(wide[column.title], LEAST)
-            wide[column.title] = min(wide[column.title], max(least + room, least))
-        self._widths = [(column, wide[column.title]) for column in self._columns if column in kept]
-        total = sum(width + GAP for _, width in self._widths)
-        self.set_size(total, len(self.shown) or bool(self.nothing))
+        for column, width in widths.items():
+            if column.fills:
+                more = room if column.width else min(wanted[column] - width, room)
+                # rather cut short than moved sideways, unless nothing of it would be seen
+                widths[column] += more if width + more >= LEAST // 2 else 0
+                room -= more
+        self._widths = [(column, widths[column]) for column in self._columns if column in widths]
+        nothing = self.nothing
+        if isinstance(nothing, str):
+            nothing = Content.styled(nothing, MUTED)
+        self._sentence = wrapped(nothing, max(self.width, LEAST)) if nothing else []
+        total = sum(width + GAP for _, width in self._widths) - GAP
+        if self.shown:
+            self.set_size(max(total, 0), len(self.shown))
+        else:
+            self.set_size(0, len(self._sentence))
+
+    def _width_of(self, column: Column[R]) -> int:
+        """Cells of a column: as many as it wants, or as its widest text has."""
+        if column.width:
+            return column.width
+        rows = self.shown
+        if len(rows) > 2 * MEASURED:
+            rows = [*rows[:MEASURED], *rows[-MEASURED:]]
+        cells = [_content(column.cell(row)).cell_length for row in rows if row is not None]
+        title = _content(column.title).cell_length + 2 * bool(column.order)
+        return max(cells + [title] * self.head_height, default=0)
 
     def head(self) -> Content:
         if not self.shown:
@@ -218,34 +271,34 @@ class Table(Lines, Generic[R]):
         parts = []
         for column, width in self._widths:
             title = column.title
-            if column.title == self.sorted_by:
+            if column.order and column.title == self.sorted_by:
                 title += " ▼" if column.largest_first != self.reverse else " ▲"
-            parts.append(fitted(Content(title), width, column.right))
+            parts.append(fitted(_content(title), width, column.right))
         return Content(" " * GAP).join(parts)
 
     def line(self, number: int) -> Content:
         if not self.shown:
-            return Content.styled(self.nothing, "$text-muted")
+            return self._sentence[number]
         row = self.shown[number]
-        return Content.styled("…", "$text-muted") if row is None else self._row(row)
-
-    def _row(self, row: R) -> Content:
-        parts = [
-            fitted(_content(column.cell(row)), width, column.right)
-            for column, width in self._widths
-        ]
+        if row is None:
+            return Content.styled("…", MUTED)
+        parts = []
+        for at, (column, width) in enumerate(self._widths, 1):
+            cell, after = _content(column.cell(row)), self._widths[at:]
+            if column.fills and cell.cell_length > width and all(each.rank for each, _ in after):
+                # It takes the place of what can be left out.
+                parts.append(fitted(cell, width + sum(GAP + width for _, width in after)))
+                break
+            parts.append(fitted(cell, width, column.right))
         return Content(" " * GAP).join(parts)
 
     def line_class(self, number: int) -> str:
         return "lines--cursor" if number == self.cursor and self.shown else ""
 
-    def on_resize(self, _: Resize) -> None:
-        self._lay_out()
-        self.show_line(self.cursor)
-
     # Keys and the mouse
 
-    def _go_to(self, line: int) -> None:
+    def go_to(self, line: int) -> None:
+        """Move the cursor to a line."""
         line = min(max(line, 0), max(len(self.shown) - 1, 0))
         if line == self.cursor:
             return
@@ -253,20 +306,19 @@ class Table(Lines, Generic[R]):
         self.cursor = line
         self.refresh_number(line)
         self.show_line(line)
-        if self.pointed is not None:
-            self.post_message(self.Pointed(self, self.pointed))
+        self._tell()
 
     def action_move(self, by: int) -> None:
-        self._go_to(self.cursor + by)
+        self.go_to(self.cursor + by)
 
     def action_page(self, by: int) -> None:
-        self._go_to(self.cursor + by * max(self.page_height - 1, 1))
+        self.go_to(self.cursor + by * max(self.page_height - 1, 1))
 
     def action_first(self) -> None:
-        self._go_to(0)
+        self.go_to(0)
 
     def action_last(self) -> None:
-        self._go_to(len(self.shown) - 1)
+        self.go_to(len(self.shown) - 1)
 
     def action_open(self) -> None:
         if self.pointed is not None:
@@ -278,16 +330,17 @@ class Table(Lines, Generic[R]):
 
     def fold(self, key: Hashable, folded: bool) -> None:
         """Fold or unfold what is below a row; the cursor goes to that row."""
+        line = self._line_of(key)
+        if folded and line is not None:
+            self.go_to(line)
         (self.folded.add if folded else self.folded.discard)(key)
-        keys = [self._key(row) for row in self.shown]
-        if folded and key in keys:
-            self._go_to(keys.index(key))
         self._arrange()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Keys without an effect here go on to the screen."""
         if action == "sideways":
-            return self._above is not None or self.virtual_size.width > self.width
+            wide = self.virtual_size.width > self.width
+            return self._sideways and (self._above is not None or wide)
         if action in ("sort", "sort_beside"):
             return any(column.order for column in self._columns)
         return super().check_action(action, parameters)
@@ -319,6 +372,8 @@ class Table(Lines, Generic[R]):
         """Sort by the next column that is shown, or the one before."""
         titles = [UNSORTED, *(column.title for column in self.columns if column.order)]
         at = titles.index(self.sorted_by) if self.sorted_by in titles else 0
+        if not self.sorted_by and self._favourite and self._favourite in titles:
+            at = titles.index(self._favourite) - by
         self.sorted_by, self.reverse = UNSORTED, False
         self.sort(titles[(at + by) % len(titles)])
 
@@ -329,7 +384,7 @@ class Table(Lines, Generic[R]):
         elif line == self.cursor:
             self.action_open()
         elif line < len(self.shown):
-            self._go_to(line)
+            self.go_to(line)
 
     def _click_title(self, x: int) -> None:
         stop = 0
@@ -345,9 +400,14 @@ def sorted_rows(rows: Sequence[R], column: Column[R], reverse: bool) -> list[R]:
     """Sorted by a column's order, or with `reverse` the other way; without a value last in both."""
     assert column.order
     values = [(column.order(row), row) for row in rows]
-    known = [pair for pair in values if pair[0] is not None]
+    known = [pair for pair in values if _is_value(pair[0])]
     known.sort(key=lambda pair: pair[0], reverse=column.largest_first != reverse)
-    return [row for _, row in known] + [row for value, row in values if value is None]
+    return [row for _, row in known] + [row for value, row in values if not _is_value(value)]
+
+
+def _is_value(value: Any) -> bool:
+    """Whether rows can be sorted by it: neither None nor NaN."""
+    return value is not None and bool(value == value)
 
 
 def fitted(content: Content, width: int, right: bool = False) -> Content:
@@ -358,4 +418,8 @@ def fitted(content: Content, width: int, right: bool = False) -> Content:
 
 
 def _content(cell: Content | str) -> Content:
-    return cell if isinstance(cell, Content) else Content(cell)
+    """A cell's text in one line."""
+    content = cell if isinstance(cell, Content) else Content(cell)
+    if content.plain.isprintable():
+        return content
+    return Content(content.plain.translate(ONE_LINE), list(content.spans))

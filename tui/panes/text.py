@@ -1,16 +1,17 @@
 """A text of any length: laid out for the width, searched, followed as it grows, copied."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 from textual import work
 from textual.binding import Binding, BindingType
 from textual.content import Content
-from textual.events import Resize
+from textual.message import Message
 from textual.reactive import reactive
 from textual.scrollbar import ScrollTo
 
-from tui.panes.lines import MOVE_KEYS, Lines
+from tui.panes.lines import MOVE_KEYS, Lines, wrapped
 
 Draw = Callable[[int], Iterable[Content]]  # the lines of a text for so many cells
 
@@ -27,6 +28,16 @@ class Text(Lines):
         Binding("N", "match(-1)", "Match before", show=False),
     ]
     follows: reactive[bool] = reactive(False)
+
+    @dataclass
+    class Moved(Message):
+        """Another match is shown, something else is searched, or it begins or ends to follow."""
+
+        text: "Text"
+
+        @property
+        def control(self) -> "Text":
+            return self.text
 
     def __init__(
         self,
@@ -55,46 +66,49 @@ class Text(Lines):
         `slowly`: a thread lays it out, as it takes long.
         """
         self._draw = text if callable(text) else lambda _: _split(text)
-        self._slow = slowly
+        self._slow, self._drawn_width = slowly, -1
         if not again:
             self.found = -1
             self.follows = self._grows
             self.scroll_to(0, 0, animate=False)
-        self._lay_out()
+        self.lay_out()
 
     @property
     def plain(self) -> str:
         """What is shown, without styles."""
         return "\n".join(line.plain for line in self._lines)
 
+    def lay_out(self) -> None:
+        width = self.width
+        if width in (0, self._drawn_width):
+            return
+        self._drawn_width = width
+        if self._slow:
+            self._lay_out_slowly(self._draw, width)
+        else:
+            self._set_lines(self._drawn(self._draw, width))
+
     @work(thread=True, exclusive=True, group="lay out")
     def _lay_out_slowly(self, draw: Draw, width: int) -> None:
-        lines = list(draw(width))
+        lines = self._drawn(draw, width)
         self.app.call_from_thread(self._take, draw, width, lines)
 
     def _take(self, draw: Draw, width: int, lines: Sequence[Content]) -> None:
-        if draw is self._draw and width == self.width:
-            self._set_lines(width, lines)
+        if draw is self._draw and width == self._drawn_width:
+            self._set_lines(lines)
 
-    def _lay_out(self) -> None:
-        width = self.width
-        if width and self._slow:
-            self._lay_out_slowly(self._draw, width)
-        elif width:
-            self._set_lines(width, list(self._draw(width)))
+    def _drawn(self, draw: Draw, width: int) -> Sequence[Content]:
+        if self._wide:
+            return list(draw(width))
+        return [part for line in draw(width) for part in wrapped(line, width)]
 
-    def _set_lines(self, width: int, lines: Sequence[Content]) -> None:
-        self._drawn_width = width
-        if not self._wide:
-            lines = [part for line in lines for part in wrapped(line, width)]
+    def _set_lines(self, lines: Sequence[Content]) -> None:
         self._lines = lines
-        self.set_size(max((line.cell_length for line in lines), default=0), len(lines))
+        # What is wrapped has no width of its own, so that other numbers in it lay nothing out again.
+        widths = (line.cell_length for line in lines if self._wide)
+        self.set_size(max(widths, default=0), len(lines))
         if self.follows:
-            self.call_after_refresh(self._show_end)
-
-    def on_resize(self, _: Resize) -> None:
-        if self.width != self._drawn_width:
-            self._lay_out()
+            self.call_after_refresh(self._follow)
 
     def line(self, number: int) -> Content:
         line = self._lines[number]
@@ -146,6 +160,7 @@ class Text(Lines):
             self.follows = False
             self.scroll_to(y=max(self.found - self.page_height // 2, 0), animate=False, force=True)
         self.refresh()
+        self.post_message(self.Moved(self))
 
     # Movement: lines that come and go scroll too, so only what the user does ends or begins to follow
 
@@ -171,21 +186,23 @@ class Text(Lines):
     def _show_end(self) -> None:
         self.scroll_end(animate=False, immediate=True, x_axis=False)
 
-    def watch_follows(self, follows: bool) -> None:
-        if follows and self.is_mounted:
+    def _follow(self) -> None:
+        if self.follows:  # still
             self._show_end()
+        self.post_message(self.Moved(self))
+
+    def watch_follows(self) -> None:
+        self._follow()
 
     def on_mouse_scroll_up(self) -> None:
         self.follows = False
+
+    on_scroll_up = on_mouse_scroll_up  # a click above the handle of the scroll bar
 
     def on_scroll_to(self, event: ScrollTo) -> None:
         """The scroll bar was dragged."""
         if event.y is not None and event.y < self.max_scroll_y:
             self.follows = False
-
-
-def wrapped(line: Content, width: int) -> list[Content]:
-    return [line] if line.cell_length <= width else line.wrap(width)
 
 
 def _split(text: Content | str) -> list[Content]:

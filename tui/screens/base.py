@@ -3,6 +3,7 @@ help.
 """
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 from textual.app import ComposeResult
@@ -13,9 +14,9 @@ from textual.screen import Screen
 from textual.widget import Widget
 
 from tui.app import Workbench
+from tui.panes.key_bar import KeyBar
 from tui.panes.pane import About, FilterField, Pane
 from tui.widgets.header import Header
-from tui.widgets.key_bar import KeyBar
 
 TALL, WIDE, HUGE = 20, 110, 170  # from this many rows, columns, columns on there is room for more
 
@@ -75,6 +76,12 @@ class WorkbenchScreen(Screen[None]):
         """The widgets between the header and the keys."""
         return ()
 
+    @classmethod
+    def own_bindings(cls) -> list[BindingType]:
+        """What it binds besides the keys of every screen."""
+        kinds = cls.__mro__[: cls.__mro__.index(WorkbenchScreen)]
+        return [binding for kind in kinds for binding in kind.__dict__.get("BINDINGS", ())]
+
     def pane(self, name: str, *content: Widget) -> Pane:
         """A pane of PANES, with its name as id."""
         return Pane(self.PANES[name], *content, id=name)
@@ -93,6 +100,35 @@ class WorkbenchScreen(Screen[None]):
         again.
         """
 
+    def watched(self) -> Iterable[Path]:
+        """The folders and files that the screen shows, existing or not."""
+        return ()
+
+    def files_changed(self) -> None:
+        """Something at or below `watched` may have changed. Called while the screen is shown, a few
+        times per second at most, and once when it is shown again.
+        """
+
+    def tick(self) -> None:
+        """Show what only the clock changes. Called once per second while the screen is shown."""
+
+    def follow_files(self) -> None:
+        """Follow what `watched` names now. Called when the screen is shown, and by a screen that
+        shows other files than before.
+        """
+        if self._is_shown():
+            self.workbench.file_watch.follow(
+                "screen", self.watched(), lambda: self.call_later(self._notice_files)
+            )
+
+    def _notice_files(self) -> None:
+        if self._is_shown():
+            self.files_changed()
+
+    def _is_shown(self) -> bool:
+        """Whether it is, perhaps below a dialog; a screen that was just made is not yet."""
+        return self.is_mounted and self in self.app.screen_stack[:1]
+
     def notice(self) -> None:
         """Call `project_changed` if the watch saw a change since the last call."""
         if self.is_mounted and self._seen_revision != self.workbench.project_watch.revision:
@@ -102,6 +138,8 @@ class WorkbenchScreen(Screen[None]):
     def on_screen_resume(self) -> None:
         self.workbench.refresh_header()
         self.notice()
+        self.follow_files()
+        self._notice_files()
 
     # Panes
 

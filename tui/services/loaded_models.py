@@ -39,7 +39,8 @@ class Sampling:
             if self.temperature
             else ["greedy"]
         )
-        return " · ".join([*parts, f"{self.limit} tokens", f"{self.k} candidates"])
+        candidates = [f"{self.k} candidates"] * bool(self.k)
+        return " · ".join([*parts, f"{self.limit} tokens", *candidates])
 
     def fields(self) -> dict[str, float | int]:
         """The arguments of the engine's `generate`."""

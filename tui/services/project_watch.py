@@ -3,23 +3,22 @@ they change.
 """
 
 import asyncio
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.files.base_model import path_to_watch
 from pipeline.files.file_tail import file_stamp
-from pipeline.project.stage_graph import Project, Stage
+from pipeline.project.stage_graph import ARTIFACTS, RUNS, Project, Stage
 from pipeline.stages.registry import GRAPH, open_project
 from pipeline.views.stages import StageState, Status, project_signature
 from tui.services.pipeline_process import Runner, Running
+from tui.services.watch import FileWatch
 
-BUSY, IDLE = 0.6, 1.0  # seconds between two looks at the files
-# of a core while nothing changes: with 300 adapters a look takes 10 ms, and the pause grows
-IDLE_SHARE = 0.004
-MAX_PAUSE = 5.0
+BUSY = 1.0  # seconds between two looks while something runs: a killed process changes no file
+PAUSE = 0.9  # seconds between two looks at files that change: with 300 adapters one takes 10 ms
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,8 @@ class Look:
 
 
 class ProjectWatch:
-    """Looks at the files until it is cancelled. Its attributes change on the event loop only,
-    before `on_change`.
+    """Looks at the files when `files` tells that they changed, until it is cancelled. Its
+    attributes change on the event loop only, before `on_change`.
 
     `on_end` is called when a pipeline that a workbench started has ended, after its states were
     loaded.
@@ -45,15 +44,12 @@ class ProjectWatch:
         self,
         params: Path,
         runner: Runner,
+        files: FileWatch,
         on_change: Callable[[], None],
         on_end: Callable[[Running], None],
     ):
-        self._params, self._runner, self._on_change, self._on_end = (
-            params,
-            runner,
-            on_change,
-            on_end,
-        )
+        self._params, self._runner, self._files = params, runner, files
+        self._on_change, self._on_end = on_change, on_end
         self._status, self._wake = Status(), asyncio.Event()
         self._head = _git_head(params.parent)
         self.revision = 0  # counts the changes
@@ -105,7 +101,7 @@ class ProjectWatch:
         )
 
     def look_now(self) -> None:
-        """Look at the files now rather than at the next turn."""
+        """Look at the files now."""
         self._wake.set()
 
     def started(self, pipeline: Running) -> None:
@@ -117,7 +113,9 @@ class ProjectWatch:
         self.look_now()
 
     async def run(self) -> None:
-        """Look at the files again and again."""
+        """Look at the files once, and again when they change."""
+        followed: Project | None = None
+        self._files.follow("project", self._paths(None), self.look_now, PAUSE)
         while True:
             self._wake.clear()
             pipeline = self._runner.running()
@@ -126,18 +124,21 @@ class ProjectWatch:
                 self.pipeline = pipeline
                 self._changed()
             before = self._look
-            look, seconds = await asyncio.to_thread(
-                self._timed_load, before, asyncio.get_running_loop()
-            )
+            look = await asyncio.to_thread(self._load, before, asyncio.get_running_loop())
             if look != before or ended:
                 self._show(look)
             if ended:
                 self._on_end(ended)
-            pause = IDLE if look is not before else min(max(IDLE, seconds / IDLE_SHARE), MAX_PAUSE)
+            if self.project is not followed:
+                followed = self.project
+                paths = await asyncio.to_thread(self._paths, followed)
+                self._files.follow("project", paths, self.look_now, PAUSE)
+            # `seen` is None if a file vanished while it was read
+            is_waiting = self.running is None and pipeline is None and look.seen is not None
             # Not `wait_for`: before Python 3.12 it returns if it is cancelled in the moment in
             # which the event comes.
             with suppress(TimeoutError):
-                async with asyncio.timeout(BUSY if self.running or pipeline else pause):
+                async with asyncio.timeout(None if is_waiting else BUSY):
                     await self._wake.wait()
 
     def _show(self, look: Look) -> None:
@@ -148,10 +149,17 @@ class ProjectWatch:
         self.revision += 1
         self._on_change()
 
-    def _timed_load(self, before: Look, loop: asyncio.AbstractEventLoop) -> tuple[Look, float]:
-        """`_load`, and the seconds of CPU time that it took."""
-        start = time.thread_time()
-        return self._load(before, loop), time.thread_time() - start
+    def _paths(self, project: Project | None) -> set[Path]:
+        """The files and folders that the states depend on."""
+        root = self._params.parent
+        paths = {self._params, root / "dvc.yaml", self._head, root / ARTIFACTS, root / RUNS}
+        if project is None:
+            return paths
+        for name, stage in project.readable.items():
+            paths |= {project.root / file for file in project.data_files(stage)}
+            paths |= {project.home(name).root / folder for folder in (ARTIFACTS, RUNS)}
+        base = path_to_watch(project.params.origin.base, project.home("import").root)
+        return paths | ({base} if base else set())
 
     def _load(self, before: Look, loop: asyncio.AbstractEventLoop) -> Look:
         """The files as they are now; `before` itself if nothing changed."""

@@ -3,15 +3,14 @@
 import time
 from collections.abc import Sequence
 
-from rich.cells import cell_len
-from rich.text import Text
 from textual.app import RenderResult
-from textual.events import Click
+from textual.content import Content
 from textual.reactive import reactive
 from textual.widget import Widget
 
 from pipeline.views.stages import StageState
 from tui.registry import SCREENS
+from tui.widgets.cells import clickable
 
 NAME = " lora "
 State = tuple[str, str, str]  # a text, a shorter one, their style
@@ -27,6 +26,7 @@ class Header(Widget):
     DEFAULT_CSS = """
     Header { dock: top; height: 1; background: $panel; color: $foreground; }
     """
+    auto_links = False  # they are named by their keys
     state: reactive[State] = reactive(("", "", ""))
     facts: reactive[tuple[str, ...]] = reactive(())  # the most important first
 
@@ -34,74 +34,53 @@ class Header(Widget):
         super().__init__()
         self.current = current
 
-    def _layout(self) -> tuple[list[str], str]:
-        """The screens' labels and the state, in full or as short as the width demands."""
-        text, short, _ = self.state
-        full = [f"{number} {entry.label}" for number, entry in enumerate(SCREENS.values(), 1)]
-        brief = [f"{number} {entry.short}" for number, entry in enumerate(SCREENS.values(), 1)]
-        digits = [
-            label if name == self.current else label[:1]
-            for name, label in zip(SCREENS, brief, strict=True)
-        ]
-        for labels, gap, state in (
-            (full, 2, text),
-            (brief, 1, text),
-            (brief, 1, short),
-            (digits, 1, text),
-        ):
-            if len(NAME) + len((" " * gap).join(labels)) + cell_len(state) + 2 <= self.size.width:
-                return [label + " " * gap for label in labels], state
-        return [label + " " for label in digits], short
-
     def render(self) -> RenderResult:
-        width, variables = self.size.width, self.app.theme_variables
-        line = Text(no_wrap=True, overflow="ellipsis", end="").append(
-            NAME, f"bold {variables['accent']}"
-        )
-        labels, state = self._layout()
-        for name, label in zip(SCREENS, labels, strict=True):
-            text = label.rstrip()
-            line.append(text, "reverse bold" if name == self.current else "").append(
-                label[len(text) :]
-            )
-        right = Text(state, self.state[2], end="")
+        text, short, style = self.state
+        width = self.size.width
+        choices = (("label", "  ", text), ("short", " ", text), ("short", " ", short))
+        for kind, gap, state in (*choices, ("digit", " ", text), ("digit", " ", short)):
+            line = self._screens(kind, gap)
+            if line.cell_length + len(state) + 2 <= width:
+                break
+        right = [Content.styled(state, style)] if state else []
         for fact in filter(None, self.facts):
-            if line.cell_len + right.cell_len + cell_len(fact) + 3 <= width:
-                right = Text.assemble(right, "  " if right else "", (fact, "dim"))
-        line.pad_right(max(width - line.cell_len - right.cell_len - 1, 0))
-        return line.append_text(right)
+            used = line.cell_length + sum(part.cell_length + 2 for part in right)
+            if used + len(fact) + 1 <= width:
+                right.append(Content.styled(fact, "dim"))
+        end = Content("  ").join(right)
+        return line + " " * max(width - line.cell_length - end.cell_length - 1, 0) + end
 
-    def on_click(self, event: Click) -> None:
-        start = len(NAME)
-        for name, label in zip(SCREENS, self._layout()[0], strict=True):
-            if start <= event.x < (start := start + len(label)):
-                self.app.switch_mode(name)
+    def _screens(self, kind: str, gap: str) -> Content:
+        """The screens with their keys: with their label, a shorter one, or the number alone."""
+        parts = []
+        for number, (name, entry) in enumerate(SCREENS.items(), 1):
+            is_current = name == self.current
+            label = entry.label if kind == "label" else entry.short
+            text = f"{number} {label}" if kind != "digit" or is_current else f"{number}"
+            parts.append(clickable(text, f"app.switch_mode('{name}')", "reverse bold" * is_current))
+        return Content.styled(NAME, "bold $accent") + Content(gap).join(parts)
 
 
-def describe_state(
-    states: Sequence[StageState], started: bool, problem: str, colors: dict[str, str]
-) -> State:
+def describe_state(states: Sequence[StageState], started: bool, problem: str) -> State:
     """What runs, else what went wrong, else what is left to do; and its colour."""
     running = next((state for state in reversed(states) if state.state == "running"), None)
     if running:
-        name, run, style = running.stage.name, running.run, f"bold {colors['accent']}"
+        name, run, style = running.stage.name, running.run, "bold $accent"
         share = f" {run.done / run.total:.0%}" if run and run.total else ""
         clock = f" {_clock(max(int(time.time() - run.started), 0))}" if run else ""
         return f"▶ {name}{share}{clock}", f"▶ {running.stage.method}{share}", style
     if started:
-        return "▶ starting", "▶", f"bold {colors['accent']}"
+        return "▶ starting", "▶", "bold $accent"
     if problem:
-        return "✗ params", "✗ params", f"bold {colors['error']}"
+        return "✗ params", "✗ params", "bold $error"
     failed = [state.stage for state in states if state.state in ("failed", "died")]
     if failed:
-        return f"✗ {failed[0].name}", f"✗ {failed[0].method}", f"bold {colors['error']}"
+        return f"✗ {failed[0].name}", f"✗ {failed[0].method}", "bold $error"
     if broken := [state.broken for state in states if state.broken]:
-        return f"✗ {broken[0].counted} broken", "✗ limits", f"bold {colors['error']}"
+        return f"✗ {broken[0].counted} broken", "✗ limits", "bold $error"
     waiting = sum(state.state != "current" for state in states)
     text, style = (
-        (f"● {waiting} to run", colors["warning"])
-        if waiting
-        else ("✓" * bool(states), colors["success"])
+        (f"● {waiting} to run", "$warning") if waiting else ("✓" * bool(states), "$success")
     )
     return text, text, style
 

@@ -17,7 +17,7 @@ from pipeline.project.logs.run_log import (
     read_steps,
     step_parser,
 )
-from tui.screens.curves.series import Log
+from pipeline.views.series import Log
 
 HEADER = ",".join(COLUMNS) + "\n"
 

@@ -10,6 +10,7 @@ from pipeline.project.params.edit import save
 from pipeline.stages.registry import GRAPH, open_project
 from pipeline.views.data_files import (
     append_row,
+    corrected_row,
     edited_name,
     other_file,
     other_files,
@@ -124,6 +125,19 @@ def test_a_completion_does_not_become_part_of_the_prompts_last_word() -> None:
     ):
         assert spaced({"prompt": prompt, "completion": completion})["completion"] == completion
     assert spaced({"messages": []}) == {"messages": []}
+
+
+def test_an_answer_is_a_prompt_and_its_completion_only_without_a_chat_template() -> None:
+    asked, answered = (
+        {"role": "user", "content": "der hund"},
+        {"role": "assistant", "content": "bellt"},
+    )
+    record = {"messages": [asked, answered]}
+    assert corrected_row(record, has_template=True) == record
+    row = corrected_row(record, has_template=False)
+    assert row == {"prompt": "der hund", "completion": " bellt"}
+    longer = {"messages": [asked, answered] * 2}
+    assert corrected_row(longer, has_template=False) == longer
 
 
 def test_a_stage_trains_on_a_file_besides_its_data_or_instead_of_one(data_project: Path) -> None:

@@ -15,6 +15,7 @@ from tui.services import project_watch
 from tui.services.param_edits import ParamEdits
 from tui.services.pipeline_process import Runner, Running
 from tui.services.project_watch import ProjectWatch
+from tui.services.watch import FileWatch
 
 
 class Watched(ProjectWatch):
@@ -23,7 +24,10 @@ class Watched(ProjectWatch):
     def __init__(self, root: Path) -> None:
         self.counts: list[int] = []
         self.ended: list[Running] = []
-        super().__init__(root / "params.yaml", Runner(root), self._count, self.ended.append)
+        self.files = FileWatch(print)
+        super().__init__(
+            root / "params.yaml", Runner(root), self.files, self._count, self.ended.append
+        )
 
     def _count(self) -> None:
         self.counts.append(len(self.states))
@@ -31,18 +35,18 @@ class Watched(ProjectWatch):
     async def comes(self, holds: Callable[[], object]) -> None:
         async with asyncio.timeout(20):
             while not holds():
-                self.look_now()
                 await asyncio.sleep(0.02)
 
 
 @asynccontextmanager
 async def watching(root: Path) -> AsyncIterator[Watched]:
     watch = Watched(root)
-    task = asyncio.create_task(watch.run())
+    tasks = [asyncio.create_task(service.run()) for service in (watch, watch.files)]
     yield watch
-    task.cancel()
-    with suppress(asyncio.CancelledError):
-        await task
+    for task in tasks:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
 
 
 async def test_states_are_told_one_by_one_and_then_only_changes(empty: Path) -> None:
@@ -57,6 +61,19 @@ async def test_states_are_told_one_by_one_and_then_only_changes(empty: Path) -> 
         assert watch.revision == told
         ParamEdits().save(empty / "params.yaml", {"finetune_lora.rank": 16})
         await watch.comes(lambda: watch.project and watch.project.params.finetune_lora.rank == 16)
+
+
+async def test_a_data_file_that_the_params_name_now_is_followed(empty: Path) -> None:
+    data = empty / "elsewhere/new.txt"
+    data.parent.mkdir()
+    data.write_text("Ein Satz.\n", encoding="utf-8")
+    async with watching(empty) as watch:
+        await watch.comes(lambda: len(watch.states) == len(watch.stages) and watch._look.seen)
+        ParamEdits().save(empty / "params.yaml", {"pretrain.data": "elsewhere/new.txt"})
+        await watch.comes(lambda: data.resolve() in watch.files._followers["project"].paths)
+        before = watch._look.seen
+        data.write_text("Ein anderer Satz.\n", encoding="utf-8")
+        await watch.comes(lambda: watch._look.seen != before)
 
 
 async def test_broken_params_leave_the_last_valid_project(empty: Path) -> None:

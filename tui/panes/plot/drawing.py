@@ -4,6 +4,7 @@ labels that never overlap, bars, rules.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import isnan
 from typing import NamedTuple, TypeVar
 
 from rich.cells import cell_len
@@ -12,9 +13,9 @@ from textual.content import Content
 from tui.panes.plot.canvas import Canvas
 from tui.panes.plot.raster import braille
 from tui.panes.plot.series import XY, Axis, Bars, Line, Point, Rule, Scale, Series
-from tui.widgets.text import pad_or_truncate
+from tui.widgets.cells import pad_or_truncate
 
-EVALUATED, FLAT, GRID, RULE = "×", "»", "┈", "│"
+EVALUATED, FLAT, GRID, RULE, MARK, UNKNOWN = "×", "»", "┈", "│", "▲", "·"
 EIGHTHS = " ▁▂▃▄▅▆▇█"
 ROWS_PER_TICK, CELLS_PER_TICK = 3, 10  # at least between two ticks
 # of the width, for the labels at line ends; cells, or there are none
@@ -59,34 +60,49 @@ def draw(
 
     `signs`: also along the lines, for a terminal without colours.
     """
-    points = _of(Point, series)
+    points, bars = _of(Point, series), _of(Bars, series)
     x = x_axis.fitted(_x_values(series), margin=bool(points))
-    y = y_axis.fitted(_y_values(series))
-    canvas = Canvas(width, height)
-    top = int(bool(y_axis.title and y_axis.shown))
-    bottom = int(x_axis.shown and height > NO_X_AXIS)
-    rows = max(height - top - bottom, 1)
-    y_ticks = y.ticks(max(rows // ROWS_PER_TICK, 2)) if y_axis.shown and width > NO_Y_AXIS else []
-    left = max((cell_len(label) for _, label in y_ticks), default=-1) + 1
     ends = list(_ends(_of(Line, series), x))
     right = _room_of_labels(ends, width)
+    canvas = Canvas(width, height)
+    lines, rules = _of(Line, series), _of(Rule, series)
+    if cursor is not None:
+        rules.append(Rule(cursor, style=CURSOR))
+    top = int(bool(y_axis.title and y_axis.shown and height > 1))
+    bottom = int(x_axis.shown and height > NO_X_AXIS)
+    rows = max(height - top - bottom, 1)
+    has_ticks = y_axis.shown and width > NO_Y_AXIS
+    left, y_ticks = 0, list[tuple[float, str]]()
+    for _ in range(1 + bool(bars)):  # bars are as many as the labels leave columns
+        heights = _heights(bars, max(width - left - right, 1))
+        y = y_axis.fitted([*_y_values(series), *heights], margin=not bars)
+        y_ticks = y.ticks(max(rows // ROWS_PER_TICK, 3)) if has_ticks else []
+        left = max((cell_len(label) for _, label in y_ticks), default=-1) + 1
+    x_title = f"  {x_axis.title} →" if x_axis.title and bottom else ""
+    y_title = f"{' ' * left}↑ {y_axis.title}" if top else ""
+    start = max(width - cell_len(x_title), 0)
+    # beside the other title, or in a row of its own below
+    is_apart = x_title != "" and (not top or cell_len(y_title) > start)
+    rows = max(rows - is_apart, 1)
     inset = INSET if points else 0
     area = _Area(canvas, x, y, left, top, max(width - left - right, 1), rows, inset)
 
     area.grid(y_ticks)
-    if top:
-        canvas.write(0, 0, pad_or_truncate(f"{' ' * left}↑ {y_axis.title}", width), TICK)
+    canvas.write(0, 0, y_title, TICK)
+    canvas.write(start, height - 1 if is_apart else 0, x_title, TICK)
     if bottom:
-        area.below(x_axis.title, _of(Rule, series))
-    for bars in _of(Bars, series):
-        area.bars(bars)
-    for line in _of(Line, series):
+        area.below(rules)
+    for rule in rules:
+        area.level(rule)
+    for each in bars:
+        area.bars(each)
+    for line in lines:
         area.band(line)
-    for rule in [*_of(Rule, series), *([Rule(cursor, style=CURSOR)] if cursor is not None else [])]:
+    for rule in rules:
         area.rule(rule)
-    for line in _of(Line, series):
+    for line in lines:
         area.line(line)
-    for number, line in enumerate(_of(Line, series)):
+    for number, line in enumerate(lines):
         area.marks(line, number if signs else None)
     if right:
         area.write_ends(ends, right)
@@ -112,6 +128,12 @@ def _y_values(series: Sequence[Series]) -> Iterator[float]:
         yield from (y for _, y in line.points)
         yield from (y for _, y in line.marks)
     yield from (point.y for point in _of(Point, series))
+
+
+def _heights(bars: Iterable[Bars], width: int) -> Iterator[float]:
+    for each in bars:
+        yield 0.0
+        yield from (value for value, _ in each.columns(width) if value is not None)
 
 
 def _ends(lines: Iterable[Line], x: Scale) -> Iterator[tuple[XY, Line]]:
@@ -148,8 +170,9 @@ class _Area:
         share = self.x.share(x)
         if share is None or not abs(share) < 1e6:
             return None
-        if self.inset and self.width > 10 * self.inset:  # a sign at the edge reads as a part of it
-            return self.inset + share * (self.width - 1 - 2 * self.inset)
+        if self.inset:  # a sign at the edge reads as a part of it
+            edge = self.inset if self.width > 10 * self.inset else 0
+            return edge + share * (self.width - 1 - 2 * edge)
         # A hair less than the area, so that the last x is in it.
         return share * (self.width - 1e-6)
 
@@ -170,7 +193,7 @@ class _Area:
 
     def _put(self, x: float, y: float, char: str, style: str) -> None:
         if 0 <= x < self.width and 0 <= y < self.height:
-            self.canvas.write(self.left + int(x), self.top + int(y), char, style)
+            self.canvas.put(self.left + int(x), self.top + int(y), char, style)
 
     def grid(self, ticks: Iterable[tuple[float, str]]) -> None:
         for value, label in ticks:
@@ -184,42 +207,46 @@ class _Area:
         """Signs are in the middle of cells, dots at their edges."""
         return round(at) if self.inset else int(at)
 
-    def below(self, title: str, rules: Sequence[Rule]) -> None:
-        """The row below: the labels of rules, the title at the right, then ticks that have room."""
+    def below(self, rules: Sequence[Rule]) -> None:
+        """The row below: the labels of rules, then the ticks that have room."""
         row = Canvas(self.canvas.width, 1)
         y = self.top + self.height
         for rule in rules:
             across = None if rule.x is None else self._across(rule.x)
             if across is not None and rule.label:
-                self._write_free(row, y, self.left + int(across), f"▲ {rule.label}", rule.style)
-        if title:
-            text = f" {title} ▶"
-            start = self.canvas.width - cell_len(text)
-            self._write_free(row, y, start, text, TICK)
+                start, choices = self.left + int(across), list[tuple[int, str]]()
+                for label in (rule.label, rule.label.split()[-1]):
+                    right, left = f"{MARK} {label}", f"{label} {MARK}"
+                    sides = [(start - cell_len(left) + 1, left), (start, right)]
+                    # the first tick has a short label, the last one mostly a long one
+                    choices += sides if across > cell_len(left) else sides[::-1]
+                self._write_free(row, y, [*choices, (start, MARK)], rule.style)
         for value, label in self.x.ticks(max(self.width // CELLS_PER_TICK, 2)):
             across = self._across(value)
             if across is not None and 0 <= across <= self.width:
-                start = self.left + self._cell(across) - len(label) // 2
-                start = min(max(start, 0), self.canvas.width - len(label))
-                self._write_free(row, y, start, label, TICK)
+                start = self.left + self._cell(across) - cell_len(label) // 2
+                start = min(max(start, 0), self.canvas.width - cell_len(label))
+                self._write_free(row, y, [(start, label)], TICK)
 
-    def _write_free(self, row: Canvas, y: int, start: int, text: str, style: str) -> None:
-        """Write a text below the area, or to the left of its start, or not at all."""
-        wide = cell_len(text)
-        for x in (start, start - wide + 1):
-            if row.free(max(x - 1, 0), 0, wide + (x > 0)):
-                shown = text if x == start else f"{text[2:]} {text[0]}"
-                row.write(x, 0, shown, style)
-                self.canvas.write(x, y, shown, style)
+    def _write_free(
+        self, row: Canvas, y: int, choices: Iterable[tuple[int, str]], style: str
+    ) -> None:
+        """Write the first of the texts below the area that has room where it is to begin."""
+        for x, text in choices:
+            if x >= 0 and row.free(max(x - 1, 0), 0, cell_len(text) + (x > 0)):
+                row.write(x, 0, text, style)
+                self.canvas.write(x, y, text, style)
                 return
 
     def bars(self, bars: Bars) -> None:
-        columns = bars.columns(self.width)
-        for x, (value, style) in enumerate(columns[-self.width :], self.width - len(columns)):
-            share = None if value is None else self.y.share(value)
-            if not value or share is None:
+        columns = bars.columns(self.width)[-self.width :]
+        for x, (value, style) in enumerate(columns, self.width - len(columns)):
+            share = self.y.share(value) if value else None
+            if value is None and self.canvas.free(self.left + x, self.top + self.height - 1, 1):
+                self._put(x, self.height - 1, UNKNOWN, FAINT)
+            if share is None or isnan(share):
                 continue
-            eighths = max(round(min(share, 1.0) * 8 * self.height), 1)
+            eighths = max(round(min(max(share, 0.0), 1.0) * 8 * self.height), 1)
             for row in range(self.height):
                 part = min(max(eighths - 8 * row, 0), 8)
                 if part:
@@ -230,15 +257,19 @@ class _Area:
         self._dots(self._places(edges), line.band_style, False)
 
     def rule(self, rule: Rule) -> None:
-        style = rule.style or FAINT
         across = None if rule.x is None else self._across(rule.x)
-        down = None if rule.y is None else self._down(rule.y)
         if across is not None:
             for row in range(self.height):
-                self._put(across, row, RULE, style)
+                self._put(across, row, RULE, rule.style or FAINT)
+
+    def level(self, rule: Rule) -> None:
+        down = None if rule.y is None else self._down(rule.y)
         if down is not None:
-            for column, char in enumerate(f"╌{rule.label}".ljust(self.width, "╌")):
-                self._put(column, down, char, style)
+            label = pad_or_truncate(rule.label, min(cell_len(rule.label), self.width - 1))
+            for start, text in ((0, "╌" * self.width), (1, label)):
+                self.canvas.write(
+                    self.left + start, self.top + int(down), text, rule.style or FAINT
+                )
 
     def line(self, line: Line) -> None:
         self._dots(self._places(line.points), line.style, line.bold)
@@ -260,7 +291,7 @@ class _Area:
             if across - before >= MARK_EVERY:
                 self._put(across, down, EVALUATED, bold)
                 before = across
-        if number is not None and not line.quiet and line.points:
+        if number is not None and line.sign and not line.quiet and line.points:
             points = self._places(line.points)
             for turn in range(self.width // SIGN_EVERY + 1):
                 wanted = SIGN_EVERY * (turn + (number * PHASE + 0.3) % 1)
@@ -290,8 +321,9 @@ class _Area:
         written = Canvas(self.width, self.height)
         cells: dict[tuple[int, int], list[Point]] = {}
         for point in points:
-            if place := self._place((point.x, point.y)):
-                cells.setdefault((round(place[0]), round(place[1])), []).append(point)
+            x, y = self._place((point.x, point.y)) or (-1.0, -1.0)
+            if written.free(round(x), round(y), 1):  # in the area
+                cells.setdefault((round(x), round(y)), []).append(point)
         for (x, y), (first, *_) in cells.items():
             self._write_point(written, x, y, first.sign, first.style)
         for (x, y), shared in cells.items():
@@ -312,9 +344,7 @@ class _Area:
             beside = (x + 1, x - wide // 2, x - wide) if away else (x + 2, x - 1 - wide)
             for start in beside:
                 # a cell on each side stays empty, so that two labels do not read as one
-                first, last = (start - 1, start + wide + 1) if away else (start, start + wide)
-                first, last = max(first, 0) if start >= 0 else first, min(last, self.width)
-                if start + wide <= self.width and written.free(first, y + away, last - first):
+                if written.free(start, y + away, wide, 1):
                     self._write_point(written, start, y + away, label, style)
                     return
 
@@ -327,9 +357,9 @@ class _Area:
             if values is None:
                 continue
             ends = [(end, point.y) if across else (point.x, end) for end in values]
-            reached = sorted(place[0] if across else place[1] for place in self._places(ends))
-            first, last = round(reached[0]), round(reached[-1])
-            for at in range(first, last + 1):
+            reached = [end[not across] for end in (place, *self._places(ends))]
+            size = self.width if across else self.height
+            for at in range(max(round(min(reached)), 0), min(round(max(reached)) + 1, size)):
                 x, y = (at, row) if across else (column, at)
                 if written.free(x, y, 1):
                     self._write_point(written, x, y, "─" if across else "│", style)

@@ -4,21 +4,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import isfinite
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.cells import cell_len
+from textual.binding import Binding, BindingType
 from textual.content import Content
 from textual.events import Click, MouseDown, MouseMove, MouseScrollDown, MouseScrollUp, MouseUp
 from textual.message import Message
 from textual.widget import Widget
 
+from tui.panes.lines import MUTED
 from tui.panes.plot.drawing import EIGHTHS, Drawing, draw
 from tui.panes.plot.scale import Range, is_drawable
 from tui.panes.plot.series import Axis, Line, Series
-from tui.widgets.text import pad_or_truncate
+from tui.widgets.cells import pad_or_truncate
 
 ZOOM = 0.7  # of the range that stays visible; 1 / ZOOM takes it back
 LOW = 3  # rows below which lines are drawn as a sparkline
+NOTHING = draw([], 0, 0)._replace(width=0)
 DrawnFor = Callable[[int], Sequence[Series]]  # the series for so many points that can be told apart
 
 
@@ -32,8 +35,11 @@ class Head:
 
 
 class Plot(Widget, can_focus=True):
-    """Series in all of the widget; `drawing` is what is seen. With a `head`, a click opens it."""
+    """Series in all of the widget: `shown` are drawn as `drawing`. With a `head`, Enter or a click
+    opens it.
+    """
 
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "open", "Open", show=False)]
     DEFAULT_CSS = """
     Plot { height: 1fr; width: 1fr; }
     """
@@ -64,16 +70,31 @@ class Plot(Widget, can_focus=True):
             return self.plot
 
     @dataclass
+    class Opened(Message):
+        """Enter or a click on a plot with a head."""
+
+        plot: "Plot"
+
+        @property
+        def control(self) -> "Plot":
+            return self.plot
+
+    @dataclass
     class Drawn(Message):
         """It was drawn for another size."""
 
         plot: "Plot"
 
+        @property
+        def control(self) -> "Plot":
+            return self.plot
+
     def __init__(self, *, can_zoom: bool = False, **options: Any) -> None:
         super().__init__(**options)
         self.can_zoom = can_zoom
-        self.drawing = draw([], 0, 0)
+        self.drawing = NOTHING
         self._series: DrawnFor = lambda _: ()
+        self.shown: Sequence[Series] = ()
         self._how: dict[str, Any] = {}
         self._head: Head | None = None
         self._pressed = self._dragged = False
@@ -98,20 +119,24 @@ class Plot(Widget, can_focus=True):
     @property
     def columns(self) -> int:
         """How many points of a line can be told apart."""
-        return max(2 * (self.drawing.width or self.size.width), 2)
+        return max(2 * (self.drawing.width or self.content_size.width), 2)
 
     def _draw(self) -> None:
-        width, height = self.content_size
-        height -= bool(self._head)
-        if width > 0 and height >= (1 if self._head is None else LOW):
-            if not self.drawing.width:  # the labels take of the width
-                self._draw_series(width, height)
-            self._draw_series(width, height)
+        if self.content_size:
+            before = self.drawing.width
+            self._draw_series()
+            if self.drawing.width != before:  # for which the series were
+                self._draw_series()
         self.refresh()
 
-    def _draw_series(self, width: int, height: int) -> None:
-        series = self._series(self.columns)
-        self.drawing = draw(series, width, height, **self._how, signs=self.app.no_color)
+    def _draw_series(self) -> None:
+        width, height = self.content_size
+        height -= bool(self._head)
+        self.shown = self._series(self.columns)
+        self.drawing = NOTHING
+        if height >= (1 if self._head is None else LOW):
+            signs = self.app.no_color
+            self.drawing = draw(self.shown, width, height, **self._how, signs=signs)
 
     def on_resize(self) -> None:
         self._draw()
@@ -119,13 +144,12 @@ class Plot(Widget, can_focus=True):
 
     def render(self) -> Content:
         width, height = self.content_size
-        series = self._series(self.columns)
-        if not series:
-            return Content.styled(self._empty, "$text-muted")
+        if not self.shown:
+            return Content.styled(self._empty, MUTED)
         if self._head is None:
             return Content("\n").join(self.drawing.rows)
         if height - 1 < LOW:
-            return self._sparkline(self._head, series, width)
+            return self._sparkline(self._head, width)
         return Content("\n").join([self._head_line(self._head, width), *self.drawing.rows])
 
     def _head_line(self, head: Head, width: int) -> Content:
@@ -135,9 +159,9 @@ class Plot(Widget, can_focus=True):
         style = "bold reverse" if self.has_focus else "bold"
         return Content.assemble((name, style), gap, (head.value, head.style))
 
-    def _sparkline(self, head: Head, series: Sequence[Series], width: int) -> Content:
+    def _sparkline(self, head: Head, width: int) -> Content:
         """`grad norm ▇▅▃▁ 0.31`"""
-        lines = [each for each in series if isinstance(each, Line)]
+        lines = [each for each in self.shown if isinstance(each, Line) and each.points]
         values = [value for _, value in lines[-1].points] if lines else []
         room = max(width - cell_len(f"{head.name}  {head.value}"), 0)
         style = "bold reverse" if self.has_focus else "bold"
@@ -155,8 +179,7 @@ class Plot(Widget, can_focus=True):
     def zoom(self, x: float, y: float = 1.0, centre: float | None = None) -> None:
         """Scale the ranges, about `centre` or the middle."""
         old = self.drawing
-        middle = (old.x.low + old.x.high) / 2 if centre is None else centre
-        self._move(_scaled(_range(old, "x"), middle, x), _scaled(_range(old, "y"), None, y))
+        self._move(_scaled(_range(old, "x"), centre, x), _scaled(_range(old, "y"), None, y))
 
     def pan(self, x: float, y: float = 0.0) -> None:
         """Shift the ranges right by `x` and up by `y`, as shares of what is visible."""
@@ -196,8 +219,14 @@ class Plot(Widget, can_focus=True):
 
     def on_click(self, event: Click) -> None:
         x = self.drawing.x_at(event.x)
-        if not self._dragged and x is not None:
+        if self._head:
+            self.action_open()
+        elif not self._dragged and x is not None:
             self.post_message(self.Clicked(self, x))
+
+    def action_open(self) -> None:
+        if self._head:
+            self.post_message(self.Opened(self))
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
@@ -212,16 +241,17 @@ def sparkline(values: Sequence[float], width: int) -> str:
     means = [_mean(part) for part in parts]
     known = [mean for mean in means if mean is not None]
     low, high = min(known, default=0.0), max(known, default=1.0)
+    is_flat = not is_drawable((low, high))
     marks = []
     for mean in means:
-        share = 0.0 if mean is None or high <= low else (mean - low) / (high - low)
+        share = 0.0 if mean is None or is_flat else (mean - low) / (high - low)
         marks.append(" " if mean is None else EIGHTHS[1 + round(share * 7)])
     return "".join(marks).rjust(width)
 
 
 def _mean(values: Sequence[float]) -> float | None:
     finite = [value for value in values if isfinite(value)]
-    return sum(finite) / len(finite) if finite else None
+    return sum(value / len(finite) for value in finite) if finite else None
 
 
 def _range(drawing: Drawing, axis: str) -> Range:
@@ -230,6 +260,8 @@ def _range(drawing: Drawing, axis: str) -> Range:
 
 
 def _scaled(range_: Range, centre: float | None, factor: float) -> Range:
+    if factor == 1:  # the same, and not only nearly
+        return range_
     middle = sum(range_) / 2 if centre is None else centre
     low, high = (middle + (end - middle) * factor for end in range_)
     return low, high

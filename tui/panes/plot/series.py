@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from math import ceil, floor, log10
+from math import ceil, floor, isfinite, log10
 
 from tui.panes.plot.scale import Range, fit, is_drawable, power_of_ten, spans_decade, ticks
 
@@ -29,12 +29,13 @@ class Axis:
 
     def fitted(self, values: Iterable[float], margin: bool = True) -> "Scale":
         """The axis with room for all values."""
-        known = list(values)
+        known = [value for value in values if isfinite(value)]
         log = spans_decade(known) if self.log is None else self.log
         if self.range:
             low, high = self.range
         elif self.share:
-            low, high = min(floor(min(known, default=0.0) * 10) / 10, 0.9), 1.0
+            least = min(max(min(known, default=0.0), 0.0), 0.9)
+            low, high = floor(least * 10) / 10, 1.0
         elif margin or log:
             low, high = fit(known, log)
         else:
@@ -121,14 +122,16 @@ class Point:
 
 @dataclass(frozen=True)
 class Bars:
-    """For so many columns of cells a value from 0 and its style each; None leaves a gap."""
+    """For so many columns of cells a value from 0 and its style each; None, which is a dot, where
+    it is not known.
+    """
 
     columns: Callable[[int], Sequence[tuple[float | None, str]]]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A line across the plot at an x, or at a y; an x's label is written below it."""
+    """A line across the plot at an x, or at a y below bars; an x's label is written below it."""
 
     x: float | None = None
     y: float | None = None

@@ -13,64 +13,74 @@ from pipeline.errors import UserError
 from pipeline.files.artifact import write_file
 from pipeline.files.home import expand
 from pipeline.project.logs.run_log import COLUMNS, OPTIONAL
-from tui.screens.curves.metrics import METRICS
-from tui.screens.curves.runs import RunView
-from tui.screens.curves.selection import Drawn
-from tui.widgets.plot.scale import Range, power_of_ten
+from pipeline.views.curves import Curve, Runs, RunView
+from pipeline.views.series import METRICS, Column
+from tui.app import Workbench
+from tui.dialogs import Ask, PathScreen
+from tui.panes.plot.scale import Range, power_of_ten
+from tui.screens.curves.lines import Drawn
 
+QUESTION = (
+    "Save what is shown as a picture (.svg, .png), or the numbers of the runs that are on (.csv)"
+)
 KINDS = (".svg", ".png", ".csv")
 COLUMNS_EXPORTED = 600  # points of a line, at most
 
 
 def panel(
-    metric: str, drawn: Sequence[Drawn], x: Range, y: Range | None = None, log: bool = False
+    metric: str, lines: Sequence[Drawn], x: Range, y: Range | None = None, log: bool = False
 ) -> dict[str, Any]:
     """A panel for `pipeline.stages.charts`, in plain values. With `log`, `y` is given in exponents
     of ten.
     """
-    parts = []
-    for line in drawn:
-        columns, held_out = line.columns(metric, x, COLUMNS_EXPORTED), METRICS[metric].held_out
-        marks = line.columns(held_out, x, COLUMNS_EXPORTED) if held_out and not line.quiet else []
-        flat = line.flat() if metric == "loss" and not line.quiet else None
-        flat_column = next((c for c in columns if flat and c.x >= flat[1] >= columns[0].x), None)
-        label = line.view.run.curve_label(line.curve_log.name) + (
-            f", | flat from epoch {flat[0]:.0f}" if flat else ""
-        )
-        parts.append(
-            {
-                "label": "" if line.quiet else label,
-                "color": line.look.color,
-                "sign": line.look.sign,
-                "dim": line.quiet,
-                "flat": (flat_column.x, flat_column.mean) if flat_column else None,
-                "x": [column.x for column in columns],
-                "low": [column.low for column in columns],
-                "high": [column.high for column in columns],
-                "mean": [column.mean for column in columns],
-                "held_out": {"x": [c.x for c in marks], "y": [c.mean for c in marks]},
-            }
-        )
     if y and log:
         y = power_of_ten(y[0]), power_of_ten(y[1])
-    return {"title": METRICS[metric].title, "log": log, "y": y, "curves": parts}
+    curves = [_curve(line, metric, x) for line in lines]
+    return {"title": METRICS[metric].title, "log": log, "y": y, "curves": curves}
 
 
-async def save(
-    path: Path,
-    views: Sequence[RunView],
-    panels: Sequence[dict[str, Any]],
-    x: Range,
-    smoothing: float,
-) -> None:
-    """Write the runs' numbers or the panels, as the suffix of `path` says. Raises UserError and
-    OSError.
+def _curve(drawn: Drawn, metric: str, x: Range) -> dict[str, Any]:
+    curve, look = drawn.curve, drawn.curve.view.look
+    columns = drawn.columns(metric, x, COLUMNS_EXPORTED)
+    line, flat = drawn.line(metric, x, COLUMNS_EXPORTED, labels=False), curve.flat()
+    note = f", | flat from epoch {flat[0]:.0f}" if flat and metric == "loss" else ""
+    return {
+        "label": "" if drawn.quiet else f"{curve.view.run.curve_label(curve.name)}{note}",
+        "color": look.color,
+        "sign": look.sign,
+        "dim": drawn.quiet,
+        "flat": line.flat,
+        **{name: [getattr(column, name) for column in columns] for name in Column._fields},
+        "held_out": {"x": [at for at, _ in line.marks], "y": [value for _, value in line.marks]},
+    }
+
+
+async def ask_path(workbench: Workbench, views: Sequence[RunView]) -> Path | None:
+    """Ask where to save; None if the user does not. Raises UserError if nothing can be written
+    there.
     """
-    kind = path.suffix[1:].lower()
+    stem = f"curves-{views[0].run.stage}" if len(views) == 1 else "curves"
+    names = (f"{stem}{number}.svg" for number in ("", *(f"-{n}" for n in range(2, 1000))))
+    free = next((name for name in names if not (workbench.root / name).exists()), f"{stem}.svg")
+    answer = await workbench.push_screen_wait(PathScreen(QUESTION, free))
+    if answer is None:
+        return None
+    path = path_for(workbench.root, answer)
+    ask = Ask(f"{answer} exists.", {"y": "replace it"}, title="Export")
+    if path.exists() and not await workbench.push_screen_wait(ask):
+        return None
+    return path
+
+
+async def save(path: Path, runs: Runs, panels: Sequence[dict[str, Any]], x: Range) -> None:
+    """Write the numbers of the runs that are on, or the panels, as the suffix of `path` says.
+    Raises UserError and OSError.
+    """
+    kind, title = path.suffix[1:].lower(), f"smoothing {runs.smoothing:g}"
     if kind == "csv":
-        chunks = csv_lines(views)
+        chunks = csv_lines(runs.curves)
     else:
-        picture = {"format": kind, "title": f"smoothing {smoothing:g}", "x": x, "panels": panels}
+        picture = {"format": kind, "title": title, "x": x, "panels": panels}
         chunks = iter([await render_chart(picture)])
     await asyncio.to_thread(write_file, path, chunks, durable=True)
 
@@ -92,17 +102,12 @@ async def render_chart(chart: dict[str, Any]) -> bytes:
     return out
 
 
-def csv_lines(views: Sequence[RunView]) -> Iterator[bytes]:
+def csv_lines(curves: Sequence[Curve]) -> Iterator[bytes]:
     """The header, then all rows, one chunk per curve. A column that no run has is left out."""
-    curves = [
-        (view.run.curve_label(curve.name), curve.log)
-        for view in views
-        for curve in view.curve_logs.values()
-    ]
-    optional = [name for name in OPTIONAL if any(log.series[name].y for _, log in curves)]
+    optional = [name for name in OPTIONAL if any(curve.log.series[name].y for curve in curves)]
     yield (",".join(("run", *COLUMNS, *optional)) + "\n").encode()
-    for label, log in curves:
-        text = StringIO()
+    for curve in curves:
+        label, log, text = curve.view.run.curve_label(curve.name), curve.log, StringIO()
         rows = csv.writer(text, lineterminator="\n")
         # step → value
         sparse = [dict(zip(log.series[n].x, log.series[n].y, strict=True)) for n in optional]
@@ -112,12 +117,6 @@ def csv_lines(views: Sequence[RunView]) -> Iterator[bytes]:
             cells = [*values, *(column.get(step) for column in sparse)]
             rows.writerow([label, *("" if cell is None else f"{cell:.10g}" for cell in cells)])
         yield text.getvalue().encode()
-
-
-def free_name(root: Path, stem: str) -> str:
-    """A name that does not exist yet: curves.svg, else curves-2.svg, …"""
-    names = (f"{stem}{number}.svg" for number in ("", *(f"-{number}" for number in range(2, 1000))))
-    return next((name for name in names if not (root / name).exists()), f"{stem}.svg")
 
 
 def path_for(root: Path, answer: str) -> Path:

@@ -2,69 +2,32 @@
 and how it reads.
 """
 
-import json
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from typing import ClassVar, NamedTuple
 
-from rich.text import Text
 from textual import on, work
-from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical, VerticalScroll
+from textual.content import Content
 from textual.screen import ModalScreen
-from textual.timer import Timer
 from textual.widget import Widget
 from textual.widgets import Input, Static, TextArea
 
 from pipeline.errors import UserError, explain
+from pipeline.views.data_rows import Answer, RowTexts, row_facts
 from tui.screens.data.row_view import visible
 
-MAX_FIELDS = 40  # more texts are edited as JSON
-DELAY = 0.3  # seconds of rest before what was typed is read
-CONTENTS = ("content", "value")  # the text of a turn
-Path = tuple[str | int, ...]
-Read = Callable[[str], Awaitable[Mapping[str, Any]]]
-Write = Callable[[str, str], Awaitable[Mapping[str, Any]]]
+REST = 0.3  # seconds before what was typed is read
+Read = Callable[[str], Awaitable[Answer]]
+Write = Callable[[str, str], Awaitable["Written"]]
 
 
 class Written(NamedTuple):
-    """The file that the row was written to, and what the writer answered."""
+    """The file that the row was written to, and the one that it can take the place of."""
 
     out: str
-    answer: Mapping[str, Any]
-
-
-def text_fields(record: Mapping[str, Any]) -> dict[Path, str]:
-    """Where the texts of a row are that one edits → what they are; nothing if there are too many,
-    or none.
-    """
-    fields: dict[Path, str] = {}
-    for key, value in record.items():
-        if isinstance(value, str):
-            fields[(key,)] = key
-        for number, turn in enumerate(value if isinstance(value, list) else ()):
-            texts = [
-                name
-                for name in CONTENTS
-                if isinstance(turn, dict) and isinstance(turn.get(name), str)
-            ]
-            fields |= {
-                (key, number, name): str(turn.get("role") or turn.get("from") or key)
-                for name in texts
-            }
-    return fields if len(fields) <= MAX_FIELDS else {}
-
-
-def get(record: Any, path: Path) -> str:
-    for key in path:
-        record = record[key]
-    return str(record)
-
-
-def put(record: Any, path: Path, text: str) -> None:
-    for key in path[:-1]:
-        record = record[key]
-    record[path[-1]] = text
+    instead_of: str = ""
 
 
 class Editor(ModalScreen[Written | None]):
@@ -86,55 +49,30 @@ class Editor(ModalScreen[Written | None]):
         Binding("ctrl+o", "file", "File"),
         Binding("escape", "cancel", "Cancel"),
     ]
-    CSS = """
-    Editor { align: center middle; }
-    Editor > .dialog { width: 96%; max-width: 130; height: 94%; max-height: 94%; padding: 0 1; }
-    Editor .fields { height: 1fr; }
-    Editor TextArea { height: auto; max-height: 14; padding: 0; border: none; border-left: wide $foreground 25%; }
-    Editor TextArea:focus { border: none; border-left: wide $accent; }
-    Editor #out { margin-bottom: 1; }
-    Editor .json { height: 1fr; max-height: 100%; }
-    Editor Static { height: auto; }
-    Editor .role { color: $text-muted; }
-    Editor #reading { max-height: 3; }
-    """
+    CSS_PATH = "editor.tcss"
+    KEYS = "Ctrl+S save  Ctrl+O file  Ctrl+T fields or JSON  Tab next field  Esc cancel"
 
     def __init__(self, line: str, out: str, changes: str, read: Read, write: Write) -> None:
         super().__init__()
-        self._line, self._out, self._changes, self._read, self._write = (
-            line,
-            out,
-            changes,
-            read,
-            write,
-        )
-        self._record: Any = _loaded(line)
-        self._fields = text_fields(self._record) if isinstance(self._record, dict) else {}
-        self._rest: Timer | None = None
-        self._first = line
-        self._asked = ""  # the action that was asked to be confirmed by its key: save or cancel
+        self._changes, self._read, self._write = changes, read, write
+        self._row = RowTexts(line, line)
+        self._asked = ""  # save or cancel, if its key has to be pressed again
+        self.out = Input(out, id="out", compact=True, select_on_focus=False)
+        self.reading = Static(id="reading", markup=False)
 
-    def compose(self) -> ComposeResult:
-        dialog = Vertical(classes="dialog")
-        dialog.border_title = "Edit the row"
-        dialog.border_subtitle = (
-            "Ctrl+S save  Ctrl+O file  Ctrl+T fields or JSON  Tab next field  Esc cancel"
-        )
-        with dialog:
+    def compose(self) -> Iterable[Widget]:
+        with Vertical(classes="dialog") as dialog:
+            dialog.border_title, dialog.border_subtitle = "Edit the row", self.KEYS
             yield Static(self._changes, markup=False)
-            yield Input(self._out, id="out", compact=True, select_on_focus=False)
+            yield self.out
             yield VerticalScroll(*self._widgets(), classes="fields", can_focus=False)
-            yield Static(id="reading", markup=False)
+            yield self.reading
 
     def _widgets(self) -> Iterable[Widget]:
-        if not self._fields:
-            yield TextArea(
-                _pretty(self._line), classes="json", soft_wrap=True, show_line_numbers=False
-            )
-            return
-        for path, label in self._fields.items():
-            yield Static(label, classes="role", markup=False)
-            yield TextArea(get(self._record, path), soft_wrap=True, show_line_numbers=False)
+        for name, text in self._row.fields:
+            if name:
+                yield Static(name, classes="role", markup=False)
+            yield TextArea(text, soft_wrap=True, classes="" if name else "json")
 
     def on_mount(self) -> None:
         self._focus_last()
@@ -147,30 +85,23 @@ class Editor(ModalScreen[Written | None]):
         field.move_cursor(field.document.end)
         self.call_after_refresh(field.scroll_visible, animate=False)
 
-    def line(self) -> str:
-        """The row as it stands in the fields. Raises UserError if it is no JSON object."""
-        texts = [area.text for area in self.query(TextArea)]
-        if self._fields:
-            for path, text in zip(self._fields, texts, strict=True):
-                put(self._record, path, text)
-            return json.dumps(self._record, ensure_ascii=False)
-        try:
-            record = json.loads(texts[0])
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"not JSON: {error}. Correct it.") from None
-        if not isinstance(record, dict):
-            raise UserError('must be a JSON object, such as {"text": …}.')
-        return json.dumps(record, ensure_ascii=False)
+    @property
+    def _texts(self) -> list[str]:
+        return [area.text for area in self.query(TextArea)]
+
+    def is_changed(self) -> bool:
+        """Whether closing it would lose something."""
+        return self._row.is_changed(self._texts)
 
     async def action_as_json(self) -> None:
         """Edit all of the row as JSON, and back."""
+        row = self._row
         try:
-            line = self.line()
+            line = row.with_texts(self._texts)
         except UserError as error:
-            self._say(f"✗ {error}", "error")
+            self._say(f"✗ {error}", "$error")
             return
-        self._line, self._record = line, json.loads(line)
-        self._fields = {} if self._fields else text_fields(self._record)
+        self._row = RowTexts(row.first, line, () not in row.paths)
         fields = self.query_one(".fields")
         # a text area that is painted while it goes has no styles any more
         with self.app.batch_update():
@@ -183,100 +114,68 @@ class Editor(ModalScreen[Written | None]):
         self._asked = ""
         self._read_soon()
 
-    def _read_soon(self) -> None:
-        if self._rest:
-            self._rest.stop()
-        self._rest = self.set_timer(DELAY, self._show_reading)
-
     @work(exclusive=True, group="reading")
-    async def _show_reading(self) -> None:
-        await self._reading()
+    async def _read_soon(self) -> None:
+        await asyncio.sleep(REST)
+        await self._show_reading()
 
-    async def _reading(self) -> tuple[str, Mapping[str, Any]] | None:
-        """The line and how it reads, which is shown; None if it does not."""
+    async def _show_reading(self) -> tuple[str, str] | None:
+        """The line and its problem, which is shown; None if it cannot be read."""
         try:
-            line = self.line()
+            line = self._row.with_texts(self._texts)
             answer = await self._read(line)
         except UserError as error:
-            self._say(f"✗ {error}", "error")
+            self._say(f"✗ {error}", "$error")
             return None
-        if answer["problem"]:
-            self._say(f"✗ {visible(answer['problem'])}", "error")
-        elif answer.get("tokens") is None:
-            self._say(f"✓ it can be read; no tokens: {visible(answer['missing'])}", "success")
-        else:
-            cut = f", {answer['cut']:,} cut" if answer["cut"] else ""
-            self._say(
-                f"✓ {answer['tokens']:,} tokens, {answer['trained']:,} trained on{cut}", "success"
-            )
-        return line, answer
+        problem, missing = visible(answer["problem"]), visible(answer["missing"])
+        facts = ", ".join(row_facts(answer)) + f": {missing}" * bool(missing)
+        self._say(f"✗ {problem}" if problem else f"✓ {facts}", "$error" if problem else "$success")
+        return line, problem
 
-    def _say(self, text: str, color: str) -> None:
-        if self.app.is_running:
-            self.query_one("#reading", Static).update(Text(text, self.app.theme_variables[color]))
+    def _say(self, text: str, style: str) -> None:
+        self.reading.update(Content.styled(text, style))
+
+    def action_next_field(self, step: int) -> None:
+        """The next text, and after the last one the first."""
+        if step > 0:
+            self.focus_next(TextArea)
+        else:
+            self.focus_previous(TextArea)
+
+    def action_file(self) -> None:
+        self.set_focus(self.out)
 
     @on(Input.Submitted, "#out")
     def _submitted(self) -> None:
         self.action_save()
 
-    def action_next_field(self, step: int) -> None:
-        """The next text, and after the last one the first; from the file's name the first or the
-        last.
-        """
-        areas = [*self.query(TextArea)]
-        here = next((n for n, area in enumerate(areas) if area.has_focus), -1 if step > 0 else 0)
-        self.set_focus(areas[(here + step) % len(areas)])
-
-    def action_file(self) -> None:
-        self.set_focus(self.query_one("#out", Input))
-
     @work(exclusive=True, group="reading")
     async def action_save(self) -> None:
         """Save; a row with a problem only when it is asked for twice."""
-        read = await self._reading()
+        read, out = await self._show_reading(), self.out.value.strip()
         if read is None:
             return
-        line, answer = read
-        out = self.query_one("#out", Input).value.strip()
+        line, problem = read
         if not out:
-            self._say("✗ The file has no name. Ctrl+O names one.", "error")
-            return
-        if answer["problem"] and self._asked != "save":
+            self._say("✗ The file has no name. Ctrl+O names one.", "$error")
+        elif problem and self._asked != "save":
             self._asked = "save"
-            self._say(
-                f"✗ {visible(answer['problem'])} Ctrl+S again writes it all the same.", "error"
-            )
-            return
+            self._say(f"✗ {problem} Ctrl+S again writes it all the same.", "$error")
+        else:
+            await self._save(line, out)
+
+    async def _save(self, line: str, out: str) -> None:
         try:
             written = await self._write(line, out)
         except (UserError, OSError) as error:
             reason = explain(error) if isinstance(error, OSError) else str(error)
-            self._say(f"✗ {reason} Nothing was written; Ctrl+O names another file.", "error")
-            return
-        self.dismiss(Written(out, written))
+            self._say(f"✗ {reason} Nothing was written; Ctrl+O names another file.", "$error")
+        else:
+            self.dismiss(written)
 
     def action_cancel(self) -> None:
         if self.is_changed() and self._asked != "cancel":
             self._asked = "cancel"
-            self._say("Esc again drops what you typed; Ctrl+S saves it.", "warning")
-            return
-        self.dismiss(None)
-
-    def is_changed(self) -> bool:
-        """Whether closing it would lose something."""
-        try:
-            return bool(json.loads(self.line()) != _loaded(self._first))
-        except UserError:
-            return self.query(TextArea).last().text != _pretty(self._first)
-
-
-def _loaded(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _pretty(line: str) -> str:
-    record = _loaded(line)
-    return line.rstrip("\n") if record is None else json.dumps(record, ensure_ascii=False, indent=2)
+            self._say("Esc again drops what you typed; Ctrl+S saves it.", "$warning")
+        else:
+            self.dismiss(None)

@@ -1,52 +1,56 @@
-"""The process that reads data files (`pipeline.data.browse_server`), asked about one file at a
-time.
-"""
+"""The process that reads data files, `pipeline.data.browse_server`, asked about one at a time."""
 
-from collections.abc import AsyncGenerator, Callable
+import asyncio
+from collections.abc import Callable
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
+from textual.widget import Widget
+
 from pipeline.errors import UserError
 from pipeline.files.async_worker import AsyncWorker
-from pipeline.files.worker import Answer, python_module
+from pipeline.files.worker import python_module
 from pipeline.project.process import environment
-from pipeline.views.data_files import DataFile
+from pipeline.views.data_files import DataFile, flat
+from pipeline.views.data_rows import Answer
 
 COMMAND = python_module("pipeline.data.browse_server")
 NAME, ADVICE = "The process that reads data files", "Open the file again (o)."
-# requests whose answer counts whatever file is shown meanwhile
-ANY_FILE = ("draft", "copy", "convert")
 
 
 class Reader:
-    """Starts the process with the first request. `shows(file)`: whether answers about a file are
-    still wanted.
-    """
+    """`file`: what is asked about. Its process is started by the first request."""
 
-    def __init__(
-        self, root: Path, shows: Callable[[DataFile], bool], is_running: Callable[[], bool]
-    ) -> None:
+    def __init__(self, root: Path) -> None:
         self.process = AsyncWorker(COMMAND, root, NAME, ADVICE, environment)
-        self._shows, self._is_running = shows, is_running
+        self.file = DataFile("")
 
-    async def stream(self, do: str, file: DataFile, **fields: Any) -> AsyncGenerator[Answer, None]:
-        """The answers about a file, until another is shown. Raises UserError."""
-        try:
-            async with aclosing(self.process.stream(do, **file.request(), **fields)) as answers:
-                async for answer in answers:
-                    if not self._is_running() or not (do in ANY_FILE or self._shows(file)):
-                        return
-                    yield answer
-        except UserError:
-            # else the process was stopped, and there is nothing left to show it on
-            if self._is_running():
-                raise
+    def ask(
+        self,
+        widget: Widget,
+        do: str,
+        take: Callable[[Answer], None],
+        refuse: Callable[[str], None],
+        rest: float = 0.0,
+        **fields: Any,
+    ) -> None:
+        """Ask after a rest, in place of what the widget asked so before. `take` gets each answer,
+        `refuse` the reason if there is none, unless another file is shown by then.
+        """
+        file = self.file
 
-    async def ask(self, do: str, file: DataFile, **fields: Any) -> Answer | None:
-        """The last answer; None if another file is shown meanwhile."""
-        last = None
-        async with aclosing(self.stream(do, file, **fields)) as answers:
-            async for answer in answers:
-                last = answer
-        return last if last and last["event"] == "done" else None
+        async def read() -> None:
+            await asyncio.sleep(rest)
+            try:
+                async with aclosing(self.process.stream(do, **file.request(), **fields)) as answers:
+                    async for answer in answers:
+                        if file is not self.file:
+                            return
+                        take(answer)
+            except UserError as error:
+                refuse(flat(str(error)))
+
+        start: Any = read  # called by the worker: it may be cancelled before
+        if file.name:
+            widget.run_worker(start, group=do, exclusive=True)

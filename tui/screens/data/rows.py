@@ -1,265 +1,156 @@
-"""The rows of a file as a list of any length: only what is visible is asked for and drawn."""
+"""The pane of a file's rows: read as they are seen, searched, with the signs of problems."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 
-from rich.cells import cell_len, set_cell_size
-from rich.segment import Segment
-from rich.style import Style
-from textual.binding import Binding, BindingType
-from textual.events import Click
-from textual.geometry import Region, Size
-from textual.message import Message
-from textual.reactive import reactive
-from textual.scroll_view import ScrollView
-from textual.strip import Strip
-from textual.widget import Widget
+from textual.content import Content
 
 from pipeline.views.data_files import flat
-from tui.widgets.pane import Pane
-from tui.widgets.table import MOVE_KEYS
+from pipeline.views.data_rows import PAGE, Answer, FileRows, RowLine
+from tui.panes.pane import Pane
+from tui.panes.table import LEAST, Column, Table
+from tui.screens.data.about import ROWS
+from tui.screens.data.reader import Reader
 
-PAGE = 100  # rows that are asked for at once
-MAX_KEPT = 5000  # rows; the farthest are forgotten
-
-
-@dataclass
-class RowLine:
-    """A row in the list. `number`: as it is named in messages. `tokens`, `cut`: None until they are
-    counted.
-    """
-
-    number: int
-    text: str
-    problem: str = ""
-    tokens: int | None = None
-    cut: int = 0
-
-
-class RowList(ScrollView, can_focus=True):
-    """Lines of rows by their position in the file; after a search, of those that were found."""
-
-    DEFAULT_CSS = """
-    RowList { height: 1fr; background: transparent; scrollbar-size-vertical: 1; overflow-x: hidden; }
-    RowList > .rows--cursor { background: $block-cursor-blurred-background; text-style: bold; }
-    RowList:focus > .rows--cursor { background: $block-cursor-background; color: $block-cursor-foreground; }
-    RowList > .rows--problem { color: $text-error; }
-    RowList > .rows--cut { color: $text-warning; }
-    """
-    COMPONENT_CLASSES: ClassVar[set[str]] = {"rows--cursor", "rows--problem", "rows--cut"}
-    BINDINGS: ClassVar[list[BindingType]] = [*MOVE_KEYS]
-    cursor = reactive(0, repaint=False)
-
-    class Moved(Message):
-        """The cursor is on another row."""
-
-    class Wanted(Message):
-        """Rows from position `first` on are visible and not here."""
-
-        def __init__(self, first: int) -> None:
-            super().__init__()
-            self.first = first
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._lines: dict[int, RowLine] = {}
-        self._found: list[int] | None = None  # positions of the rows that were found
-        self.total = 0
-        self._asked = -1
-        # number of each row that a check complains about → error or warning
-        self.problems: dict[int, str] = {}
-
-    @property
-    def count(self) -> int:
-        return self.total if self._found is None else len(self._found)
-
-    @property
-    def position(self) -> int | None:
-        """Of the row under the cursor, in the file."""
-        if not 0 <= self.cursor < self.count:
-            return None
-        return self.cursor if self._found is None else self._found[self.cursor]
-
-    @property
-    def line(self) -> RowLine | None:
-        position = self.position
-        return None if position is None else self._lines.get(position)
-
-    def reset(self) -> None:
-        """Another file, or the same again."""
-        self._lines, self._found, self.total, self._asked, self.problems = {}, None, 0, -1, {}
-        self.cursor = 0
-        self.scroll_to(y=0, animate=False)
-        self._resized()
-
-    def set_total(self, total: int) -> None:
-        """There are at least so many rows."""
-        if total != self.total:
-            self.total = total
-            self._resized()
-
-    def show_found(self, positions: Sequence[int] | None) -> None:
-        """Show these rows alone; all again with None, the cursor on the same row."""
-        position = self.position
-        self._found = None if positions is None else [*positions]
-        self.cursor = position if positions is None and position is not None else 0
-        self._resized()
-        self.post_message(self.Moved())
-
-    def add_found(self, position: int) -> None:
-        if self._found is not None:
-            self._found.append(position)
-            self._resized()
-            if len(self._found) == 1:
-                self.post_message(self.Moved())
-
-    def put(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Rows that were read."""
-        for row in rows:
-            line = RowLine(int(row["row"]), flat(str(row["text"])), str(row["problem"]))
-            self._lines[int(row["position"])] = line
-        if len(self._lines) > MAX_KEPT and self._found is None:
-            near = sorted(self._lines, key=lambda position: abs(position - self.cursor))[
-                : MAX_KEPT // 2
-            ]
-            self._lines = {position: self._lines[position] for position in near}
-        self._asked = -1
-        self.refresh()
-
-    def put_lengths(self, lengths: dict[str, Sequence[int]], problems: dict[str, str]) -> None:
-        """The tokens of rows, or why they have none."""
-        for position, (tokens, _, cut) in lengths.items():
-            if line := self._lines.get(int(position)):
-                line.tokens, line.cut = tokens, cut
-        for position, problem in problems.items():
-            if line := self._lines.get(int(position)):
-                line.problem = problem
-        self.refresh()
-
-    def known_problems(self) -> set[int]:
-        """The numbers of all rows with a problem, as far as they are known."""
-        return {*self.problems} | {line.number for line in self._lines.values() if line.problem}
-
-    # Movement
-
-    def action_move(self, rows: int) -> None:
-        self.cursor = max(0, min(self.count - 1, self.cursor + rows))
-
-    def action_page(self, pages: int) -> None:
-        self.action_move(pages * max(1, self.size.height - 1))
-
-    def on_click(self, event: Click) -> None:
-        self.cursor = max(0, min(self.count - 1, event.y + self.scroll_offset.y))
-
-    def watch_cursor(self, before: int, after: int) -> None:
-        for index in (before, after):
-            self.refresh_line(index - self.scroll_offset.y)
-        self.scroll_to_region(Region(0, after, 1, 1), animate=False, force=True)
-        self.post_message(self.Moved())
-
-    def refresh_line(self, y: int) -> None:
-        if 0 <= y < self.size.height:
-            self.refresh(Region(0, y, self.size.width, 1))
-
-    # Drawing
-
-    def on_resize(self) -> None:
-        self._resized()
-        self.scroll_to_region(Region(0, self.cursor, 1, 1), animate=False, force=True)
-
-    def _resized(self) -> None:
-        self.virtual_size = Size(0, self.count)
-        self.refresh()
-
-    def render_line(self, y: int) -> Strip:
-        index, width = y + self.scroll_offset.y, self.scrollable_content_region.width
-        base = self.rich_style
-        if not 0 <= index < self.count:
-            return Strip.blank(width, base)
-        position = index if self._found is None else self._found[index]
-        line = self._lines.get(position)
-        if line is None:
-            self._want(position)
-        cursor = (
-            self.get_component_rich_style("rows--cursor", partial=True)
-            if index == self.cursor
-            else Style()
-        )
-        segments = [
-            Segment(text, base + self._style(name) + cursor)
-            for text, name in self._cells(line, width)
-        ]
-        return Strip(segments, width).adjust_cell_length(width, base + cursor)
-
-    def _cells(self, line: RowLine | None, width: int) -> list[tuple[str, str]]:
-        digits = max(3, len(str(self.total)))
-        if line is None:
-            return [("…".rjust(digits), "dim")]
-        level = "error" if line.problem else self.problems.get(line.number, "")
-        tokens = "" if line.tokens is None else f"{line.tokens:,}"
-        right = f" {tokens:>5} " if width > 24 else " "
-        sign = "!" if level else " "
-        if level == "error":
-            sign = "✗"
-        elif line.cut:
-            sign = "⊣"
-        room = max(0, width - digits - 1 - len(right) - 1)
-        text = line.text if line.text.strip() or not line.problem else line.problem
-        shown = (
-            set_cell_size(text, room)
-            if cell_len(text) <= room
-            else f"{set_cell_size(text, max(0, room - 1))}…"
-        )
-        style = "rows--problem" if level == "error" else "rows--cut"
-        return [
-            (f"{line.number:>{digits}} ", "dim"),
-            (shown, "rows--problem" if line.problem else ""),
-            (right, "rows--cut" if line.cut else "dim"),
-            (sign, style),
-        ]
-
-    def _style(self, name: str) -> Style:
-        if name == "dim":
-            return Style(dim=True)
-        return self.get_component_rich_style(name, partial=True) if name else Style()
-
-    def _want(self, position: int) -> None:
-        """Ask for the page that a visible row is on, once."""
-        first = max(0, self.scroll_offset.y - PAGE // 4) if self._found is None else position
-        if self._asked != first:
-            self._asked = first
-            self.post_message(self.Wanted(first))
+REST = 0.05  # seconds before what was typed is searched
+SIGNS = {"error": ("✗", "$error"), "warning": ("!", "$warning"), "cut": ("⊣", "$warning")}
 
 
 class RowsPane(Pane):
-    """The list, and a field that searches the file."""
+    """The rows of the reader's file; its filter searches all of the file.
 
-    TITLE = "Rows"
-    FILTER = True
-    HELP = """\
-Every row of the file: its line or row number, how it begins, and its tokens with the end token.
+    `refuse` is called with the reason why rows cannot be read.
+    """
 
-- **✗** cannot be read or encoded, **!** the check complains about it, **⊣** cut at `max_length`.
-- `/` searches the whole file, whatever the case; `#120` goes to row 120.
-- `e` edits the row into a copy of the file, which stays as it is. `x` writes all rows in another
-  format.
-- `m` checks all rows, which small files are at once. `n`, `N` go from problem to problem."""
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("e", "screen.edit", "edit", id="data.edit"),
-        Binding("n", "screen.problem(1)", "next problem", id="data.next"),
-        Binding("x", "screen.export", "export", id="data.export"),
-    ]
+    def __init__(self, reader: Reader, refuse: Callable[[str], None]) -> None:
+        self.table = Table[RowLine](key=lambda line: line.position, titles=False)
+        super().__init__(ROWS, self.table, id="rows")
+        self.lines = FileRows(self._read)
+        self.levels: Mapping[int, str] = {}  # number of a row → error or warning
+        self._reader, self._refuse = reader, refuse
 
-    class Filtered(Message):
-        """What to search for has changed."""
+    @property
+    def position(self) -> int:
+        """Of the row that the cursor is on, in the file."""
+        positions, line = self.lines.positions, self.table.cursor
+        return positions[line] if line < len(positions) else 0
 
-        def __init__(self, text: str) -> None:
-            super().__init__()
-            self.text = text
+    def open(self, position: int, number: int) -> None:
+        """Show the file; once its rows are counted at the row of this number, or this position."""
+        self.lines, self.levels = FileRows(self._read), {}
+        self.close_filter()
+        self._show(line=0)
+        self.lines.want(0)
+        self._reader.ask(self, "index", partial(self._count, position, number), self._refuse)
 
-    def contents(self) -> Iterable[Widget]:
-        yield RowList()
+    def _count(self, position: int, number: int, answer: Answer) -> None:
+        self.lines.total = max(self.lines.total, answer["rows"])
+        self.lines.complete = answer["event"] == "done"
+        self._show()
+        if self.lines.complete and number:
+            self.go_to(number)
+        elif self.lines.complete and position:
+            self.table.go_to(position)
 
-    def filtered(self, text: str) -> None:
-        self.post_message(self.Filtered(text))
+    def _read(self, first: int) -> None:
+        self._reader.ask(self, "page", self._put, self._refuse, first=first, count=PAGE)
+
+    def _put(self, answer: Answer) -> None:
+        self.lines.put(answer)
+        self._show()
+
+    def _show(self, *facts: str, line: int | None = None) -> None:
+        """Show the rows that there are, the cursor on its row or on a line, and their number."""
+        lines = self.lines
+        self.table.show(lines, self._columns(), line=line)
+        count = f"{lines.total:,}{'' if lines.complete else '…'}"
+        if lines.found is not None:
+            count = f"{len(lines):,} of {count}"
+        self.show_title(count, *facts, title=flat(Path(self._reader.file.name).name))
+
+    # Search
+
+    def go_to(self, number: int) -> None:
+        """Move to a row by its number."""
+
+        def take(answer: Answer) -> None:
+            position = answer["position"]
+            if position is None:
+                self._show(f"no row {number:,}")
+                return
+            if self.lines.found is not None:
+                self.close_filter()
+            self.lines.total = max(self.lines.total, position + 1)
+            self._show_all(position)
+
+        self._reader.ask(self, "locate", take, self._refuse, row=number)
+
+    def filter(self, text: str) -> None:
+        """Show the rows that have a text in them, as they are found; of `#120` the row."""
+        text = text.strip()
+        number = text.removeprefix("#")
+        if text and text == number:
+            self.lines.found = []
+            self._show("searching …", line=0)
+            self._reader.ask(self, "find", self._take_found, self._refuse, REST, text=text)
+        elif self.lines.found is not None:
+            self._show_all(self.position)
+        if text != number and number.isdecimal():
+            self.go_to(int(number[:12]))
+
+    def _show_all(self, line: int) -> None:
+        self.workers.cancel_group(self, "find")
+        self.lines.found = None
+        self._show(line=line)
+
+    def _take_found(self, answer: Answer) -> None:
+        fact = "searching …"
+        if self.lines.found is not None:
+            self.lines.found += self.lines.put(answer)
+        if answer["event"] == "rows":
+            fact += f" {answer['rows']:,}"
+        elif answer["event"] == "done":
+            fact = "" if answer["complete"] else "and more"
+        self._show(*filter(None, [fact]))
+
+    # Problems
+
+    def mark(self, levels: Mapping[int, str]) -> None:
+        """Show what a check says of rows."""
+        self.levels = levels
+        self._show()
+
+    def problem_numbers(self) -> set[int]:
+        """The numbers of the rows with a problem, as far as they are known."""
+        return {*self.levels} | {line.number for line in self.lines.read.values() if line.problem}
+
+    def _columns(self) -> list[Column[RowLine]]:
+        """Number, text, tokens and a sign."""
+        digits = max(3, len(str(self.lines.total)))
+        return [
+            Column("row", _number, width=digits, right=True),
+            Column("text", _text, width=LEAST, fills=True),
+            Column("tokens", _tokens, width=6, right=True, rank=1),
+            Column("sign", self._sign, width=1),
+        ]
+
+    def _sign(self, line: RowLine) -> Content:
+        level = "error" if line.problem else self.levels.get(line.number, "")
+        if line.cut and level != "error":
+            level = "cut"
+        return Content.styled(*SIGNS[level]) if level else Content()
+
+
+def _number(line: RowLine) -> Content:
+    return Content.styled(str(line.number), "dim")
+
+
+def _text(line: RowLine) -> Content:
+    text = line.text if line.text.strip() else line.problem
+    return Content.styled(text, "$text-error" if line.problem else "")
+
+
+def _tokens(line: RowLine) -> Content:
+    text = "" if line.tokens is None else f"{line.tokens:,}"
+    return Content.styled(text, "$text-warning" if line.cut else "dim")

@@ -3,10 +3,9 @@ by side.
 """
 
 import asyncio
-import threading
-from collections import deque
 from collections.abc import Iterable, Sequence
-from operator import attrgetter
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any, ClassVar
@@ -14,114 +13,152 @@ from typing import Any, ClassVar
 from textual import on, work
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
-from textual.events import Resize
+from textual.content import Content
 from textual.widget import Widget
-from textual.widgets import Input
 
 from pipeline.errors import UserError
 from pipeline.files.home import expand
 from pipeline.inference.requests import MAX_LOADED
 from pipeline.views.model_library import Entry, read_documents
-from tui.dialogs import Menu, PathScreen, Reader
-from tui.screens.base import WIDE, WorkbenchScreen
-from tui.screens.models.columns import BY_LABEL
-from tui.screens.models.details import Details, format_fields
-from tui.screens.models.panes import DetailsPane, ModelsPane
-from tui.screens.models.prompt_pane import PromptPane
-from tui.screens.models.table import ModelTable, sort_choices
+from tui.dialogs import PathScreen, Reader
+from tui.panes.pane import About, Pane
+from tui.panes.table import Table
+from tui.panes.text import Text
+from tui.screens.base import WIDE
+from tui.screens.conversation.screen import STYLES, ConversationScreen
+from tui.screens.models.attention import AttentionDialog
+from tui.screens.models.columns import (
+    KEPT,
+    Folder,
+    Line,
+    columns,
+    kept,
+    key_of,
+    lines_of,
+    look_name,
+    parent_of,
+    words_of,
+)
+from tui.screens.models.details import Details, detail_lines, fields, folder_lines
+from tui.screens.models.scan import Scan
 from tui.services.evaluation import Evaluation
-from tui.services.loaded_models import shared_models
-from tui.services.vocabulary import vocabulary
 from tui.shipping import ship
-from tui.widgets.prompting import STEP
+from tui.widgets.cells import method_sign
 
 FOLDER_QUESTION = "Search which folder for models? A folder that was added before is removed."
-SAVE_QUESTION = (
-    "Save the transcript to which file? .jsonl gives JSON lines, any other suffix Markdown."
+SEARCHING = "looking for models…"
+NO_MODELS = "No models yet. R runs the pipeline, which makes some; f searches another folder."
+IDLE_SHARE = 50  # times as long as a look at all files takes there is none
+FEW = 8  # models of a folder that is unfolded at first
+MODELS = About(
+    "Models",
+    """\
+The pipeline's models, then a line for each folder of others. `●` is chosen, the sign and colour
+before the name are those of the method's curve.
+
+* **learned**: share of the answers to new prompts that are as expected (of long ones their
+  ROUGE-L), of the new sentences that it completes, or of the chosen answers that it prefers: the
+  first of these that is known; else the loss on new sentences, in nats per token, as in Results.
+* **kept**: share of the base's answers to old sentences that are still the same; **forgot**: how
+  much the loss on them rose, in nats per token. Of a folder: of the one that keeps most.
+* **loss**: mean loss of the last epoch of training.
+* **state**: `✓` the files are those that training wrote, `✗` they are not, or the model breaks a
+  limit of `evaluate.limits`; `?` there is no manifest.
+
+Sorted, all models are in one list, whatever folder they are in.""",
+    [
+        Binding("s", "screen.sort", "sort", id="models.sort"),
+        Binding("E", "screen.evaluate", "evaluate", id="models.evaluate"),
+        Binding("x", "screen.ship", "ship", id="models.ship"),
+        Binding("p", "screen.pipeline", "pipeline's", id="models.pipeline"),
+        Binding("f", "screen.folder", "folder", id="models.folder"),
+        Binding("m", "screen.spectrum", "spectrum", id="models.spectrum", show=False),
+        Binding("i", "screen.fields", "all fields", id="models.fields", show=False),
+    ],
+    filters="filter",
 )
-MAX_PROMPTS = 200  # in the saved history
-EVERY = 1.0  # seconds between checks for changed files, at least
-# times as long as a look at all files takes there is none: thousands must not keep a core busy
-IDLE_SHARE = 300
-# seconds for which verdicts are collected before the list is drawn: never one redraw a verdict
-BATCH = 0.25
-STATUS_EVERY = 2.0  # seconds between status requests
-FRAME = 0.05  # seconds between redraws of a streaming answer, at least
+DETAILS = About(
+    "Model",
+    """\
+**ΔW** is what an adapter adds to each weight matrix: the columns are its singular values, the
+largest first. One high column means a change in one direction; the percentage is that direction's
+share.
+
+`m` measures it, which takes a moment, once per adapter; `i` shows all fields of its files.""",
+    [
+        Binding("m", "screen.spectrum", "spectrum"),
+        Binding("i", "screen.fields", "all fields"),
+    ],
+)
 
 
-class ModelsScreen(WorkbenchScreen):
+class ModelsScreen(ConversationScreen):
     """List and prompt side by side; below 110 columns one of the two. The list follows the
     files.
     """
 
     NAME: ClassVar[str] = "models"
-    CSS_PATH = "models.tcss"
-    HELP = (
-        "Which models there are, what each **keeps** of the base's answers and **learned** of the "
-        "new sentences, and how it answers beside others. The pipeline's own come first, then "
-        "folders, which Enter unfolds.\n"
-        "\n"
-        "Space chooses the models that a prompt goes to, Enter goes to the prompt. `E` evaluates "
-        "adapters that the pipeline does not, such as a sweep's."
-    )
-    AUTO_FOCUS = "ModelTable"
+    CSS_PATH: ClassVar[Any] = [STYLES, "models.tcss"]
+    CHATS, FEW = False, 1
+    PANES: ClassVar[dict[str, About]] = {
+        "models": MODELS,
+        "model": DETAILS,
+        **ConversationScreen.PANES,
+    }
+    HELP = """\
+Which models there are, what each **keeps** of the base's answers and **learned** of the new
+sentences, and how it answers beside others. The pipeline's own come first, then folders, which
+Enter unfolds.
+
+Space chooses the models that a prompt goes to, Enter goes to the prompt. Each prompt is asked anew:
+the models read no message before it. `E` evaluates adapters that the pipeline does not, such as a
+sweep's."""
+    AUTO_FOCUS = "#models Table"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("c", "chat", "chat", id="models.chat"),
-        Binding(
-            "left_square_bracket", "strength(-1)", "strength", id="models.weaker", key_display="[ ]"
-        ),
-        Binding(
-            "right_square_bracket", "strength(1)", "stronger", id="models.stronger", show=False
-        ),
         Binding("a", "attention", "attention", id="models.attention"),
-        Binding("t", "sampling", "sampling", id="models.sampling"),
-        Binding("ctrl+r", "again", "ask again", id="models.again"),
+        Binding("t", "settings", "Settings", id="models.sampling", show=False),
         Binding("y", "copy", "copy the answer", id="models.copy"),
-        Binding("ctrl+s", "save", "save all answers", id="models.save"),
         Binding("v", "verify", "check all files again", id="models.verify", show=False),
     ]
 
     def __init__(self) -> None:
         super().__init__()
         self.add_class("-browse")
-        models = shared_models(self.workbench)
-        self.library, self.engine = models.library, models.inference
+        self.library = self.session.models.library
         self.evaluation = Evaluation(self.workbench.params_path)
         self.entries: list[Entry] = []
         self.chosen: list[Path] = []
         self.details: Details | None = None
         self._wanted: Path | None = None  # to be pointed at once it is listed
-        self._stop = threading.Event()  # stops the scan
-        # not shown yet; None: the scan is done
-        self._checked: deque[list[Entry] | Entry | None] = deque()
-        self._visible: Sequence[Path] = ()  # checked first
-        self._next_look = 0.0  # when the files are looked at again
-        # Widgets are attributes, because messages and answers can arrive while the screen closes
-        # and queries fail.
-        self.list_pane, self.details_pane, self.prompt_pane = (
-            ModelsPane(),
-            DetailsPane(),
-            PromptPane(models),
+        self._groups = set[str]()  # that were listed before
+        self._is_stale, self._next_look = False, 0.0  # whether and when to look at the files
+        self._scan = Scan(self.library, partial(self.call_later, self._take))
+        self.table = Table[Line](
+            key=key_of,
+            parent=parent_of,
+            words=words_of,
+            nothing=SEARCHING,
+            favourite=KEPT,
+            columns=columns(self._is_chosen, self._is_busy, self._is_folded, self._is_flat),
         )
-        self.table, self.prompt = self.list_pane.table, self.prompt_pane.prompt
-        self.slider = self.prompt_pane.slider
+        self.model = Text()
+        self.field.placeholder = "a prompt; Enter asks the chosen models"
 
     def body(self) -> Iterable[Widget]:
         yield Horizontal(
-            Vertical(self.list_pane, self.details_pane, id="models"), self.prompt_pane, id="body"
+            Vertical(self.pane("models", self.table), self.pane("model", self.model), id="left"),
+            Vertical(*self.conversation(), id="right"),
         )
 
     def on_mount(self) -> None:
-        self._drawing = self.set_interval(BATCH, self._show_checked, pause=True)
-        self._watcher = self.set_interval(EVERY, self._watch)
-        for folder in self._folders():
+        for folder in self.folders():
             if not folder.is_dir():
                 self.warn(f"{folder} is not a folder, so it is not searched for models.")
-        self.prompt.remember(self.workbench.state.prompts)
         self._start_scan()
 
     def on_unmount(self) -> None:
-        self._stop.set()
+        self._scan.stop()
         self.evaluation.stop()
 
     # What the app and other screens ask
@@ -133,33 +170,47 @@ class ModelsScreen(WorkbenchScreen):
             self.action_browse()
             self._point_at_wanted()
         if prompt:
-            self.prompt.value = prompt
+            self.field.fill(prompt)
             self.action_prompt()
 
-    def unsaved(self) -> str:
-        count = len(self.prompt_pane.conversation.exchanges) - self.prompt_pane.saved
-        return f"{count} prompts and their answers" if count > 1 else ""
-
     def project_changed(self) -> None:
-        if (
-            project := self.workbench.project_watch.project
-        ) and project is not self.library.project:
+        project = self.workbench.project_watch.project
+        if project and project is not self.library.project:
             self.library.project = project  # other variants: their names and groups change
             self._start_scan()
+
+    def watched(self) -> Iterable[Path]:
+        return self.library.folders
+
+    def files_changed(self) -> None:
+        self._is_stale = True
+        self._look()
+
+    def tick(self) -> None:
+        super().tick()
+        self._look()
+
+    @work(exclusive=True, group="look")
+    async def _look(self) -> None:
+        """Scan again if a model was added, removed or changed; a run writes all the time, and
+        thousands of files must not keep a core busy.
+        """
+        library, started = self.library, monotonic()
+        if self._is_stale and started >= self._next_look:
+            self._is_stale = False
+            changed = await asyncio.to_thread(lambda: library.added() or library.changed())
+            self._next_look = monotonic() + IDLE_SHARE * (monotonic() - started)
+            if changed:
+                self._start_scan()
 
     # Views and focus
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        if action == "leave" and (
-            self.prompt_pane.is_generating()
-            or self.focused_pane is self.prompt_pane
-            or self.list_pane.filter_text
-        ):
-            return True
+        if action == "leave" and not self.is_writing():
+            is_inside = self.focused_pane in (self.history_pane, self.message_pane)
+            if is_inside or self.table.needle:
+                return True
         return super().check_action(action, parameters)
-
-    def on_resize(self, _: Resize) -> None:
-        self.refresh_bindings()
 
     def _switch_view(self, name: str) -> None:
         self.set_class(name == "-browse", "-browse")
@@ -168,110 +219,85 @@ class ModelsScreen(WorkbenchScreen):
 
     def action_prompt(self) -> None:
         self._switch_view("-prompt")
-        self.give_focus(self.prompt)
+        self.give_focus(self.field)
 
     def action_browse(self) -> None:
         self._switch_view("-browse")
         self.give_focus(self.table)
 
-    @on(ModelTable.Opened)
-    def _ask_opened(self) -> None:
-        self.action_prompt()
-
     def action_leave(self) -> None:
-        """Escape: interrupt the answer, else leave the field, the enlarged pane, then the prompt
-        for the list.
-        """
-        if self.prompt_pane.is_generating():
-            self.prompt_pane.interrupt()
-        elif self.focused is self.prompt and self.app.size.width < WIDE:
-            self.give_focus(self.prompt_pane.answers)  # the list would cover them
-        elif self.focused_pane is self.prompt_pane and self.maximized is None:
+        """Esc: leave the field, the enlarged pane, then the prompt for the list."""
+        if self.focused is self.field and self.app.size.width < WIDE and self.history.last:
+            self.give_focus(self.history.last)  # the list would cover the answers
+        elif self.focused_pane in (self.history_pane, self.message_pane) and not self.maximized:
             self.action_browse()
-        elif self.table.has_focus and self.list_pane.filter_text:
-            self.list_pane.close_filter()  # it was kept with Enter
+        elif self.table.has_focus and self.table.needle:
+            self.query_one("#models", Pane).close_filter()  # it was kept with Enter
         else:
             super().action_leave()
 
     # The list of models
 
-    def _folders(self) -> list[Path]:
-        """The folders that the user added, in the config and here."""
-        names = [*self.workbench.config.folders, *self.workbench.state.folders]
-        return list(dict.fromkeys(self.workbench.root / expand(name) for name in names))
+    def _is_chosen(self, entry: Entry) -> bool:
+        return entry.model.path in self.chosen
+
+    def _is_busy(self, entry: Entry) -> bool:
+        return entry.model.path in self.evaluation.adapters
+
+    def _is_folded(self, name: str) -> bool:
+        return name in self.table.folded
+
+    def _is_flat(self) -> bool:
+        return bool(self.table.sorted_by)
 
     def _start_scan(self) -> None:
-        """Find and check all models in a thread; a scan that still runs stops and reports nothing
-        more.
-        """
-        self.library.folders = [*self.library.artifacts, *self._folders()]
-        self._stop.set()
-        self._stop = stop = threading.Event()
-        checked: deque[list[Entry] | Entry | None] = deque()
-        self._checked = checked
-        self._drawing.resume()
+        self.library.folders = [*self.library.artifacts, *self.folders()]
+        self._scan.start()
+        if self.is_current:
+            self.follow_files()
 
-        def scan() -> None:
-            entries: list[Entry] = []
-            for entry in self.library.scan():
-                if stop.is_set():
-                    return
-                entries.append(entry)
-            checked.append(entries)
-            self.call_later(self._show_checked)
-            for entry in self.library.check_all(entries, lambda: self._visible):
-                if stop.is_set():
-                    return
-                checked.append(entry)
-            checked.append(None)
-
-        # A daemon, not a worker of Textual's: quitting must not wait until gigabytes are hashed.
-        threading.Thread(target=scan, daemon=True).start()
-
-    @work(exclusive=True, group="watch")
-    async def _watch(self) -> None:
-        if not self.is_current:
+    def _take(self, entries: list[Entry] | None, checked: Sequence[Entry]) -> None:
+        """Show what a scan found; models without a verdict are not checked yet."""
+        if entries is not None:
+            self._take_all(entries)
+        fresh = {entry.model.path: entry for entry in checked}
+        if not fresh:
             return
-        changed, started = await asyncio.to_thread(self.library.added), monotonic()
-        if not changed and started >= self._next_look:
-            changed = await asyncio.to_thread(self.library.changed)
-            self._next_look = monotonic() + IDLE_SHARE * (monotonic() - started)
-        if changed:
-            self._start_scan()
+        self.entries = [fresh.get(entry.model.path, entry) for entry in self.entries]
+        self._show_list()
+        if self.details and (entry := fresh.get(self.details.entry.model.path)):
+            self._read(entry)
 
-    def _show_scan(self, entries: list[Entry]) -> None:
-        """Show what a scan found; entries that are not checked yet have no verdict."""
+    def _take_all(self, entries: list[Entry]) -> None:
         paths = {entry.model.path for entry in entries}
         for gone in [path for path in self.chosen if path not in paths]:
             self.chosen.remove(gone)
             self.warn(f"{self.library.label(gone)} is gone, and no longer chosen.")
         self.entries = entries
-        self.list_pane.show(self.entries, self.chosen)
-        self._visible = self.table.visible_paths()
+        self.table.nothing = NO_MODELS
+        self._show_list()
         self._point_at_wanted()
-        self.show_details()
+        self._update_prompt()
         if entries and not self.engine.running:
-            self.prompt_pane.start_engine()
+            self.start_engine()
 
-    def _show_checked(self) -> None:
-        """Show what was found and checked since the last call: verdicts of small models arrive
-        faster than the list is drawn."""
-        fresh: dict[Path, Entry] = {}
-        while self._checked:
-            found = self._checked.popleft()
-            if found is None:
-                self._drawing.pause()
-            elif isinstance(found, Entry):
-                fresh[found.model.path] = found
-            else:
-                self._show_scan(found)
-        if not fresh:
-            return
-        self.entries = [fresh.get(entry.model.path, entry) for entry in self.entries]
-        self.list_pane.show(self.entries)
-        self._visible = self.table.visible_paths()
-        if self.details and (entry := fresh.get(self.details.entry.model.path)):
-            self._read(entry)
+    def _show_list(self) -> None:
+        lines = lines_of(self.entries)
+        for line in lines:
+            if isinstance(line, Folder) and line.name not in self._groups:
+                self._groups.add(line.name)
+                self.table.folded |= {line.name} if len(line.entries) > FEW else set()
+        self.table.show(lines)
+        unchecked = sum(entry.verdict is None for entry in self.entries)
+        facts = [f"{len(self.entries):,}", *[f"checking {unchecked:,}"] * bool(unchecked)]
+        self.query_one("#models", Pane).show_title(*facts * bool(self.entries))
+        self._look_first()
+
+    def _look_first(self) -> None:
+        """Models whose lines can be seen are checked first."""
+        top = round(self.table.scroll_offset.y)
+        lines = self.table.shown[top : top + max(self.table.page_height, 20)]
+        self._scan.seen = [line.model.path for line in lines if isinstance(line, Entry)]
 
     def _point_at_wanted(self) -> None:
         if self._wanted and self.table.point(self._wanted):
@@ -279,76 +305,60 @@ class ModelsScreen(WorkbenchScreen):
 
     def chosen_entries(self) -> list[Entry]:
         """The chosen models in display order, or the one under the cursor."""
+        line = self.table.pointed
         if not self.chosen:
-            return [self.library.read(entry) for entry in [self.table.pointed] if entry]
-        chosen = sorted(
-            (e for e in self.entries if e.model.path in self.chosen), key=attrgetter("sort_key")
-        )
-        return [self.library.read(entry) for entry in chosen]
+            return [line] if isinstance(line, Entry) else []
+        chosen = [entry for entry in self.entries if entry.model.path in self.chosen]
+        return sorted(chosen, key=lambda entry: entry.sort_key)
 
     def _choose(self, paths: Sequence[Path]) -> None:
         self.chosen = list(paths)
-        self.list_pane.show(self.entries, self.chosen)
+        self.table.refresh()
         self._update_prompt()
 
-    @work(exclusive=True, group="words")
+    @work(exclusive=True, group="use")
     async def _update_prompt(self) -> None:
-        """The strength that can be set, and the words that are marked, are those of the chosen
-        models.
-        """
-        entries = self.chosen_entries()
-        self.slider.disabled = not any(entry.model.scales for entry in entries)
-        adapters = [entry.label for entry in entries if entry.model.kind == "adapter"]
-        self.slider.why = f"{adapters[0]} changes no weights" if adapters else "no adapter chosen"
-        if self.engine.replays:
-            self.slider.why = "answers were recorded at 1"
-        self.prompt_pane.show_models([entry.label for entry in entries])
-        bases = await asyncio.to_thread(
-            lambda: [self.library.base(entry.model) for entry in entries]
-        )
-        words = await asyncio.to_thread(lambda: [vocabulary(base) for base in bases if base])
-        labels = [entry.label for entry, base in zip(entries, bases, strict=True) if base]
-        self.prompt_pane.know(
-            {label: known for label, known in zip(labels, words, strict=True) if known is not None}
-        )
+        """What a prompt goes to; the words that are named are those of these models."""
+        await self.use(self.chosen_entries())
 
-    @on(ModelTable.Pointed)
-    def show_details(self) -> None:
-        """Show the details of the model under the cursor."""
-        entry = self.table.pointed
-        self._visible = self.table.visible_paths()
-        if entry is None:
+    def no_models(self) -> str:
+        return "No model is chosen. Press Esc, and choose one with Space."
+
+    def empty(self) -> str:
+        return "Choose models with Space, or none for the one under the cursor. Enter: the prompt."
+
+    @on(Table.Pointed, "#models Table")
+    def _line_pointed(self, event: Table.Pointed) -> None:
+        """Show the details of the line under the cursor."""
+        line = event.row
+        self._look_first()
+        if isinstance(line, Folder):
             self.workers.cancel_group(self, "details")
             self.details = None
-            self.details_pane.show_folder(self.table.pointed_entries)
-        elif self.details is None or self.details.entry != entry:
-            self._read(entry)
+            self.query_one("#model", Pane).show_title(title=line.name)
+            self.model.show(lambda _: folder_lines(line), again=True)
+        elif self.details is None or self.details.entry != line:
+            self._read(line)
         if not self.chosen:
             self._update_prompt()
 
-    @work(exclusive=True, group="details")
-    async def _read(self, entry: Entry) -> None:
-        entry, documents = await asyncio.to_thread(
-            lambda: (self.library.read(entry), read_documents(entry.model.path))
-        )
-        checked = (
-            other
-            for other in self.entries
-            if other.model.path == entry.model.path and other.verdict
-        )
-        entry = next(checked, entry)
-        spectrum = (
-            await asyncio.to_thread(self._kept_spectrum, entry) if entry.model.scales else None
-        )
-        self.details = Details(entry, *documents, spectrum)
-        self.details_pane.show(self.details)
+    @on(Table.Opened, "#models Table")
+    def _line_opened(self, event: Table.Opened) -> None:
+        line = event.row
+        if isinstance(line, Folder):
+            self.table.fold(line.name, line.name not in self.table.folded)
+        else:
+            self.action_prompt()
 
-    @on(ModelTable.Chosen)
-    def toggle_chosen(self, event: ModelTable.Chosen) -> None:
-        """Choose models, or none of them any more if all were."""
-        more = [path for path in event.paths if path not in self.chosen]
+    @on(Table.Chosen, "#models Table")
+    def _line_chosen(self, event: Table.Chosen) -> None:
+        """Choose a model, or those of a folder; or none of them any more if all were."""
+        line = event.row
+        entries = line.entries if isinstance(line, Folder) else [line]
+        paths = [entry.model.path for entry in entries]
+        more = [path for path in paths if path not in self.chosen]
         if not more:
-            self._choose([path for path in self.chosen if path not in event.paths])
+            self._choose([path for path in self.chosen if path not in paths])
             return
         if len(self.chosen) + len(more) > MAX_LOADED:
             self.warn(
@@ -365,18 +375,8 @@ class ModelsScreen(WorkbenchScreen):
             self.warn("The pipeline has made no model yet. R runs it.")
         self._choose([] if self.chosen == own[:MAX_LOADED] else own[:MAX_LOADED])
 
-    @work
-    async def action_sort(self) -> None:
-        current = self.table.sort_column
-        choices = sort_choices(current, self.table.reverse)
-        label = await self.app.push_screen_wait(
-            Menu("Sort by", choices, current.label if current else "kept")
-        )
-        if label is not None:
-            self.table.sort(BY_LABEL.get(label))
-
-    def action_sort_beside(self, by: int) -> None:
-        self.table.sort_beside(by)
+    def action_sort(self) -> None:
+        self.table.action_sort()
 
     def action_verify(self) -> None:
         self.library.forget()
@@ -406,6 +406,27 @@ class ModelsScreen(WorkbenchScreen):
 
     # What is asked of the model under the cursor
 
+    @work(exclusive=True, group="details")
+    async def _read(self, entry: Entry) -> None:
+        def read() -> Details:
+            model = self.library.read(entry)
+            spectrum = self._kept_spectrum(model) if model.model.scales else None
+            return Details(model, *read_documents(entry.model.path), spectrum)
+
+        details = await asyncio.to_thread(read)
+        path = details.entry.model.path
+        checked = (other for other in self.entries if other.model.path == path and other.verdict)
+        self._show_details(replace(details, entry=next(checked, details.entry)))
+
+    def _show_details(self, details: Details) -> None:
+        self.details = details
+        sign, style = method_sign(look_name(details.entry))
+        title = Content.assemble((f"{sign} ", style), details.entry.label)
+        pane = self.query_one("#model", Pane)
+        pane.show_title(title=details.entry.label)
+        pane.border_title = title
+        self.model.show(partial(detail_lines, details), again=True)
+
     def action_chat(self) -> None:
         """Chat with the chosen models, or the one under the cursor."""
         if entries := self.chosen_entries():
@@ -416,97 +437,84 @@ class ModelsScreen(WorkbenchScreen):
     @work
     async def action_ship(self) -> None:
         """Export the adapter under the cursor for another program."""
-        entry = self.table.pointed
-        if entry and entry.model.kind == "adapter":
-            await ship(self.workbench, entry.label, entry.model.path)
+        line = self.table.pointed
+        if isinstance(line, Entry) and line.model.kind == "adapter":
+            await ship(self.workbench, line.label, line.model.path)
         else:
             self.warn("Only adapters are exported. Move to one; a merged model is used as it is.")
 
     @work
     async def action_fields(self) -> None:
-        if entry := self.table.pointed:
-            manifest, config = await asyncio.to_thread(read_documents, entry.model.path)
-            fields = format_fields(Details(self.library.read(entry), manifest, config))
-            self.app.push_screen(Reader(fields, title=entry.label))
+        line = self.table.pointed
+        if isinstance(line, Entry):
+            documents = await asyncio.to_thread(read_documents, line.model.path)
+            text = fields(Details(self.library.read(line), *documents))
+            self.app.push_screen(Reader(text, line.label))
 
     @work(group="evaluate")
     async def action_evaluate(self) -> None:
         """Evaluate the adapters that are chosen, or under the cursor: of a folder, those that were
         not yet.
         """
-        chosen = [
-            entry for entry in self.entries if entry.model.path in self.chosen
-        ] or self.table.pointed_entries
-        adapters = [entry for entry in chosen if entry.model.kind == "adapter" and entry.group]
-        if len(chosen) > 1:
-            adapters = [
-                entry for entry in adapters if entry.verdict is None or entry.verdict.kept is None
-            ]
+        line = self.table.pointed
+        entries = [entry for entry in self.entries if entry.model.path in self.chosen]
+        if not entries and line:
+            entries = list(line.entries) if isinstance(line, Folder) else [line]
+        adapters = [entry for entry in entries if entry.model.kind == "adapter" and entry.group]
+        if len(entries) > 1:
+            adapters = [entry for entry in adapters if kept(entry) is None]
         if not adapters:
             self.warn(
                 "There is no adapter to evaluate here: the pipeline evaluates its own models (R), "
                 "and what was evaluated stays. Move to another adapter, or to a folder."
             )
             return
-        paths = [entry.model.path for entry in adapters]
-        self.list_pane.show(self.entries, busy=paths)
         try:
-            problems = await self.evaluation.run(paths)
+            running = self.evaluation.run([entry.model.path for entry in adapters])
+            self.call_later(self.table.refresh)  # it is measuring
+            problems = await running
         except UserError as error:
             self.workbench.fail(error)
         else:
-            more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+            more = f" and {len(adapters) - 1} more" if len(adapters) > 1 else ""
             done = f"Evaluated {adapters[0].label}{more}."
             self.workbench.log_message(problems or done, "warning" if problems else "information")
-        self.list_pane.show(self.entries, busy=self.evaluation.adapters)
         self._start_scan()
 
     # The prompt
 
-    @on(Input.Submitted, "PromptInput")
-    def submit(self, event: Input.Submitted) -> None:
-        prompt, state = event.value.strip(), self.workbench.state
-        if not prompt:
-            self.warn("The prompt is empty. Enter at least one word.")
-        elif not self.chosen_entries():
-            self.warn("No model is chosen. Press Esc, and choose one with Space.")
+    def action_copy(self) -> None:
+        """Copy the answers to the last prompt."""
+        if self.history.views:
+            self.history.views[-1].replied.action_copy()
         else:
-            state.prompts = [*(other for other in state.prompts if other != prompt), prompt][
-                -MAX_PROMPTS:
-            ]
-            self.prompt.remember(state.prompts)
-            self.workbench.remember()
-            self.prompt_pane.ask(prompt, self.chosen_entries())
-
-    def action_again(self) -> None:
-        """Ask the chosen models the newest prompt again, at the strength that is set now."""
-        if (newest := self.prompt_pane.conversation.newest) and (entries := self.chosen_entries()):
-            self.prompt_pane.ask(newest.prompt, entries)
-        else:
-            self.warn("There is no prompt to ask again yet.")
-
-    def action_strength(self, steps: int) -> None:
-        if not self.slider.disabled:
-            self.slider.value += steps * STEP
-        elif any(entry.model.kind == "adapter" for entry in self.chosen_entries()):
-            self.warn(
-                "Strength scales weight changes; prefix and prompt tuning change no weights. "
-                "Choose another adapter."
-            )
-        else:
-            self.warn("Strength scales an adapter's change. Choose an adapter.")
-
-    def action_sampling(self) -> None:
-        self.prompt_pane.edit_sampling(self.chosen_entries())
+            self.warn("There is no answer to copy yet.")
 
     def action_attention(self) -> None:
-        self.prompt_pane.show_attention(self.chosen_entries(), self.table.pointed)
+        """Attention over the last prompt: of the model under the cursor if it was asked, else of an
+        adapter.
+        """
+        entries, turns, line = self.session.entries, self.talk.turns, self.table.pointed
+        if not entries or not turns:
+            self.warn("Attention is shown for a prompt. Enter one first.")
+            return
+        adapters = [entry for entry in entries if entry.model.kind == "adapter"]
+        entry = line if isinstance(line, Entry) and line in entries else (adapters or entries)[0]
+        is_adapter = entry.model.kind == "adapter"
+        strength = self.session.strength if entry.model.scales else 1.0
+        ask = partial(self._attention, entry, turns[-1].text)
+        self.app.push_screen(AttentionDialog(entry.label, is_adapter, strength, ask))
 
-    def action_copy(self) -> None:
-        self.prompt_pane.copy_answer()
-
-    def action_save(self) -> None:
-        self.prompt_pane.save()
+    async def _attention(
+        self, entry: Entry, text: str, strength: float, **head: int
+    ) -> dict[str, Any]:
+        """Weights of the head at `layer` and `head`; without them small maps of all heads."""
+        await self.session.models.load(entry)
+        chat = self.session.template and self.session.models.has_chat([entry])
+        request: dict[str, Any] = {"model": str(entry.model.path), "text": text, "chat": chat}
+        if entry.model.kind == "adapter":
+            request["strength"] = strength
+        return await self.engine.ask("attention" if head else "attention_maps", **request, **head)
 
     # The spectrum of ΔW
 
@@ -524,23 +532,18 @@ class ModelsScreen(WorkbenchScreen):
 
     @work(exclusive=True, group="spectrum")
     async def _measure_spectrum(self, details: Details) -> None:
-        details.spectrum = (
-            await asyncio.to_thread(self._kept_spectrum, details.entry) or "measuring…"
-        )
-        self._show_spectrum(details)
-        if details.spectrum != "measuring…":
-            return
+        path = details.entry.model.path
         stamp = await asyncio.to_thread(self.library.stamp, details.entry.model)
-        try:
-            answer = await self.engine.ask("spectrum", adapter=str(details.entry.model.path))
-            details.spectrum = answer["modules"]
-            key = self.library.key("spectrum", details.entry.model.path)
-            self.library.cache.put(key, stamp, {"modules": answer["modules"]}, ())
-            await asyncio.to_thread(self.library.cache.save)
-        except UserError as error:
-            details.spectrum = f"✗ {error}"
-        self._show_spectrum(details)
-
-    def _show_spectrum(self, details: Details) -> None:
-        if details is self.details:
-            self.details_pane.show(details)
+        spectrum = await asyncio.to_thread(self._kept_spectrum, details.entry)
+        if spectrum is None:
+            self._show_details(replace(details, spectrum="measuring…"))
+            try:
+                answer = await self.engine.ask("spectrum", adapter=str(path))
+                spectrum = answer["modules"]
+                key = self.library.key("spectrum", path)
+                self.library.cache.put(key, stamp, {"modules": spectrum}, ())
+                await asyncio.to_thread(self.library.cache.save)
+            except UserError as error:
+                spectrum = f"✗ {error}"
+        if self.details and self.details.entry.model.path == path:
+            self._show_details(replace(self.details, spectrum=spectrum))

@@ -1,13 +1,14 @@
 """What the monitor draws: a quantity over time, in columns of equal duration."""
 
 from collections.abc import Callable, Sequence
-from math import inf, isfinite, nan
+from math import ceil
 from typing import NamedTuple
 
 from pipeline.files.text import in_units
-from tui.screens.monitor.prediction import Prediction
-from tui.services.machine.nvml import GpuReading
+from pipeline.views.stage_logs import Prediction
+from tui.services.machine.nvml import Gpu, GpuReading
 from tui.services.machine.readings import Machine, Sample
+from tui.widgets.colors import share_style
 from tui.widgets.units import unit_of
 
 Values = Sequence[tuple[float, float]]  # time, value; only where one was read
@@ -32,101 +33,86 @@ def machine_series(
     machine: Machine, samples: Sequence[Sample], stage: str, prediction: Prediction | None
 ) -> list[Series]:
     """CPU and memory, each GPU's load and memory, then the memory of the stage that runs."""
-    last = samples[-1]
-    series = []
+    last, whole, series = samples[-1], machine.memory, list[Series]()
     if last.cpu is not None:
-        cores = f"of {machine.cores:g} cores"
-        series.append(
-            Series("cpu", _values(samples, lambda s: s.cpu), 1, 1, (_share(last.cpu), cores))
-        )
-    if last.memory is not None and machine.memory:
-        limit = "container's limit" if machine.limited else ""
+        facts = _share(last.cpu), f"of {machine.cores:g} cores"
+        series.append(Series("cpu", _values(samples, lambda s: s.cpu), 1, 1, facts))
+    if last.memory is not None and whole:
+        limit = ["container's limit"] if machine.limited else []
         values = _values(samples, lambda s: s.memory)
-        series.append(
-            Series(
-                "memory",
-                values,
-                machine.memory,
-                machine.memory,
-                _of(last.memory, machine.memory, limit),
-            )
-        )
+        used = (*_of(last.memory, whole), *limit)
+        series.append(Series("memory", values, whole, whole, used))
     for index, gpu in enumerate(machine.gpus):
-        series += _gpu_series(index, gpu.name, gpu.memory, samples, prediction)
-    if stage in last.processes and machine.memory:
-        values = _values(
-            samples, lambda s: s.processes[stage].memory if stage in s.processes else None
-        )
+        series += _gpu_series(index, gpu, samples, prediction)
+    if stage in last.processes and whole:
+        memory = last.processes[stage].memory
+        of_stage = [sample for sample in samples if stage in sample.processes]
+        values = _values(of_stage, lambda s: s.processes[stage].memory)
         level = prediction.of_process if prediction else 0
         high = 1.1 * max(level, *(value for _, value in values))
-        facts = (in_units(last.processes[stage].memory), "of the process")
-        series.append(Series(stage, values, high, machine.memory, facts, level))
+        facts = in_units(memory), "of the process"
+        series.append(Series(stage, values, high, whole, facts, level))
     return series
 
 
 def _gpu_series(
-    index: int, name: str, memory: int, samples: Sequence[Sample], prediction: Prediction | None
+    index: int, gpu: Gpu, samples: Sequence[Sample], prediction: Prediction | None
 ) -> list[Series]:
     def reading(sample: Sample) -> GpuReading:
         return sample.gpus[index] if index < len(sample.gpus) else GpuReading()
 
-    now, label = reading(samples[-1]), f"GPU {index} {name}"
+    now, whole = reading(samples[-1]), gpu.memory
     heat = "" if now.temperature is None else f"{now.temperature} °C"
     power = "" if now.power is None else f"{now.power:.0f} W"
-    facts = ("–" if now.load is None else _share(now.load), "  ".join(filter(None, (heat, power))))
+    load = "–" if now.load is None else _share(now.load)
+    facts = load, "  ".join(filter(None, (heat, power)))
+    loads = _values(samples, lambda s: reading(s).load)
+    memory = _values(samples, lambda s: reading(s).memory)
     level = float(prediction.on_gpu) if prediction else 0.0
     return [
-        Series(label, _values(samples, lambda s: reading(s).load), 1, 1, facts),
-        Series(
-            "  memory",
-            _values(samples, lambda s: reading(s).memory),
-            memory,
-            memory,
-            _of(now.memory, memory),
-            level,
-        ),
+        Series(f"GPU {index} {gpu.name}", loads, 1, 1, facts),
+        Series("  memory", memory, whole, whole, _of(now.memory, whole), level),
     ]
 
 
 def _values(samples: Sequence[Sample], get: Callable[[Sample], float | None]) -> Values:
-    return [(sample.time, value) for sample in samples if (value := get(sample)) is not None]
+    known = ((sample.time, get(sample)) for sample in samples)
+    return [(time, value) for time, value in known if value is not None]
 
 
 def _share(share: float) -> str:
     return f"{share:.0%}"
 
 
-def _of(used: int | None, total: int, more: str = "") -> tuple[str, ...]:
+def _of(used: int | None, total: int) -> tuple[str, str]:
     unit = unit_of([total])
     if used is None:
-        return ("–", f"of {unit.format(total)} {unit}", more)
-    return (f"{unit.format(used)} {unit}", f"of {unit.format(total)}, {used / total:.0%}", more)
+        return "–", f"of {unit.format(total)} {unit}"
+    return f"{unit.format(used)} {unit}", f"of {unit.format(total)}, {used / total:.0%}"
 
 
-def columns(values: Values, end: float, seconds: float, width: int) -> list[float]:
-    """The largest value in each of `width` columns that end at `end`; nan where there is none.
+def columns(values: Values, end: float, seconds: float, width: int) -> list[float | None]:
+    """The largest value in each of `width` columns that end at `end`; None where there is none.
 
-    The largest, as a short peak of memory is what a run fails at.
+    The largest, as a short peak of memory is what a run fails at. Where a column is shorter than
+    the time between two readings, the value before holds.
     """
-    tops, start = [-inf] * width, end - seconds
-    for time, value in reversed(values):
-        if time < start:
-            break
-        column = min(int((time - start) / seconds * width), width - 1)
-        tops[column] = max(tops[column], value)
-    return [
-        top if isfinite(top) else nan
-        for top in _bridged(tops, max(round(1.5 * width / seconds), 1))
-    ]
+    tops, start = dict[int, float](), end - seconds
+    for time, value in values:
+        if time >= start:
+            column = min(int((time - start) / seconds * width), width - 1)
+            tops[column] = max(value, tops.get(column, value))
+    held = max(round(1.5 * width / seconds), 1)
+    found = list[float | None]()
+    for column in range(width):
+        before = (at for at in range(column, column - held - 1, -1) if at in tops)
+        found.append(tops.get(next(before, -1)))
+    return found
 
 
-def _bridged(tops: list[float], gap: int) -> list[float]:
-    """Where a column is shorter than the time between two readings, the value before holds for
-    `gap` columns.
-    """
-    left = 0
-    for index, top in enumerate(tops):
-        left = gap if isfinite(top) else left - 1
-        if not isfinite(top) and index and left >= 0:
-            tops[index] = tops[index - 1]
-    return tops
+def bars(series: Series, now: float, seconds: float, width: int) -> list[tuple[float | None, str]]:
+    """The columns of the last `seconds`, coloured by load."""
+    # The end of a column, so that a value stays in its column and the chart moves once a column.
+    end = ceil(now / seconds * width) * seconds / width
+    tops = columns(series.values, end, seconds, width)
+    return [(top, "" if top is None else share_style(top / series.full)) for top in tops]

@@ -3,39 +3,48 @@
 Its own keys run one stage. `R` and `X`, which run and stop the pipeline, are the app's: `tui/app.py`.
 """
 
+import asyncio
 from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 from textual import on, work
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
-from textual.timer import Timer
 from textual.widget import Widget
 from textual.widgets import Static
 
-from pipeline.project.params.load import key_path
 from pipeline.project.stage_graph import Project, Stage
 from pipeline.stages.registry import GRAPH
+from pipeline.views.stage_logs import ALL, StageLogs
+from pipeline.views.stage_tree import stage_rows
 from pipeline.views.stages import StageState
+from tui.dialogs import Reader
+from tui.panes.fields import Field, format_value
+from tui.panes.form import Form
+from tui.panes.pane import Pane
+from tui.panes.table import Table
+from tui.panes.text import Text
 from tui.screens.base import HUGE, WIDE, WorkbenchScreen
-from tui.screens.pipeline.dag import Picture
-from tui.screens.pipeline.facts import FactsPane
-from tui.screens.pipeline.log import ALL, StageLogs, StepLog
-from tui.screens.pipeline.log_pane import LogPane
-from tui.screens.pipeline.metrics_pane import MetricsPane
-from tui.screens.pipeline.params import params_of
-from tui.screens.pipeline.params_pane import ParamsPane
-from tui.screens.pipeline.stages_pane import StagesPane
+from tui.screens.pipeline import stages
+from tui.screens.pipeline.about import PANES
+from tui.screens.pipeline.log import LogPane
+from tui.screens.pipeline.metrics import Metrics
+from tui.screens.pipeline.params import in_order_of, params_of
+from tui.screens.pipeline.tree import StageTree
 from tui.services.pipeline_process import OLD_LOG
-from tui.widgets.form import format_value
-from tui.widgets.pane import Pane
 
-TICK = 0.5  # seconds between two looks at the logs
 REST = 0.05  # seconds that the cursor rests before the panes are filled
 SIDE = 72  # columns from which the tree stands beside the other panes
-EVALUATION = GRAPH.stages["evaluate"].path
-EMPTY = "Nothing was printed: the pipeline has not run this stage since its log began."
-PANES = ("stages", "params", "log", "metrics")  # in the order of Tab
+METRICS = f"{GRAPH.stages['evaluate'].path}/metrics.json"
+TAB_ORDER = ("stages", "params", "log", "metrics")
+
+
+class Picture(Reader):
+    """The DAG as a picture. Returns the stage that was clicked, or None."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("v", "dismiss", "Close")]
 
 
 class PipelineScreen(WorkbenchScreen):
@@ -45,6 +54,8 @@ class PipelineScreen(WorkbenchScreen):
 
     NAME: ClassVar[str] = "pipeline"
     CSS_PATH = "pipeline.tcss"
+    AUTO_FOCUS = "#stages Table"
+    PANES = PANES
     HELP = """\
 What is made from what, which of it is out of date and why, and what runs. Choose a stage in the
 tree; its state, its params and its log stand beside it. A param that is written makes its stage,
@@ -72,44 +83,35 @@ and all below, run again."""
     def __init__(self) -> None:
         super().__init__()
         runner = self.workbench.runner
-        self._logs = StageLogs(runner.runs / OLD_LOG, runner.log)
-        self._steps: StepLog | None = None
-        # When the watch last told: whether something ran, which stage, and which had failed
-        self._was_busy, self._followed, self._failed = False, "", set[str]()
-        self._pending: Timer | None = None  # to fill the panes
-        self._is_moved = False  # by the user, since the run began: it is no longer followed
+        self.logs = StageLogs(runner.runs / OLD_LOG, runner.log)
+        self.is_whole = False  # whether the log is that of all stages
+        self._filled = ""  # the stage that the panes show
+        # They are attributes, as messages can arrive while the screen closes.
+        self.problem, self.rows, self.facts = Static(markup=False), StageTree(), Text()
+        self.params, self.log_pane, self.metrics = Form(), LogPane(), Metrics()
 
     def body(self) -> Iterable[Widget]:
-        yield Static(id="problem", markup=False)
+        self.problem.id = "problem"
+        yield self.problem
         with Horizontal(id="main"):
-            yield StagesPane()
+            yield self.pane("stages", self.rows)
             with Vertical(id="right"):
-                yield FactsPane()
+                yield self.pane("facts", self.facts)
                 with Horizontal(id="panes"):
-                    yield ParamsPane()
-                    yield LogPane()
-                    yield MetricsPane()
+                    yield self.pane("params", self.params)
+                    yield self.log_pane
+                    yield self.pane("metrics", self.metrics)
 
     def on_mount(self) -> None:
         self._show_pane("log")
         self._show_pane("params")
-        self.give_focus(self.stages_pane.tree_list)
-        self.set_interval(TICK, self._tick)
 
-    # Its parts, and what the watch knows
-
-    @property
-    def stages_pane(self) -> StagesPane:
-        return self.query_one(StagesPane)
-
-    @property
-    def params_pane(self) -> ParamsPane:
-        return self.query_one(ParamsPane)
+    # What the watch knows
 
     @property
     def chosen(self) -> str:
         """The stage that the cursor is on."""
-        return self.stages_pane.chosen
+        return self.rows.stage
 
     @property
     def project(self) -> Project | None:
@@ -123,130 +125,146 @@ and all below, run again."""
     def stages(self) -> Mapping[str, Stage]:
         return self.workbench.project_watch.stages
 
-    # Showing
+    @property
+    def needs(self) -> dict[str, list[str]]:
+        """Stage → the stages that it reads."""
+        project, needs = self.project, {}
+        for name, stage in self.stages.items():
+            needs[name] = project.home(name).needs(stage) if project else list(stage.needs)
+        return needs
+
+    def _run_folder(self, stage: str) -> Path:
+        return (
+            self.project.run_folder(stage) if self.project else self.workbench.runner.runs / stage
+        )
+
+    def watched(self) -> Iterable[Path]:
+        """The logs, which are the parent's too, and what the metrics are compared from."""
+        root = self.workbench.root
+        runs = {self._run_folder(stage).parent for stage in self.stages}
+        return {*runs, self.workbench.runner.runs, root / METRICS, root / ".git" / "index"}
+
+    def files_changed(self) -> None:
+        self.call_later(self._show_log)
+        self.metrics.look(self.workbench.root / METRICS, self.workbench.root)
 
     def project_changed(self) -> None:
         watch, project = self.workbench.project_watch, self.project
-        if not self.query("#problem"):  # the screen is closing
-            return
-        banner = self.query_one("#problem", Static)
-        banner.display = bool(watch.problem)
         is_last = project is not None and project.root.is_dir()
-        banner.update(f"✗ {watch.problem}{' Showing the last valid state.' * is_last}")
-        needs = {
-            name: project.home(name).needs(stage) if project else stage.needs
-            for name, stage in self.stages.items()
-        }
-        self.stages_pane.show(self.stages, needs, watch.states)
-        self._follow()
-        self._show_stage()
+        self.problem.display = bool(watch.problem)
+        self.problem.update(f"✗ {watch.problem}{' Showing the last valid state.' * is_last}")
+        self.rows.show(stage_rows(self.stages, self.needs, watch.states))
+        self.query_one("#stages", Pane).show_title(stages.counts(watch.states.values()))
+        self.rows.follow(watch, move=not self.params.is_typing)
+        self.follow_files()
 
-    def _follow(self) -> None:
-        """Move the cursor to a stage that began to run, or failed, unless the user moved it or is
-        typing.
-        """
-        watch = self.workbench.project_watch
-        running = watch.running.stage.name if watch.running else ""
-        failed = {name for name, state in self.states.items() if state.state in ("failed", "died")}
-        is_busy = bool(running or watch.pipeline)
-        if is_busy and not self._was_busy:
-            self._is_moved = False
-        target = running if running != self._followed else ""
-        if self._was_busy and not target:
-            target = next(iter(failed - self._failed), "")
-        if target and not self._is_moved and not self.params_pane.edited:
-            self.stages_pane.select(target)
-        self._followed, self._failed, self._was_busy = running, failed, is_busy
+    # Filling the panes
 
-    def _show_stage(self) -> None:
-        """Fill the panes for the stage that the cursor is on."""
-        if self._pending:
-            self._pending.stop()
-            self._pending = None
+    @on(Table.Pointed, "#stages Table")
+    def _stage_pointed(self) -> None:
+        self._fill_soon()
+
+    @work(exclusive=True, group="rest")
+    async def _fill_soon(self) -> None:
+        """Fill the panes once the cursor rests: they take longer than a key that repeats."""
+        await asyncio.sleep(REST)
+        self.call_later(self._fill)
+
+    async def _fill(self) -> None:
+        """Show what there is of the stage that the cursor is on."""
         name, project = self.chosen, self.project
-        stage = self.stages.get(name)
-        if stage is None:
+        if name not in self.stages:
             return
-        if project:  # of an unlisted stage no file says the params
-            self.params_pane.show(
-                name, params_of(project, stage) if name in project.readable else []
+        fields, values = list[Field](), dict[str, Any]()
+        if project and name in project.readable:  # of an unlisted stage no file says the params
+            fields, values = await asyncio.to_thread(params_of, project, self.stages[name])
+        again, self._filled = name == self._filled, name
+        if again:
+            fields = in_order_of(fields, self.params.fields)
+        self.params.show(fields, values, again=again)
+        changed = sum(bool(field.sign) for field in fields)
+        self.query_one("#params", Pane).show_title(*[f"{changed} changed"] * bool(changed))
+        await self._show_log()
+
+    async def _show_log(self) -> None:
+        """Show the log of the stage that the cursor is on, and what is to say of it."""
+        name = self.chosen
+        wanted, folder = ALL if self.is_whole else name, self._run_folder(name)
+        log = await asyncio.to_thread(self.logs.read, wanted, folder, self.stages)
+        if name != self.chosen:
+            return
+        state, pipeline = self.states.get(name), self.workbench.project_watch.pipeline
+        self.log_pane.show(log, state)
+        losses = [step.loss for step in log.steps]
+        rows = list(stages.facts(state, pipeline, losses)) if state else []
+        self.facts.show(partial(stages.draw_facts, rows))
+        self.query_one("#facts", Pane).show_title(stages.headline(state), title=name)
+
+    # Params
+
+    @on(Form.Submitted, "#params Form")
+    def _write(self, event: Form.Submitted) -> None:
+        """Write a param; if that fails, what was typed stays in the field."""
+        project, field = self.project, self.params.fields[event.key]
+        if project is None:
+            return
+        path, value = project.home(self._filled).params_path, field.parse(event.text)
+        with self.workbench.errors_shown():
+            self.workbench.edits.save(path, {field.path: value})
+            text = format_value(value) or "(empty)"
+            self.workbench.log_message(
+                f"{field.path}: {text} written to {path.name}. z takes it back."
             )
-        folder = project.run_folder(name) if project else self.workbench.runner.runs / name
-        if self._steps is None or self._steps.folder != folder:
-            self._steps = StepLog(folder)
-        self._read_logs(force=True)
-        self.query_one(MetricsPane).look(
-            self.workbench.root / EVALUATION / "metrics.json", self.workbench.root
-        )
+            self.params.close()
+            self.workbench.project_watch.look_now()
 
-    def _tick(self) -> None:
-        if self.is_current and self.query(LogPane):
-            self._read_logs()
+    @on(Form.Lost, "#params Form")
+    def _lost(self, event: Form.Lost) -> None:
+        self.warn(f"Not written: {event.unsaved}")
 
-    def _read_logs(self, force: bool = False) -> None:
-        """Read what the logs have more, and show it."""
-        steps, name = self._steps, self.chosen
-        news = self._logs.read(self.stages.keys())
-        news = bool(steps and steps.read()) or news
-        if not (news or force) or steps is None:
-            return
-        state, watch = self.states.get(name), self.workbench.project_watch
-        is_running = state is not None and state.state == "running"
-        pane = self.query_one(LogPane)
-        if pane.is_whole:
-            pane.show("all stages", self._logs.lines(ALL))
-        else:
-            lines, width = self._logs.lines(name), pane.view.size.width
-            notes = [
-                f"… {note.removeprefix(f'{name}: ')}"
-                for note in (state.run.notes if state and state.run else ())
-            ]
-            logged = [*notes, *(step.line(width) for step in steps.steps)]
-            # The steps follow the command. What was printed after them, the result or an error,
-            # ends the log.
-            at = len(lines) if is_running else int(lines[:1] == [f"> {self.stages[name].command}"])
-            pane.show(name, [*lines[:at], *logged, *lines[at:]] or [EMPTY])
-        losses = [step.loss for step in steps.steps]
-        pipeline = watch.pipeline if is_running else None
-        self.query_one(FactsPane).show(name, state, pipeline, losses)
+    def action_edit_param(self) -> None:
+        self.params.action_open()
+
+    def unsaved(self) -> str:
+        text = self.params.unsaved()
+        return f"what is typed but not written, {text}" if text else ""
 
     # The cursor and the panes
 
-    @on(StagesPane.Chosen)
-    def _chosen(self, event: StagesPane.Chosen) -> None:
-        self._is_moved = self._is_moved or (event.by_user and self._was_busy)
-        # The cursor is drawn at once; the panes follow when it rests, as they take longer than a
-        # key that repeats.
-        self._pending = self._pending or self.set_timer(REST, self._show_stage)
-        self._pending.reset()
+    @on(Table.Opened, "#stages Table")
+    async def _stage_opened(self, event: Table.Opened) -> None:
+        if event.row.members:
+            self.rows.fold_group()
+        else:
+            await self.action_pane("params")
 
-    @on(StagesPane.Opened)
-    def _opened(self) -> None:
-        self.action_pane("params")
-
-    @on(LogPane.Changed)
-    def _log_changed(self) -> None:
-        self._read_logs(force=True)
+    @on(Table.Chosen, "#stages Table")
+    def _stage_chosen(self) -> None:
+        self.rows.fold_group()
 
     def open_with(self, stage: str = "", param: str = "", **_: Any) -> None:
         """Move the cursor to a stage, and to one of its params."""
         if stage:
-            self.stages_pane.select(stage)
+            self.rows.place(stage)
         if param:
-            self._show_stage()
-            self.action_pane("params")
-            self.params_pane.select(param)
+            self.call_later(self._open_param, param)
 
-    def action_pane(self, name: str) -> None:
+    async def _open_param(self, key: str) -> None:
+        await self.action_pane("params")
+        self.query_one("#params", Pane).close_filter()
+        self.params.filter("")  # now: the field's message is still on the way
+        self.params.point(key)
+
+    async def action_pane(self, name: str) -> None:
         """Show a pane and give it the focus."""
-        if self._pending:  # keys that are already typed are meant for the stage that was chosen
-            self._show_stage()
+        # keys already typed are meant for the stage that was chosen
+        if self._filled != self.chosen:
+            await self._fill()
         pane = self.query_one(f"#{name}", Pane)
         if self.maximized is not None and self.maximized is not pane:
             self.minimize()
         self._show_pane(name)
-        target = pane.first_focusable()
-        if target:
+        if target := pane.first_focus():
             self.give_focus(target)
 
     def _show_pane(self, name: str) -> None:
@@ -260,68 +278,33 @@ and all below, run again."""
             if name != "params":
                 pane.set_class(pane.id == name, "-beside")
 
-    def action_next_pane(self, by: int) -> None:
+    async def action_whole_log(self) -> None:
+        self.is_whole = not self.is_whole
+        await self._show_log()
+
+    async def action_next_pane(self, by: int) -> None:
         current = self.focused_pane
-        at = PANES.index(current.id) if current and current.id in PANES else -1
-        self.action_pane(PANES[(at + by) % len(PANES)])
+        at = TAB_ORDER.index(current.id) if current and current.id in TAB_ORDER else -1
+        await self.action_pane(TAB_ORDER[(at + by) % len(TAB_ORDER)])
 
     @work(group="picture")
     async def action_picture(self) -> None:
-        stage = await self.app.push_screen_wait(Picture(self.stages, self.states, self.chosen))
-        if stage:
-            self.stages_pane.select(stage)
-            self._is_moved = True
-
-    # Editing
-
-    @on(ParamsPane.Submitted)
-    def _save(self, event: ParamsPane.Submitted) -> None:
-        """Write a param; if that fails, what was typed stays in the field."""
-        pane, project, param = self.params_pane, self.project, event.param
-        if project is None:
-            return
-        key, value = key_path(pane.stage, param.key), param.field.parse(event.text)
-        path = project.home(pane.stage).params_path
-        with self.workbench.errors_shown():
-            self.workbench.edits.save(path, {key: value})
-            text = ", ".join(map(str, value)) if isinstance(value, list) else format_value(value)
-            self.workbench.log_message(
-                f"{key}: {text or '(empty)'} written to {path.name}. z takes it back."
-            )
-            pane.leave_edit()
-            self.workbench.project_watch.look_now()
-
-    @on(ParamsPane.Lost)
-    def _lost(self, event: ParamsPane.Lost) -> None:
-        self.warn(f"Not written: {event.text}")
-
-    def unsaved(self) -> str:
-        text = self.params_pane.unsaved()
-        return f"what is typed but not written, {text}" if text else ""
-
-    def leave_field(self) -> None:
-        """Keep the value as it was."""
-        if self.params_pane.field.has_focus:
-            self.params_pane.leave_edit()
-        else:
-            super().leave_field()
+        lines = stages.draw_picture(self.stages, self.states, self.needs, self.chosen)
+        picture = Picture(lambda _: lines, "What needs what")
+        if stage := await self.app.push_screen_wait(picture):
+            self.rows.point(stage)
 
     # Running
 
     def action_run_stage(self, force: bool = False) -> None:
         """Run the chosen stage only, if all artifacts that it needs exist."""
-        project, name = self.project, self.chosen
+        project, name, needs = self.project, self.chosen, list[str]()
         with self.workbench.errors_shown():
-            needs = (
-                project.needs(project.stage(name))
-                if project and not self.workbench.project_watch.problem
-                else []
-            )
-            if missing := [
-                need for need in needs if project and not project.artifact(need).is_dir()
-            ]:
+            if project and not self.workbench.project_watch.problem:
+                needs = project.needs(project.stage(name))
+            missing = [need for need in needs if project and not project.artifact(need).is_dir()]
+            if missing:
                 self.warn(f"{name} needs {', '.join(missing)} first: press R to run all.")
             else:
-                self.workbench.start_pipeline(
-                    "repro", "--single-item", *(["--force"] if force else []), name
-                )
+                again = ["--force"] if force else []
+                self.workbench.start_pipeline("repro", "--single-item", *again, name)

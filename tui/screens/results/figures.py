@@ -1,154 +1,90 @@
-"""The figures: a list, the picture, and the numbers that it was drawn from."""
+"""The figures that the stages wrote, each with its caption, as the terminal can draw it."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
-from rich.text import Text
 from textual import on, work
-from textual.binding import Binding, BindingType
-from textual.containers import Container, Horizontal
-from textual.message import Message
+from textual.containers import Container, VerticalScroll
 from textual.widget import Widget
 from textual.widgets import Static
 
 from pipeline.errors import UserError
-from pipeline.views.reports import Picture
-from tui.screens.results.pages import ListPane
-from tui.widgets.pane import Pane
+from pipeline.views.reports import Picture, numbers_of
+from tui.dialogs import Reader
+from tui.panes.table import Table
+from tui.screens.results.reading import Results
+from tui.screens.results.view import View, listed
 from tui.widgets.picture import KINDS, kind_of_terminal, load_library, read_picture, widget_for
 
-NOTHING = "No figures yet. Press R to run the pipeline: its evaluation draws one."
+NO_FIGURE = "No figures yet. Press R to run the pipeline: its evaluation draws one."
+MAX_FILES = 8  # whose numbers are shown at a time
 
 
-class PicturePane(Pane):
-    """A picture, and what it shows."""
-
-    TITLE = "Figure"
-    HELP = """\
-The picture as well as the terminal can draw it: its pixels in kitty, Ghostty, WezTerm, iTerm2,
-foot, mlterm, mintty, Contour and Windows Terminal; half blocks elsewhere, in tmux and in a
-browser. `+` enlarges it.
-
-- `p` draws it in another way: half blocks, sixel, kitty's protocol. Where nothing appears, the
-  terminal cannot; `p` again.
-- `o` shows the numbers that it was drawn from. An SVG is for a browser; its PNG is shown here.
-"""
-    can_focus = True
-    DEFAULT_CSS = """
-    PicturePane > #caption { height: auto; }
-    PicturePane > #picture { height: 1fr; align: center middle; }
-    PicturePane > #picture > * { width: auto; height: auto; }
-    """
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.picture: Picture | None = None
+class FiguresView(View):
+    def __init__(self) -> None:
+        super().__init__(id="figures-view")
+        self.table, self.caption = listed(), Static(id="caption", markup=False)
+        self.holder = Container(id="picture")
+        self.figure = VerticalScroll(self.caption, self.holder)
         self.kind = kind_of_terminal()
         self._image: Any = None
 
-    def contents(self) -> Iterable[Widget]:
-        yield Static(id="caption", markup=False)
-        yield Container(id="picture")
+    def compose(self) -> Iterable[Widget]:
+        yield self.pane("figures", self.table)
+        yield self.pane("figure", self.figure)
 
-    def show(self, picture: Picture | None) -> None:
-        """Read a picture in a thread, then show it."""
-        self.picture = picture
-        self._caption("" if picture else NOTHING)
-        if picture:
-            self.show_title(*([picture.about] if picture.about else []), title=picture.title)
-            self._read(picture)
+    def show_results(self, results: Results) -> None:
+        self.table.show(results.pictures)
+        if not results.pictures:
+            self.caption.update(NO_FIGURE)
 
-    def _caption(self, text: str) -> None:
-        self.query_one("#caption", Static).update(Text(text))
+    def point(self, key: str) -> None:
+        """Also at the first picture of a stage, by its output folder."""
+        keys = [picture.key for picture in self.results.pictures]
+        self.table.point(next((each for each in keys if f"{each}/".startswith(f"{key}/")), None))
+
+    @on(Table.Pointed)
+    def pointed(self, event: Table.Pointed) -> None:
+        self.titled("figure", event.row.about, title=event.row.title)
+        self._read(event.row)
+
+    @on(Table.Opened)
+    def opened(self) -> None:
+        self.screen.set_focus(self.figure)
 
     @work(thread=True, exclusive=True, group="picture")
     def _read(self, picture: Picture) -> None:
+        image, text = None, picture.shows
         try:
             if picture.path.suffix != ".png":
                 raise UserError(f"{picture.path.name} is for a browser: no PNG lies beside it.")
             load_library()
-            image, text = read_picture(picture.path), picture.shows
+            image = read_picture(picture.path)
         except UserError as error:
-            image, text = None, str(error)
-        self.app.call_from_thread(self._show_image, picture, image, text)
+            text = str(error)
+        self.app.call_from_thread(self._take, picture, image, text)
 
-    def _show_image(self, picture: Picture, image: Any, text: str) -> None:
-        if picture is not self.picture:
-            return
-        self._image = image
-        self._caption(text)
-        self.call_later(self._draw)
+    def _take(self, picture: Picture, image: Any, text: str) -> None:
+        if picture is self.table.pointed:
+            self._image = image
+            self.caption.update(text)
+            self.call_later(self._draw)
 
     async def _draw(self) -> None:
-        holder = self.query_one("#picture")
         with self.app.batch_update():
-            await holder.remove_children()
+            await self.holder.remove_children()
             if self._image is not None:
-                await holder.mount(widget_for(self._image, self.kind))
+                await self.holder.mount(widget_for(self._image, self.kind))
 
-    async def draw_otherwise(self) -> None:
-        """Draw it by the next of KINDS."""
+    async def draw_otherwise(self) -> str:
+        """Draw it by the next of KINDS, which is returned."""
         kinds = list(KINDS)
         self.kind = kinds[(kinds.index(self.kind) + 1) % len(kinds)]
-        self.app.notify(f"Pictures as {KINDS[self.kind]}.", markup=False)
         await self._draw()
+        return KINDS[self.kind]
 
-
-class FiguresView(Horizontal):
-    """A list of figures at the left, the picture at the right."""
-
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("o", "numbers", "numbers", id="results.figure_numbers"),
-        Binding("p", "pixels", "pixels", id="results.pixels"),
-    ]
-
-    class Numbers(Message):
-        """The user wants the numbers of the picture."""
-
-        def __init__(self, picture: Picture) -> None:
-            super().__init__()
-            self.picture = picture
-
-    def __init__(self, id: str) -> None:  # as Textual names it
-        super().__init__(id=id)
-        self._pictures: dict[str, Picture] = {}
-
-    def compose(self) -> Iterable[Widget]:
-        yield ListPane(
-            title="Figures",
-            help=(
-                "The pictures that the evaluation, the figures and the studies wrote. Enter moves "
-                "to the picture."
-            ),
-        )
-        yield PicturePane()
-
-    def show(self, pictures: Sequence[Picture]) -> None:
-        self._pictures = {picture.key: picture for picture in pictures}
-        self.query_one(ListPane).show(pictures)
-        if not pictures:
-            self.query_one(PicturePane).show(None)
-
-    def point(self, key: str) -> None:
-        """Show the picture of this key, or of the stage with this output folder."""
-        found = next(
-            (each for each in self._pictures if each == key or each.startswith(f"{key}/")), ""
-        )
-        if found:
-            self.query_one(ListPane).point(found)
-
-    async def action_pixels(self) -> None:
-        await self.query_one(PicturePane).draw_otherwise()
-
-    def action_numbers(self) -> None:
-        if picture := self.query_one(PicturePane).picture:
-            self.post_message(self.Numbers(picture))
-
-    @on(ListPane.Pointed)
-    def _pointed(self, event: ListPane.Pointed) -> None:
-        event.stop()
-        pane, picture = self.query_one(PicturePane), self._pictures.get(event.key)
-        if picture is not pane.picture:
-            pane.show(picture)
-        if event.entered:
-            self.screen.set_focus(pane)
+    @work(thread=True, exclusive=True, group="numbers")
+    def show_numbers(self, picture: Picture, root: Path) -> None:
+        text = "\n".join(numbers_of(path, root) for path in picture.numbers[:MAX_FILES])
+        self.app.call_from_thread(self.app.push_screen, Reader(text, picture.title))

@@ -16,14 +16,23 @@ from pipeline.views.sweeps import Sweep, read_sweep
 
 T = TypeVar("T")
 MEASURED = "measured"  # the folder of what `lora evaluate --adapter` measured
+READING = "Reading the evaluation …"
+NOTHING = (
+    "Nothing is evaluated yet. Press R to run the pipeline: it trains, then compares what each "
+    "model learned and kept."
+)
+NO_SWEEP = (
+    "No sweep yet. `lora finetune sweep --over learning_rate` makes one; so does R, with a section "
+    "of params.yaml such as finetune_sweep: {grid: {rank: [1, 4, 16]}}."
+)
 
 
 @dataclass(frozen=True)
 class Results:
-    """What the project's stages found. A text instead of a value says why it cannot be read."""
+    """What the project's stages found. A text instead of a value says why there is none."""
 
-    evaluation: Evaluation | str | None = None
-    sweep: Sweep | str | None = None
+    evaluation: Evaluation | str = READING
+    sweep: Sweep | str = NO_SWEEP
     pages: Sequence[Page] = ()
     pictures: Sequence[Picture] = ()
     seen: object = None  # stamps of all files, once all were read
@@ -42,8 +51,8 @@ def read_results(project: Project, before: Results) -> Iterator[Results]:
         return
     first = replace(
         before,
-        evaluation=_or_why(lambda: read_evaluation(project)),
-        sweep=_or_why(lambda: read_sweep(project)),
+        evaluation=_or_why(read_evaluation, project) or NOTHING,
+        sweep=_or_why(read_sweep, project) or NO_SWEEP,
     )
     yield first
     yield replace(
@@ -54,8 +63,8 @@ def read_results(project: Project, before: Results) -> Iterator[Results]:
     )
 
 
-def _or_why(read: Callable[[], T]) -> T | str:
+def _or_why(read: Callable[[Project], T | None], project: Project) -> T | str | None:
     try:
-        return read()
+        return read(project)
     except UserError as error:
         return str(error)

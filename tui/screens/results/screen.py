@@ -1,34 +1,36 @@
 """Results: which adapter to ship, then the sweep, reports and figures."""
 
-from collections.abc import Collection, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from textual import on, work
 from textual.binding import Binding, BindingType
-from textual.containers import Horizontal, Vertical
+from textual.content import Content
 from textual.widget import Widget
-from textual.widgets import ContentSwitcher
+from textual.widgets import ContentSwitcher, Static
 from textual.worker import get_current_worker
 
 from pipeline.adapters.config import CONFIG
 from pipeline.project.stage_graph import Project
-from pipeline.views.evaluations import Evaluation, Method
-from pipeline.views.reports import numbers_of
-from pipeline.views.sweeps import Sweep, Trial
-from tui.dialogs import Menu
+from pipeline.views.evaluations import Method, numbers_page
+from pipeline.views.sweeps import Trial
+from tui.dialogs import Reader
+from tui.panes.table import Table
 from tui.screens.base import WorkbenchScreen
+from tui.screens.results import about
 from tui.screens.results.figures import FiguresView
-from tui.screens.results.methods import DetailPane, MethodsPane, ScatterPane, fields
-from tui.screens.results.pages import PageReader, PagesView
-from tui.screens.results.reading import Results, read_results
-from tui.screens.results.rows import RowsPane
-from tui.screens.results.sweep import PlotsPane, SweepPane
-from tui.screens.results.views import Views
+from tui.screens.results.methods_view import MethodsView
+from tui.screens.results.reading import NO_SWEEP, NOTHING, Results, read_results
+from tui.screens.results.reports_view import ReportsView
+from tui.screens.results.sweep_view import SweepView
+from tui.screens.results.view import View
 from tui.services.evaluation import Evaluation as Evaluator
 from tui.shipping import ship
 
-MAX_FILES = 8  # whose numbers are shown at a time
+VIEWS = {"methods": "All methods", "sweep": "Sweep", "report": "Report", "figures": "Figures"}
+KEYS = dict(zip(VIEWS, "awrf", strict=True))
+# what another screen asks for → the view that has it
+HOLDERS = {"method": "methods", "report": "report", "figure": "figures"}
 
 
 class ResultsScreen(WorkbenchScreen):
@@ -36,7 +38,8 @@ class ResultsScreen(WorkbenchScreen):
 
     NAME = "results"
     CSS_PATH = "results.tcss"
-    AUTO_FOCUS = "MethodsPane Table"
+    AUTO_FOCUS = "#methods Table"
+    PANES = about.PANES
     HELP = """\
 Which adapter to ship, in one look: what each model **learned** against what it **kept**, with its
 size and the limits that it breaks. `◂` marks the model that forgot least. The line below the
@@ -47,62 +50,45 @@ header has the other views:
 `c` prompts the model that the cursor is on beside its base. Everything is read from what `lora
 evaluate` and the other stages wrote.
 """
-    LABELS: ClassVar[dict[str, str]] = {
-        "methods": "all methods",
-        "sweep": "sweep",
-        "report": "report",
-        "figures": "figures",
-    }
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("a", "view('methods')", "All methods", id="results.methods", show=False),
-        Binding("w", "view('sweep')", "The sweep", id="results.sweep", show=False),
-        Binding("r", "view('report')", "The report", id="results.report", show=False),
-        Binding("f", "view('figures')", "Figures", id="results.figures", show=False),
+        Binding(key, f"view('{view}')", VIEWS[view], id=f"results.{view}", show=False)
+        for view, key in KEYS.items()
     ]
 
     def __init__(self) -> None:
         super().__init__()
         self.results = Results()
-        self.evaluation: Evaluator | None = None  # of adapters that the pipeline does not evaluate
-        self._filled: dict[str, Results] = {}  # view → what it shows
+        self.evaluator: Evaluator | None = None  # of adapters that the pipeline does not evaluate
         self._chosen = False  # whether the user chose the view
-        self._wanted: dict[str, str] = {}  # what another screen asked for, until it is read
+        self._wanted: dict[str, Any] = {}  # what another screen asked for, until it is read
+        self.methods, self.reports, self.figures = MethodsView(), ReportsView(), FiguresView()
+        self.views: dict[str, View] = {
+            "methods": self.methods,
+            "sweep": SweepView(),
+            "report": self.reports,
+            "figures": self.figures,
+        }
+        self.switcher = ContentSwitcher(*self.views.values(), initial="methods-view")
 
     def body(self) -> Iterable[Widget]:
-        yield Views()
-        with ContentSwitcher(initial="methods"):
-            with Horizontal(id="methods"):
-                yield ScatterPane()
-                with Vertical(id="side"):
-                    yield MethodsPane()
-                    yield DetailPane()
-            with Horizontal(id="sweep"):
-                yield SweepPane()
-                yield PlotsPane()
-            yield PagesView(
-                "Reports",
-                "No report yet. Press R to run the pipeline.",
-                "The reports that there are.",
-                "report",
-            )
-            yield FiguresView("figures")
+        yield Static(id="views")
+        yield self.switcher
 
     def on_mount(self) -> None:
-        self.app.theme_changed_signal.subscribe(self, lambda _: self._show_again())
         self._show()
 
-    def _show_again(self) -> None:
-        """Fill the views anew: in other colours, or with another problem."""
-        self._filled.clear()
-        self._show()
+    def on_unmount(self) -> None:
+        if self.evaluator:
+            self.evaluator.stop()
 
     # Reading
 
     def project_changed(self) -> None:
-        if project := self.workbench.project_watch.project:
-            self._read(project)
-        else:
-            self._show_again()
+        watch = self.workbench.project_watch
+        if watch.project:
+            self._read(watch.project)
+        elif self.results.seen is None and watch.problem:
+            self._take(Results(watch.problem))
 
     @work(thread=True, exclusive=True, group="results")
     def _read(self, project: Project) -> None:
@@ -112,139 +98,108 @@ evaluate` and the other stages wrote.
                 self.app.call_from_thread(self._take, results)
 
     def _take(self, results: Results) -> None:
-        first = self.results == Results()
-        self.results = results
-        if first and results.evaluation is None and results.sweep is not None and not self._chosen:
-            self._switch("sweep")  # a project that only sweeps
+        is_first, self.results = self.results.seen is None, results
+        only_sweeps = results.evaluation == NOTHING and results.sweep != NO_SWEEP
+        if is_first and only_sweeps and not self._chosen:
+            self._switch("sweep")
         self._show()
-        if results.seen is not None:
-            self.query_one(PagesView).refresh_page()
-            self._open_wanted()
-
-    def _show(self) -> None:
-        """Show what was read, in the view that is on; the others are filled when they are shown."""
-        results, switcher = self.results, self.query_one(ContentSwitcher)
-        views = self.query_one(Views)
-        found = {
-            "sweep": results.sweep is not None,
-        }
-        shown = [view for view in self.LABELS if found.get(view, True)]
-        views.entries = tuple((view, self._key(view), self.LABELS[view]) for view in shown)
-        views.current = view = switcher.current or ""
-        if self._filled.get(view) is results:
-            return
-        self._filled[view] = results
-        match view:
-            case "methods":
-                self._show_methods(results.evaluation)
-            case "sweep":
-                self.query_one(SweepPane).show(results.sweep)
-                self.query_one(PlotsPane).show(
-                    results.sweep if isinstance(results.sweep, Sweep) else None
-                )
-            case "report":
-                self.query_one(PagesView).show(results.pages)
-            case "figures":
-                self.query_one(FiguresView).show(results.pictures)
-        self.refresh_bindings()  # the bottom line leaves out what a border shows by now
-
-    def _show_methods(self, evaluation: Evaluation | str | None) -> None:
-        if self.results == Results() and self.workbench.project_watch.project:
-            evaluation = "Reading the evaluation …"
-        elif evaluation is None and (problem := self.workbench.project_watch.problem):
-            evaluation = problem
-        shown = evaluation if isinstance(evaluation, Evaluation) else None
-        self.query_one("#methods").set_class(shown is None, "-empty")
-        self.query_one(MethodsPane).show(evaluation)
-        pointed = self.query_one(MethodsPane).pointed
-        self.query_one(ScatterPane).show(shown, pointed.name if pointed else "")
-
-    def _key(self, view: str) -> str:
-        binding = next(
-            b for b in self.BINDINGS if isinstance(b, Binding) and b.action == f"view('{view}')"
-        )
-        keys = [
-            key for key, bound in self.active_bindings.items() if bound.binding.id == binding.id
-        ]
-        return keys[0] if keys else binding.key
-
-    # Views
-
-    def _switch(self, view: str) -> None:
-        self.query_one(ContentSwitcher).current = view
-        self._show()
-        first = next(
-            (
-                w
-                for w in self.query_one(f"#{view}").query("Table, VimList").results(Widget)
-                if w.focusable
-            ),
-            None,
-        )
-        self.set_focus(first)
-
-    def action_view(self, view: str) -> None:
-        """Show a view; the figures from a report begin with its own."""
-        before = self.query_one(ContentSwitcher).current
-        self._chosen = True
-        self._switch(view)
-        if view == "figures" and before == "report":
-            self.query_one(FiguresView).point(self.query_one(PagesView).folder)
+        self._open_wanted()
 
     def open_with(self, **request: Any) -> None:
         """`view`, `method`, `report` (a stage) or `figure`: shows it."""
-        self._wanted = {key: str(value) for key, value in request.items()}
-        if self.results.seen is not None:
-            self._open_wanted()
+        self._wanted = request
+        self._open_wanted()
 
     def _open_wanted(self) -> None:
+        if self.results.seen is None:
+            return
         wanted, self._wanted = self._wanted, {}
-        views = {"method": "methods", "report": "report", "figure": "figures"}
-        view = wanted.get("view") or next((views[key] for key in wanted if key in views), "")
-        if view in self.LABELS:
-            self.action_view(view)
-        if method := wanted.get("method"):
-            self.query_one(MethodsPane).point(method)
-        if report := wanted.get("report"):
-            self.query_one(PagesView).point(report)
-        if figure := wanted.get("figure"):
-            self.query_one(FiguresView).point(figure)
+        for key, value in wanted.items():
+            view = HOLDERS.get(key, value)
+            if view in VIEWS:
+                self.action_view(view)
+                self.views[view].point(value)
 
-    # What the panes ask
-
-    @on(RowsPane.Pointed)
-    def _row_pointed(self, event: RowsPane.Pointed) -> None:
-        row = event.row
-        if isinstance(row, Method) and isinstance(self.results.evaluation, Evaluation):
-            self.query_one(DetailPane).show(row, self.results.evaluation)
-            self.query_one(ScatterPane).point(row.name)
-        elif isinstance(row, Trial):
-            self.query_one(PlotsPane).point(row.name)
-
-    @on(RowsPane.Asked)
-    def _row_asked(self, event: RowsPane.Asked) -> None:
-        row, what = event.row, event.what
-        if what in ("chat", "enter"):
-            self._chat(row)
-        elif what == "open" and isinstance(row, Method) and not row.stage.trains:
-            self.warn(f"{row.name} was not trained, so it has no curve.")
-        elif what == "open":
-            run = row.stage.name if isinstance(row, Method) else f"finetune_sweep/{row.name}"
-            self.workbench.go("curves", run=run)
-        elif what == "ship":
-            self._ship(row)
-        elif what == "fields":
-            self.app.push_screen(PageReader(fields(row), row.name))
-        elif what == "evaluate" and (isinstance(row, Trial) or row.stage.name not in self._listed):
-            self._evaluate(row)
-        elif what == "evaluate":
-            self.workbench.start_pipeline("repro", "evaluate")
+    # Views
 
     @property
-    def _listed(self) -> Collection[str]:
-        """The stages that the pipeline runs."""
-        project = self.workbench.project_watch.project
-        return project.readable if project else ()
+    def view(self) -> str:
+        """The view that is shown."""
+        return (self.switcher.current or "").removesuffix("-view")
+
+    def action_view(self, view: str) -> None:
+        """Show a view; the figures from a report begin with its own."""
+        page = self.reports.table.pointed if self.view == "report" else None
+        self._chosen = True
+        self._switch(view)
+        if view == "figures" and page:
+            self.figures.point(page.folder)
+
+    def _switch(self, view: str) -> None:
+        self.switcher.current = f"{view}-view"
+        self._show()
+        self.give_focus(self.views[view].table)
+
+    def _show(self) -> None:
+        self.query_one("#views", Static).update(self._views_line())
+        self.views[self.view].fill(self.results)
+        self.refresh_bindings()  # the bottom line leaves out what a border shows by now
+
+    def _views_line(self) -> Content:
+        """The views, each with its key; a click shows one."""
+        parts = []
+        for view, label in VIEWS.items():
+            if view == "sweep" and self.results.sweep == NO_SWEEP:
+                continue
+            style = "reverse bold" if view == self.view else ""
+            key = f"[{style or 'bold $accent'}] {KEYS[view]}[/]"
+            text = f"[{style or 'not bold'}] {label.lower()} [/]"
+            parts.append(f"[@click=\"screen.view('{view}')\"]{key}{text}[/]")
+        return Content.from_markup(" ".join(parts))
+
+    def action_axis(self, axis: str) -> None:
+        self.methods.choose_axis(axis)
+
+    async def action_pixels(self) -> None:
+        kind = await self.figures.draw_otherwise()
+        self.notify(f"Pictures as {kind}.", markup=False)
+
+    def action_figure_numbers(self) -> None:
+        picture = self.figures.table.pointed
+        if picture and picture.numbers:
+            self.figures.show_numbers(picture, self.workbench.root)
+        elif picture:
+            self.warn(f"No numbers were written beside {picture.path.name}.")
+
+    # What is asked of the model or adapter that the cursor is on
+
+    @on(Table.Opened, "#methods Table, #sweep Table")
+    def _row_opened(self) -> None:
+        self.action_ask("chat")
+
+    def action_ask(self, what: str) -> None:
+        row = self.views[self.view].table.pointed
+        if not isinstance(row, Method | Trial):
+            return
+        match what:
+            case "chat":
+                self._chat(row)
+            case "curve" if row.run:
+                self.workbench.go("curves", run=row.run)
+            case "curve":
+                self.warn(f"{row.name} was not trained, so it has no curve.")
+            case "ship":
+                self._ship(row)
+            case "numbers" if isinstance(row, Method):
+                self.app.push_screen(Reader(numbers_page(row), row.name))
+            case "evaluate":
+                self._evaluate(row)
+
+    def _chat(self, row: Method | Trial) -> None:
+        if row.path.is_dir():
+            self.workbench.go("chat", models=list(filter(None, (row.base, row.path))))
+        else:
+            self.warn(f"{row.name} has no weights here. Press R to train it.")
 
     @work(group="ship")
     async def _ship(self, row: Method | Trial) -> None:
@@ -255,59 +210,19 @@ evaluate` and the other stages wrote.
             self.warn(f"Only adapters are exported; {row.name} is none.")
 
     @work(group="evaluate")
-    async def _evaluate(self, trial: Trial | Method) -> None:
-        """Measure what an adapter that the pipeline does not evaluate learned and kept."""
-        with self.workbench.errors_shown():
-            self.evaluation = self.evaluation or Evaluator(self.workbench.params_path)
-            running = self.evaluation.run([trial.path])
-            self.workbench.log_message(f"Evaluating {trial.name} …")
-            problems = await running
-            self.workbench.log_message(
-                problems or f"Evaluated: {trial.name}.", "warning" if problems else "information"
-            )
-            self.project_changed()
-
-    def on_unmount(self) -> None:
-        if self.evaluation:
-            self.evaluation.stop()
-
-    def _chat(self, row: Method | Trial) -> None:
-        base, sweep = None, self.results.sweep
-        if isinstance(row, Method):
-            base = row.base
-        elif isinstance(sweep, Sweep):
-            base = sweep.base
-        if not row.path.is_dir():
-            self.warn(f"{row.name} has no weights here. Press R to train it.")
-            return
-        self.workbench.go("chat", models=[*([base] if base else []), row.path])
-
-    @on(ScatterPane.Chosen)
-    def _choose_axis(self, event: ScatterPane.Chosen) -> None:
-        pane, axis = self.query_one(ScatterPane), event.axis
-        choices = {measure.name: measure.name for measure in pane.measures(axis)}
-        title = "To the right" if axis == "x" else "Upwards"
-
-        def chosen(name: str | None) -> None:
-            if name:
-                pane.set_axis(axis, name)
-
-        self.app.push_screen(
-            Menu(title, choices, pane.axes[axis].name if axis in pane.axes else ""), chosen
-        )
-
-    # Numbers
-
-    @on(FiguresView.Numbers)
-    def _show_figure_numbers(self, event: FiguresView.Numbers) -> None:
-        if event.picture.numbers:
-            self._show_numbers(event.picture.title, event.picture.numbers)
-        else:
-            self.warn(f"No numbers were written beside {event.picture.path.name}.")
-
-    @work(thread=True, exclusive=True, group="numbers")
-    def _show_numbers(self, title: str, files: Sequence[Path]) -> None:
+    async def _evaluate(self, row: Method | Trial) -> None:
+        """Evaluate again; by itself what the pipeline does not evaluate."""
         project = self.workbench.project_watch.project
-        root = project.root if project else Path()
-        text = "\n".join(numbers_of(path, root) for path in files[:MAX_FILES])
-        self.app.call_from_thread(self.app.push_screen, PageReader(text, title))
+        if project and isinstance(row, Method) and row.stage.name in project.readable:
+            self.workbench.start_pipeline("repro", "evaluate")
+            return
+        with self.workbench.errors_shown():
+            self.evaluator = self.evaluator or Evaluator(self.workbench.params_path)
+            running = self.evaluator.run([row.path])
+            self.workbench.log_message(f"Evaluating {row.name} …")
+            problems = await running
+            if problems:
+                self.warn(problems)
+            else:
+                self.workbench.log_message(f"Evaluated: {row.name}.")
+            self.project_changed()

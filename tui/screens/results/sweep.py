@@ -1,244 +1,117 @@
-"""A sweep: a row for each adapter, and its loss by each key that was swept."""
+"""A sweep: the columns of its table, and a plot of its losses by each key that it varied."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from rich.style import Style
-from rich.text import Text
-from textual.binding import Binding, BindingType
-from textual.widget import Widget
-from textual.widgets import Static
+from textual.content import Content
 
 from pipeline.evaluation.comparison import MISSING
 from pipeline.files.text import natural_sort_key
 from pipeline.views.sweeps import Sweep, Trial, value_text
-from tui.screens.results.rows import Column, RowsPane
-from tui.widgets.colors import method_look, method_style
-from tui.widgets.pane import Pane
-from tui.widgets.plot.scatter import Axis, Point, draw
+from tui.panes.plot.series import Axis, Point
+from tui.panes.table import Column
+from tui.widgets.colors import look_style, method_look
 
-NOTHING = (
-    "No sweep yet. `lora finetune sweep --over learning_rate` makes one; so does R, with a section "
-    "of params.yaml such as finetune_sweep: {grid: {rank: [1, 4, 16]}}."
-)
 FRONT, BEST = "◆", "◂"
 MAX_NAME = 28  # cells
-LEAST_HEIGHT, LEAST_WIDTH = 9, 36  # of a plot
+DIVERGENCE = "divergence"
 
 
-class SweepPane(RowsPane[Trial]):
-    """A row for each adapter: its values, loss, divergence from the base."""
+def columns(sweep: Sweep) -> Iterator[Column[Trial]]:
+    """The values of each adapter, its loss, its divergence from the base."""
+    yield Column("adapter", _name, lambda trial: natural_sort_key(trial.name))
+    yield _number("loss", lambda trial: trial.loss)
+    if sweep.diverges:
+        yield _number(DIVERGENCE, lambda trial: trial.divergence)
+    for key in sweep.keys:
+        yield _key_column(key)
+    if any(trial.kept is not None for trial in sweep.trials):
+        yield Column("kept", _kept, lambda trial: trial.kept, largest_first=True, right=True)
+    yield Column("trained", lambda t: f"{t.trainable:,}", lambda t: t.trainable, right=True)
+    yield Column("state", _state, lambda trial: trial.state)
 
-    TITLE = "Sweep"
-    HELP = f"""\
-A row for each adapter of `finetune_sweep`. **loss**: on held-out data; without any, of the last
-epoch of training (nats per token). **divergence**: KL from the base on `finetune_sweep.old_data`,
-else `evaluate.old_data` (nats per token). Less is better of both.
 
-- `{BEST}` has the lowest loss. `{FRONT}` is on the **Pareto front**: no other has a lower loss
-  without diverging more.
-- *best at the edge*: it has the highest or lowest value that was tried, so a better one may be
-  beyond it.
-- An adapter that diverged, or that the search stopped early, has no loss.
+def _key_column(key: str) -> Column[Trial]:
+    def order(trial: Trial) -> Any:
+        """Numbers by size, else texts; a column never mixes them, as a key has one type."""
+        value = trial.values.get(key)
+        return value if isinstance(value, int | float) else value_text(value)
 
-`c` or Enter prompts it beside the base, `o` shows its loss curve. `E` evaluates it: **kept** is
-then the share of old answers that are still the base's.
-"""
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("c", "ask('chat')", "chat", id="results.chat_sweep"),
-        Binding("o", "ask('open')", "curve", id="results.open_sweep"),
-        Binding("E", "ask('evaluate')", "evaluate", id="results.evaluate_sweep"),
-        Binding("x", "ask('ship')", "ship", id="results.ship_sweep"),
+    return Column(key, lambda trial: value_text(trial.values.get(key)), order, right=True)
+
+
+def _name(trial: Trial) -> Content:
+    parts = [Content(trial.name).truncate(MAX_NAME, ellipsis=True)]  # its values stand beside it
+    parts += [Content.styled(f" {FRONT}", "$accent")] * trial.front
+    parts += [Content.styled(f" {BEST}", "bold $success")] * trial.best
+    return Content.assemble(*parts)
+
+
+def _state(trial: Trial) -> Content:
+    return Content.styled(trial.state, "$error" if trial.state == "diverged" else "")
+
+
+def _kept(trial: Trial) -> str:
+    return MISSING if trial.kept is None else f"{trial.kept:.0%}"
+
+
+def _number(title: str, value: Callable[[Trial], float | None]) -> Column[Trial]:
+    def cell(trial: Trial) -> str:
+        number = value(trial)
+        return MISSING if number is None else f"{number:.4f}"
+
+    return Column(title, cell, value, right=True)
+
+
+def facts(sweep: Sweep) -> list[str]:
+    """What the title says."""
+    edge = [f"best at the edge: {', '.join(sweep.edges)}"] if sweep.edges else []
+    loss = "held-out loss" if sweep.held_out else "training loss: no data is held out"
+    return [*edge, f"{len(sweep.trials)} adapters", loss]
+
+
+def plots(sweep: Sweep) -> list[str]:
+    """What the losses are drawn against: the divergence, and each key that was swept."""
+    return [*[DIVERGENCE] * sweep.diverges, *sweep.keys]
+
+
+def plot(sweep: Sweep, key: str, pointed: str) -> tuple[list[Point], Axis, Axis]:
+    """The points of a plot and its axes; better is to the right and upwards."""
+    trials = [trial for trial in sweep.trials if trial.loss is not None]
+    trials.sort(key=lambda trial: (trial.name != pointed, not trial.best, not trial.front))
+    y = Axis("loss, less is better", log=None, falls=True)
+    values = [trial.values.get(key) for trial in trials]
+    if key == DIVERGENCE:
+        values = [trial.divergence for trial in trials]
+    known = [
+        (trial, value) for trial, value in zip(trials, values, strict=True) if value is not None
     ]
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.sorted_by = "loss"
-
-    def key_of(self, row: Trial) -> str:
-        return row.name
-
-    def show(self, sweep: Sweep | str | None) -> None:
-        """Show a sweep, or a text that says why there is none."""
-        if not isinstance(sweep, Sweep):
-            self.say(sweep or NOTHING)
-            return
-        loss = "held-out loss" if sweep.held_out else "training loss: no data is held out"
-        self.fill(
-            sweep.trials,
-            self._columns(sweep),
-            next((trial.name for trial in sweep.trials if trial.best), ""),
-        )
-        edge = f"best at the edge: {', '.join(sweep.edges)}" if sweep.edges else ""
-        self.show_title(*filter(None, (edge, f"{len(sweep.trials)} adapters", loss)))
-
-    def _columns(self, sweep: Sweep) -> Iterable[Column]:
-        yield Column("adapter", self._name_cell, lambda trial: natural_sort_key(trial.name))
-        yield Column("loss", lambda trial: _number(trial.loss), lambda trial: trial.loss)
-        if sweep.diverges:
-            yield Column(
-                "divergence",
-                lambda trial: _number(trial.divergence),
-                lambda trial: trial.divergence,
-            )
-        for key in sweep.keys:
-            yield Column(
-                key,
-                lambda trial, key=key: Text(value_text(trial.values.get(key)), justify="right"),  # type: ignore[misc]
-                lambda trial, key=key: _order(trial.values.get(key)),  # type: ignore[misc]
-            )
-        if any(trial.kept is not None for trial in sweep.trials):
-            yield Column("kept", _kept, lambda trial: None if trial.kept is None else -trial.kept)
-        yield Column(
-            "trained",
-            lambda trial: Text(f"{trial.trainable:,}", justify="right"),
-            lambda t: t.trainable,
-        )
-        yield Column("state", self._state_cell, lambda trial: trial.state)
-
-    def _name_cell(self, trial: Trial) -> Text:
-        variables, name = self.app.theme_variables, Text(trial.name, no_wrap=True)
-        name.truncate(MAX_NAME, overflow="ellipsis")  # its values stand beside it
-        if trial.front:
-            name.append(f" {FRONT}", variables["accent"])
-        return name.append(f" {BEST}", f"bold {variables['success']}") if trial.best else name
-
-    def _state_cell(self, trial: Trial) -> Text:
-        return Text(
-            trial.state, self.app.theme_variables["error"] if trial.state == "diverged" else ""
-        )
+    if key == DIVERGENCE:
+        x = Axis("divergence from the base", log=None, falls=True)
+    elif all(_is_number(value) for _, value in known):
+        tried = sorted({float(value) for _, value in known})
+        x = Axis(key, log=None, marks=[(value, value_text(value)) for value in tried])
+    else:
+        names = sorted({value_text(value) for _, value in known})
+        known = [(trial, names.index(value_text(value))) for trial, value in known]
+        x = Axis(key, (-0.5, len(names) - 0.5), marks=list(enumerate(names)))
+    return [_point(trial, float(value), pointed) for trial, value in known], x, y
 
 
-def _kept(trial: Trial) -> Text:
-    return Text(MISSING if trial.kept is None else f"{trial.kept:.0%}", justify="right")
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _number(value: float | None) -> Text:
-    return Text(MISSING if value is None else f"{value:.4f}", justify="right")
-
-
-def _order(value: Any) -> Any:
-    """Numbers by size, else texts; a column never mixes them, as a key has one type."""
-    return value if isinstance(value, int | float) else value_text(value)
-
-
-class PlotsPane(Pane):
-    """Loss against divergence, and loss by each swept key: small plots, as many as there is room
-    for.
-    """
-
-    TITLE = "Loss by key"
-    HELP = f"""\
-A plot for each key that the sweep varied: its values to the right, the loss upwards. Values that
-span a decade have a logarithmic axis. With `finetune_sweep.old_data`, the first plot is the loss
-against the divergence from the base, and `{FRONT}` are the Pareto front: the adapters that no
-other beats in both. The adapter that the table's cursor is on has its name beside it.
-
-`+` enlarges the pane: it then has room for more plots.
-"""
-    can_focus = True
-    DEFAULT_CSS = """
-    PlotsPane > Static { height: 1fr; }
-    """
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self._sweep: Sweep | None = None
-        self._pointed = ""
-
-    def contents(self) -> Iterable[Widget]:
-        yield Static(markup=False)
-
-    def show(self, sweep: Sweep | None) -> None:
-        self._sweep = sweep
-        self.redraw()
-
-    def point(self, name: str) -> None:
-        if name != self._pointed:
-            self._pointed = name
-            self.redraw()
-
-    def on_resize(self, event: Any) -> None:
-        super().on_resize(event)
-        self.redraw()
-
-    def redraw(self) -> None:
-        static = self.query_one(Static)
-        width, height = static.size
-        if not width or self._sweep is None:
-            static.update("")
-            return
-        trials = [trial for trial in self._sweep.trials if trial.loss is not None]
-        trials.sort(
-            key=lambda trial: (trial.name != self._pointed, not trial.best, not trial.front)
-        )
-        plots = [*["divergence"] * self._sweep.diverges, *self._sweep.keys]
-        if not trials or not plots:
-            static.update(
-                Text(
-                    "No adapter has a loss to draw."
-                    if plots
-                    else "All adapters have the same settings."
-                )
-            )
-            return
-        across = max(min(width // LEAST_WIDTH, len(plots)), 1)
-        down = max(min(height // LEAST_HEIGHT, -(-len(plots) // across)), 1)
-        shown = plots[: across * down]
-        hidden = plots[len(shown) :]
-        wide, high = width // across - (across > 1), (height - bool(hidden)) // down
-        drawn = [self._plot(key, trials, wide, high) for key in shown]
-        lines = [
-            Text("  ").join(_padded(row, wide) for row in rows)
-            for start in range(0, len(drawn), across)
-            for rows in zip(*drawn[start : start + across], strict=True)
-        ]
-        if hidden:
-            lines.append(Text(f"+ has room for {len(hidden)} more: {', '.join(hidden)}", "dim"))
-        static.update(Text("\n").join(lines), layout=False)
-
-    def _plot(self, key: str, trials: Sequence[Trial], width: int, height: int) -> list[Text]:
-        values = [
-            trial.divergence if key == "divergence" else trial.values.get(key) for trial in trials
-        ]
-        known = [
-            (trial, value) for trial, value in zip(trials, values, strict=True) if value is not None
-        ]
-        numeric = all(
-            isinstance(value, int | float) and not isinstance(value, bool) for _, value in known
-        )
-        names = list(dict.fromkeys(sorted(value_text(value) for _, value in known)))
-        if key == "divergence":
-            x = Axis.around(
-                "divergence from the base", [float(value) for _, value in known], falls=True
-            )
-        elif numeric:
-            tried = sorted({float(value) for _, value in known})
-            x = Axis.around(key, tried, marks=[(value, value_text(value)) for value in tried])
-        else:
-            x = Axis(key, (-0.5, len(names) - 0.5), marks=list(enumerate(names)))
-        y = Axis.around(
-            "loss, less is better", [trial.loss or 0.0 for trial, _ in known], falls=True
-        )
-        points = [
-            self._point(trial, float(value) if numeric else names.index(value_text(value)))
-            for trial, value in known
-        ]
-        return draw(points, x, y, width, height, Style(dim=True))
-
-    def _point(self, trial: Trial, x: float) -> Point:
-        pointed = trial.name == self._pointed
-        color = method_style("sweep", self.background_colors[1])
-        style = Style.parse(color) + Style(
-            bold=trial.best, dim=not (pointed or trial.front or trial.best)
-        )
-        sign = method_look("sweep").sign if trial.best else "●"
-        if trial.front:
-            sign = FRONT
-        return Point(x, trial.loss or 0.0, sign, trial.name if pointed else "", style, pointed)
-
-
-def _padded(line: Text, width: int) -> Text:
-    line = line.copy()
-    line.truncate(width, pad=True)
-    return line
+def _point(trial: Trial, x: float, pointed: str) -> Point:
+    look, is_pointed = method_look("sweep"), trial.name == pointed
+    sign, style = "●", look_style(look)
+    if trial.front:
+        sign = FRONT
+    elif trial.best:
+        sign = look.sign
+    if trial.best:
+        style = f"bold {style}"
+    elif not (is_pointed or trial.front):
+        style = f"{style} dim"
+    label = trial.name if is_pointed else ""
+    return Point(x, trial.loss or 0.0, sign, label, style, is_pointed)

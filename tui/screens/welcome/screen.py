@@ -4,22 +4,21 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
 
-from rich.text import Text
 from textual import on, work
-from textual.app import ComposeResult, RenderResult
+from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
+from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
 
 from pipeline.errors import UserError
 from tui.dialogs import Reader
+from tui.panes.key_bar import KeyBar
 from tui.registry import SCREENS
 from tui.screens.base import WorkbenchScreen
 from tui.screens.welcome.new import Creation, Made, NewProject
-from tui.widgets.key_bar import KeyBar
-from tui.widgets.table import VIM_KEYS
 
 MINIGPT = "minigpt"  # the folder of its project
 CALCULATOR = "calculator"
@@ -34,34 +33,27 @@ CHOICES = {  # action → key, name, what it is
         "what a model takes to train, without a project",
     ),
 }
-
-
-class Picture(Widget):
-    """What LoRA does: the frozen weights W, and beside them the product of two thin matrices that
-    trains.
-    """
-
-    W, B, A = 16, 2, 16  # cells
-    ROWS = 5
-
-    def render(self) -> RenderResult:
-        variables = self.app.theme_variables
-        frozen, trained = "dim", f"bold {variables['accent']}"
-        picture = Text(no_wrap=True)
-        for row in range(self.ROWS):
-            middle = row == self.ROWS // 2
-            picture.append("▒" * self.W, frozen).append("  +  " if middle else "     ")
-            picture.append("█" * self.B, trained).append("  ·  " if middle else "     ")
-            picture.append(("█" if middle else " ") * self.A, trained).append("\n")
-        names = ("W  frozen".center(self.W), "B".center(self.B), "A  trained".center(self.A))
-        picture.append((" " * 5).join(names), frozen)
-        return picture
+# What LoRA does: beside the frozen weights W, the product of two thin matrices that trains.
+W, B, A = "▒" * 16, "██", "█" * 16
+PICTURE = Content.from_markup(
+    "\n".join(
+        [
+            *[f"[dim]{W}[/]     [bold $accent]{B}[/]"] * 2,
+            f"[dim]{W}  +  [/][bold $accent]{B}  ·  {A}[/]",
+            *[f"[dim]{W}[/]     [bold $accent]{B}[/]"] * 2,
+            f"[dim]{'W  frozen':^16}     B      {'A  trained':^16}[/]",
+        ]
+    )
+)
 
 
 class Choices(OptionList):
     """The ways to begin; arrows and Enter, or the letter."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [*VIM_KEYS]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("j", "cursor_down", "Down", show=False),
+        Binding("k", "cursor_up", "Up", show=False),
+    ]
 
 
 class WelcomeScreen(WorkbenchScreen):
@@ -87,35 +79,37 @@ class WelcomeScreen(WorkbenchScreen):
         yield KeyBar()
 
     def body(self) -> Iterable[Widget]:
+        params = self.workbench.params_path
         with VerticalScroll(id="welcome"):
-            yield Picture()
+            yield Static(PICTURE, id="picture")
             yield Static("LoRA workbench", id="name")
             yield Static(
                 "Adapt a language model to your data; see what it learns and forgets.", id="what"
             )
-            yield Static(self._missing(), id="where", markup=False)
-            yield Choices(*(Option(_line(name), id=name) for name in CHOICES), markup=False)
+            yield Static(
+                f"There is no {params.name} in {self.workbench.folder_label}. How do you want to "
+                "begin?",
+                id="where",
+                markup=False,
+            )
+            yield Choices(*map(_option, CHOICES), markup=False)
             yield Static(id="doing", markup=False)
-
-    def _missing(self) -> str:
-        params = self.workbench.params_path
-        return (
-            f"There is no {params.name} in {self.workbench.folder_label}. How do you want to begin?"
-        )
 
     @on(OptionList.OptionSelected)
     def chosen(self, event: OptionList.OptionSelected) -> None:
         self.action_begin(str(event.option_id))
 
     def action_begin(self, choice: str) -> None:
-        if choice == "calculate":
-            self.workbench.switch_mode(CALCULATOR)
-        elif choice == "new":
-            self.workbench.push_screen(NewProject(self.workbench.root), self._created)
-        elif choice == "minigpt":
-            self.workbench.push_screen(Creation([MINIGPT], self.workbench.root), self._created)
-        else:
-            self._open_demo()
+        root = self.workbench.root
+        match choice:
+            case "calculate":
+                self.workbench.switch_mode(CALCULATOR)
+            case "new":
+                self.workbench.push_screen(NewProject(root), self._created)
+            case "minigpt":
+                self.workbench.push_screen(Creation([MINIGPT], root), self._created)
+            case "demo":
+                self._open_demo()
 
     def _created(self, made: Made | None) -> None:
         if made:
@@ -126,7 +120,8 @@ class WelcomeScreen(WorkbenchScreen):
     async def _open(self, params: Path, greeting: str, report: str = "") -> None:
         await self.workbench.open_project(params, greeting)
         if report:
-            self.workbench.push_screen(Reader(Text(report), title="What was chosen, and why"))
+            lines = [Content(line) for line in report.splitlines()]
+            self.workbench.push_screen(Reader(lambda _: lines, "What was chosen, and why"))
 
     @work(group="demo", exclusive=True, thread=True)
     def _open_demo(self) -> None:
@@ -145,6 +140,7 @@ class WelcomeScreen(WorkbenchScreen):
         self.query_one("#doing", Static).update(text)
 
 
-def _line(choice: str) -> Text:
+def _option(choice: str) -> Option:
     key, name, what = CHOICES[choice]
-    return Text.assemble((f" {key} ", "reverse bold"), f"  {name}\n", (f"     {what}", "dim"))
+    words = Content.assemble((f" {key} ", "reverse bold"), f"  {name}\n", (f"     {what}", "dim"))
+    return Option(words, id=choice)

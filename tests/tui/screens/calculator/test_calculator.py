@@ -12,37 +12,28 @@ from typing import Any
 
 import pytest
 from textual.pilot import Pilot
-from textual.widgets import Input, OptionList, Static
+from textual.widgets import Static
 
 from pipeline.calc.architecture import Model
 from pipeline.calc.fit import changes, gpus, largest
 from pipeline.calc.memory import predict
 from pipeline.calc.method import configure
-from pipeline.calc.report import answer
+from pipeline.calc.report import answer as expected_result
 from pipeline.calc.settings import CONTEXT, TrainingConfig, chunk_rows
 from pipeline.calc.sources.open_model import built_in, entry, names, open_model
 from pipeline.stages.methods.lora import COUNTED as LORA
 from pipeline.stages.methods.lora import Lora
 from pipeline.stages.registry import COUNTED, open_project
+from pipeline.views.calculation import trained_model
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.json_files import write_json
 from tests.helpers.pilot import screen_opens, until
 from tests.helpers.projects import load, make, save
 from tui.app import Workbench
 from tui.dialogs import Ask
-from tui.screens.calculator.form import CalcForm
-from tui.screens.calculator.panes import AnswerPane
-from tui.screens.calculator.query import (
-    DEFAULTS,
-    FIELDS,
-    FieldError,
-    calculate,
-    query_from_project,
-    relevant_fields,
-    trained_model,
-)
+from tui.panes.form import Form
+from tui.screens.calculator.fields import DEFAULTS, FieldError, answer, relevant, texts_of
 from tui.screens.calculator.screen import CalculatorScreen
-from tui.widgets.drawing import Drawing
 
 GARBAGE = (
     "",
@@ -91,10 +82,14 @@ async def calculator(
 
 
 def text_of(screen: CalculatorScreen, id: str) -> str:
-    node = screen.query_one(id)
-    drawing = node.drawing if isinstance(node, AnswerPane) else node
-    assert isinstance(drawing, Drawing)
-    return str(drawing.content)
+    name = id.removeprefix("#")
+    return (screen.pinned if name == "pinned" else screen.texts[name]).plain
+
+
+def marked(screen: CalculatorScreen) -> list[str]:
+    """The fields that are marked as invalid."""
+    lines, tops = screen.form.lines(), screen.form._tops
+    return [key for key, top in tops.items() if lines[top].startswith("✗")]
 
 
 def problem_of(screen: CalculatorScreen) -> str:
@@ -168,7 +163,7 @@ def expected_answer(values: dict[str, str]) -> dict[str, Any]:
         optimizer=query["optimizer"],
         loss=query["loss"],
     )
-    return answer(model, method, run)
+    return expected_result(model, method, run)
 
 
 async def test_qwen3_8b_shows_the_exact_number_beside_the_rule_of_thumb(empty: Path) -> None:
@@ -184,12 +179,10 @@ async def test_qwen3_8b_shows_the_exact_number_beside_the_rule_of_thumb(empty: P
 async def test_every_built_in_model_opens(empty: Path) -> None:
     for name in names():
         for method in ("lora", "full"):
-            result = calculate(
-                {**DEFAULTS, "model": name, "method": method}, open_model(name).shapes
-            )
-            assert result.model.name == name
+            result = answer({**DEFAULTS, "model": name, "method": method}, open_model(name).shapes)
+            assert result and result.model.name == name
     async with calculator(empty) as (pilot, screen):
-        assert all(screen._get_model(name).name == name for name in names())
+        assert all(screen._model(name).name == name for name in names())
         for name in (names()[0], names()[-1]):
             await fill(pilot, screen, model=name)
             assert (screen.problems, screen.result.model.name) == ({}, name)
@@ -200,7 +193,7 @@ def test_garbage_is_refused_in_one_line_that_is_about_its_field(field: str) -> N
     model, rejected_with = open_model("qwen3-8b").shapes, 0
     for text in GARBAGE:
         try:
-            calculate({**DEFAULTS, **NEEDS.get(field, {}), field: text}, model)
+            answer({**DEFAULTS, **NEEDS.get(field, {}), field: text}, model)
         except FieldError as error:
             rejected_with += 1
             assert (error.field, "\n" in str(error)) == (field, False), text
@@ -216,7 +209,7 @@ async def test_garbage_marks_its_field_and_the_last_good_answer_stays(empty: Pat
             await fill(pilot, screen, **NEEDS.get(field, {}))
             before = screen.result
             assert not screen.problems
-            screen.query_one(f"#{field}", Input).value = text
+            screen.form.put(field, text)
             await pilot.pause()
             await until(pilot, lambda: "being read" not in problem_of(screen))
             assert list(screen.problems) == [field] and "\n" not in problem_of(screen), (
@@ -224,17 +217,10 @@ async def test_garbage_marks_its_field_and_the_last_good_answer_stays(empty: Pat
                 text,
             )
             assert screen.result is before, (field, text)
-            assert screen.query_one("#results").has_class("-stale")
-            marked = [
-                name for name in FIELDS if screen.query_one(f"#field-{name}").has_class("-bad")
-            ]
-            assert marked == [field], (text, screen.problems)
+            assert screen.has_class("-wrong")
+            assert marked(screen) == [field], (text, screen.problems)
         await fill(pilot, screen)
-        assert (
-            not screen.query("#results.-stale")
-            and not screen.query(".-bad")
-            and not screen.problems
-        )
+        assert not screen.has_class("-wrong") and not marked(screen) and not screen.problems
 
 
 @pytest.mark.slow
@@ -246,10 +232,7 @@ async def test_every_invalid_field_is_marked_with_its_reason(empty: Path) -> Non
             {"model": "nothing-like-it", "rank": "x"},
         ):
             await fill(pilot, screen, **values)
-            marked = {
-                name for name in FIELDS if screen.query_one(f"#field-{name}").has_class("-bad")
-            }
-            assert marked == set(values) == set(screen.problems)
+            assert set(marked(screen)) == set(values) == set(screen.problems)
             shown = str(screen.query_one("#problem", Static).content)
             assert (
                 all(text in shown for text in screen.problems.values())
@@ -258,71 +241,73 @@ async def test_every_invalid_field_is_marked_with_its_reason(empty: Path) -> Non
 
 
 @pytest.mark.slow
-async def test_only_fields_that_matter_are_enabled(empty: Path) -> None:
+async def test_only_fields_that_matter_are_shown(empty: Path) -> None:
     async with calculator(empty) as (pilot, screen):
         for method in ("full", "freeze", "lora", "qlora", "prefix", "prompt"):
             await fill(pilot, screen, method=method)
-            rows = {name: screen.query_one(f"#field-{name}") for name in FIELDS}
-            matter = relevant_fields(screen.form.values)
-            assert [name for name, row in rows.items() if not row.disabled] == matter, method
-            assert [name for name, row in rows.items() if row.display] == matter, method
+            assert list(screen.form._tops) == relevant(screen.form.texts), method
 
 
 @pytest.mark.slow
 async def test_keys_move_between_fields_and_step_values(empty: Path) -> None:
     async with calculator(empty) as (pilot, screen):
         await pilot.press("right")
-        assert screen.form.values["method"] == "qlora"
+        assert screen.form.texts["method"] == "qlora"
         await pilot.press("left", "down", "+")
-        values = screen.form.values
+        values = screen.form.texts
         assert (values["method"], values["rank"], screen.result.method.rank) == ("lora", "16", 16)
         await pilot.press("-", "-", "tab", "shift+tab", "pagedown")
-        assert screen.focused.id == "rank" and screen.form.values["rank"] == "8"
-        screen.query_one("#sequence").focus()
+        assert screen.form.key == "rank" and screen.form.texts["rank"] == "8"
+        screen.form.point("sequence")
         await pilot.press("+")
         assert screen.result.run.sequence == 4096, "an empty field steps from what it means"
-        screen.query_one("#batch").focus()
+        screen.form.point("batch")
         await pilot.press("+", "up")
-        assert (screen.result.run.batch, screen.focused.id) == (2, "adapter_precision")
+        assert (screen.result.run.batch, screen.form.key) == (2, "adapter_precision")
         await pilot.press("ctrl+g")
         names_ = list(gpus())
-        assert screen.form.values["gpu"] == names_[names_.index("rtx4090") + 1]
+        assert screen.form.texts["gpu"] == names_[names_.index("rtx4090") + 1]
 
 
 @pytest.mark.slow
 async def test_ctrl_b_brings_a_fields_default_back(empty: Path) -> None:
     async with calculator(empty) as (pilot, screen):
         await pilot.press("right", "ctrl+b", "down", "+", "+", "ctrl+b")
-        assert screen.form.values == DEFAULTS and screen.result.method.rank == 8
+        assert screen.form.texts == DEFAULTS and screen.result.method.rank == 8
 
 
 @pytest.mark.slow
 async def test_every_choice_steps_both_ways_by_a_click(empty: Path) -> None:
     async with calculator(empty) as (pilot, screen):
         for name in ("method", "embeddings", "checkpointing", "optimizer", "loss", "gpu"):
-            before = screen.form.values[name]
-            await pilot.click(f"#{name}", offset=(4, 0))
-            assert screen.form.values[name] != before
-            await pilot.click(f"#{name}", offset=(0, 0))
-            assert screen.form.values[name] == before
+            before, form = screen.form.texts[name], screen.form
+            at = form.lines()[form._tops[name]].index("‹"), form._tops[name]
+            await pilot.click(Form, offset=(at[0] + 4, at[1]))
+            assert screen.form.texts[name] != before
+            await pilot.click(Form, offset=at)
+            assert screen.form.texts[name] == before
+
+
+def matches(screen: CalculatorScreen) -> list[str]:
+    """The models that are listed below the field."""
+    return [text for text, _ in screen.form._matches]
 
 
 @pytest.mark.slow
 async def test_search_lists_matches_while_one_types_and_enter_takes_one(empty: Path) -> None:
     async with calculator(empty) as (pilot, screen):
         await pilot.press("up", *"smol")
-        options = screen.query_one(OptionList)
-        assert options.display and options.option_count == len([n for n in names() if "smol" in n])
+        assert matches(screen) == [n for n in names() if "smol" in n]
         assert problem_of(screen).startswith("model must be a built-in name")
         await pilot.press("down", "up", "down", "enter")
         assert screen.result.model.name == [n for n in names() if "smol" in n][1]
-        assert not options.display
+        assert matches(screen) == []
         await pilot.press("home", "shift+end", *"Qwen/Qwen3-8B")
         assert screen.result.model.name == "qwen3-8b", "a hub id that is built in needs no network"
         await pilot.press("home", "shift+end", *"qwn332", "enter")
         assert screen.result.model.name == "qwen3-32b", "letters that are apart"
         await pilot.press("home", "shift+end", *"gemma-2")
-        await pilot.click(OptionList, offset=(3, 1))
+        await pilot.click(Form, offset=(8, screen.form._tops["model"] + 2))
         assert screen.result.model.name == [n for n in names() if "gemma-2" in n][1]
 
 
@@ -371,7 +356,7 @@ async def test_advice_is_the_librarys_and_never_of_another_configuration(
 ) -> None:
     free = threading.Event()
     free.set()
-    held = "tui.screens.calculator.answers.largest"
+    held = "pipeline.views.calculation.largest"
     monkeypatch.setattr(held, lambda *configuration: free.wait(30) and largest(*configuration))
     async with calculator(empty, (200, 60)) as (pilot, screen):
         await until(pilot, lambda: screen.advice is not None)
@@ -492,8 +477,8 @@ async def test_two_are_pinned_beside_the_one_of_now(empty: Path) -> None:
         await pilot.press("ctrl+t")
         assert screen.pins == [second], "the same again is unpinned"
         await pilot.press("ctrl+n")
-        assert screen.pins == [] and not screen.query_one("#pinned").display
-        assert screen.form.values == DEFAULTS
+        assert screen.pins == [] and not screen.pinned.display
+        assert screen.form.texts == DEFAULTS
 
 
 @pytest.mark.slow
@@ -502,8 +487,9 @@ async def test_answers_are_read_by_keys_and_the_form_is_next(empty: Path) -> Non
         seen = []
         for _ in range(5):
             await pilot.press("ctrl+l")
-            seen.append(screen.focused.id)
-        assert seen == ["verdict", "answers", "memory", "details", "method"]
+            pane = screen.focused_pane
+            seen.append(pane.id if pane else None)
+        assert seen == ["verdict", "answers", "memory", "details", "question"]
         await pilot.press("ctrl+l", "ctrl+l", "ctrl+l")
         await until(pilot, lambda: screen.query_one("#below").scroll_offset.y > 0)
         await pilot.press("f10")
@@ -516,7 +502,7 @@ async def test_no_letter_is_a_command_in_a_field(empty: Path) -> None:
     async with calculator(empty) as (pilot, screen):
         letters = "pPuUdelg/zq?+-13"
         await pilot.press("up", "home", "shift+end", *letters)
-        assert screen.form.values["model"] == letters
+        assert screen.form.texts["model"] == letters
         assert pilot.app.screen is screen and not screen.pins
 
 
@@ -531,7 +517,7 @@ async def test_load_fills_in_what_params_yaml_trains(empty: Path) -> None:
             4, 4, "fp32", checkpointing="none", chunk=chunk_rows(screen.result.model.vocabulary)
         )
         assert screen.result.model is built_in("minigpt").shapes
-        assert screen.form.values["model"] == "minigpt"
+        assert screen.form.texts["model"] == "minigpt"
 
 
 @pytest.mark.slow
@@ -567,7 +553,7 @@ async def test_write_says_what_it_writes_and_what_not_and_is_taken_back(empty: P
 SECTIONS: tuple[tuple[dict[str, str], dict[str, object]], ...] = (
     ({"method": "full", "batch": "9"}, {"finetune_full.batch_size": 9}),
     (
-        {"method": "freeze", "batch": "9", "last_blocks": "2", "train_embeddings": "freeze"},
+        {"method": "freeze", "batch": "9", "last_blocks": "2", "train_embeddings": "false"},
         {
             "finetune_freeze.batch_size": 9,
             "finetune_freeze.last_blocks": 2,
@@ -693,7 +679,7 @@ async def test_in_a_project_on_a_pretrained_base_the_form_begins_with_what_it_tr
         await until(
             pilot, lambda: screen.result is not None and screen.result.model.name != "qwen3-8b"
         )
-        start = dict(screen.form.values)
+        start = dict(screen.form.texts)
         assert (start["targets"], start["alpha"], start["embeddings"]) == (
             "all-linear",
             "8",
@@ -706,7 +692,7 @@ async def test_in_a_project_on_a_pretrained_base_the_form_begins_with_what_it_tr
         await fill(pilot, screen, targets="attention", rank="2")
         await pilot.press("ctrl+n")
         await pilot.pause()
-        assert dict(screen.form.values) == start, "begun anew"
+        assert dict(screen.form.texts) == start, "begun anew"
 
 
 @pytest.mark.slow
@@ -764,7 +750,7 @@ async def test_load_fetches_a_base_of_the_hub_and_says_why_another_is_none(
         return built_in("qwen3-0.6b") if name == "some/model" else open_model(name)
 
     monkeypatch.setattr("tui.screens.calculator.screen.open_model", result)
-    monkeypatch.setattr("tui.screens.calculator.query.open_model", result)
+    monkeypatch.setattr("pipeline.views.calculation.open_model", result)
     async with calculator(empty, answered=False) as (pilot, screen):
         assert "got 'some/model'. Enter fetches it from the hub." in screen.problems["model"]
         await pilot.press("ctrl+o")
@@ -792,11 +778,11 @@ def test_what_the_pipeline_made_of_the_base_goes_before_the_base(toy: Path) -> N
         path,
         {"expand_vocab.audit_data": "data/tiny.txt", "expand_vocab.tokens": ["zloty", "koruna"]},
     )
-    assert query_from_project(open_project(path))["model"] == str(toy / "models/toy")
+    assert texts_of(open_project(path))["model"] == str(toy / "models/toy")
     make(toy, ["pretrain"])
-    assert query_from_project(open_project(path))["model"] == str(toy / "artifacts/base")
+    assert texts_of(open_project(path))["model"] == str(toy / "artifacts/base")
     make(toy, ["expand_vocab"])
-    asked = query_from_project(open_project(path, ["finetune_lora.train_embeddings=new_rows"]))
+    asked = texts_of(open_project(path, ["finetune_lora.train_embeddings=new_rows"]))
     assert (asked["model"], asked["new_rows"]) == (str(toy / "artifacts/expanded"), "2")
     assert (
         trained_model(open_project(path))[1].total
@@ -804,8 +790,8 @@ def test_what_the_pipeline_made_of_the_base_goes_before_the_base(toy: Path) -> N
     )
     # the expanded checkpoint belongs to the former base
     make(toy, ["pretrain"], ["import.dtype=bf16"])
-    assert query_from_project(open_project(path))["model"] == str(toy / "artifacts/base")
-    assert query_from_project(open_project(path, ["base=some/model"]))["model"] == "some/model"
+    assert texts_of(open_project(path))["model"] == str(toy / "artifacts/base")
+    assert texts_of(open_project(path, ["base=some/model"]))["model"] == "some/model"
 
 
 @pytest.mark.parametrize("when", ["before", "while it is confirmed"])
@@ -847,10 +833,10 @@ async def test_a_full_disk_leaves_the_file(empty: Path, monkeypatch: pytest.Monk
 
 async def test_form_and_verdict_are_on_one_screen_of_80_columns(empty: Path) -> None:
     async with calculator(empty, (80, 24)) as (_, screen):
-        for name in relevant_fields(screen.form.values):
-            assert screen.query_one(f"#{name}").region.bottom <= 23
+        for name in relevant(screen.form.texts):
+            assert screen.form.region.y + screen.form._tops[name] < 23
         assert screen.query_one("#verdict").region.bottom <= 23
-        assert screen.query_one(CalcForm).region.right <= screen.query_one("#verdict").region.x
+        assert screen.form.region.right <= screen.query_one("#verdict").region.x
 
 
 def test_the_default_configuration_is_rank_8_on_attention() -> None:

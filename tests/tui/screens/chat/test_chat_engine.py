@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.inference.engine import continued, load
+from pipeline.inference.talk import Answer
 from tests.helpers.families import FAMILIES, new_project
 from tests.helpers.pilot import until
 from tests.tui.screens.chat.test_chat import Session
 from tui.app import Workbench
-from tui.screens.chat.talk import Answer
 
 pytestmark = pytest.mark.usefixtures("forked_processes")
 PROMPT = "die katze sitzt auf dem"
@@ -55,7 +55,7 @@ async def test_a_model_without_template_goes_on_with_the_text(brief: Path) -> No
         assert second.text == continued(lora, f"{PROMPT}{first.text} die katze", 512)
         assert second.prompt_tokens == len(lora.tokenizer.encode(f"{PROMPT}{first.text} die katze"))
         wrong = await ask(s, "wortlos")
-        assert wrong.error.startswith("lora does not know: wortlos.")
+        assert wrong.error.startswith("does not know: wortlos.")
         await s.press("ctrl+r")
         await s.quiet()
         await s.press(*["ctrl+down"] * 20, "up", "up", "up", "ctrl+r")

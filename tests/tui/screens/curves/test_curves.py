@@ -17,11 +17,14 @@ from tests.helpers.curves import (
     names_on,
     open_curves,
     point_to,
+    ranges,
+    small_plots,
     small_text,
     title,
     wait_until_drawn,
+    window,
 )
-from tests.helpers.pilot import screen_opens, until
+from tests.helpers.pilot import screen_opens, screen_text, until
 from tests.helpers.run_folders import (
     HEADER,
     hold,
@@ -31,11 +34,8 @@ from tests.helpers.run_folders import (
     write_samples,
 )
 from tui.app import Workbench
-from tui.screens.curves import selection
-from tui.screens.curves.panes import DetailsPane, MetricsPane, RunList, SmallPlots
+from tui.panes.plot.scale import Range, is_drawable
 from tui.screens.curves.screen import CurvesScreen
-from tui.widgets.plot.chart import Chart
-from tui.widgets.plot.scale import Range, is_drawable
 
 METHODS = {"full", "freeze", "lora"}
 
@@ -50,7 +50,7 @@ async def test_a_first_run_takes_the_place_of_the_hint(empty: Path) -> None:
         write_run(empty, "pretrain", 10)
         await until(pilot, lambda: screen.query_one("#panes").display)
         await wait_until_drawn(pilot, screen)
-        assert isinstance(screen.focused, RunList)
+        assert screen.focused is screen.table
         assert names_on(screen) == {"pretrain"}
 
 
@@ -64,15 +64,14 @@ async def test_before_the_first_search_for_runs_there_is_no_hint_and_the_list_ke
     """
     discover, ready = discover_runs, threading.Event()
     monkeypatch.setattr(
-        selection, "discover_runs", lambda *args: ready.wait(30) and discover(*args)
+        "pipeline.views.curves.discover_runs", lambda *args: ready.wait(30) and discover(*args)
     )
     app = Workbench(three_runs / "params.yaml")
     async with app.run_test() as pilot:
         await pilot.press("2")
         screen = await screen_opens(pilot, CurvesScreen)
-        screen.redraw()  # as when the terminal is resized
-        await pilot.pause()
-        assert isinstance(screen.focused, RunList)
+        await pilot.resize_terminal(90, 30)
+        assert screen.focused is screen.table
         assert not screen.query_one("#nothing").display
         ready.set()
         await wait_until_drawn(pilot, screen)
@@ -97,7 +96,7 @@ async def test_a_run_that_starts_is_added_and_stays(three_runs: Path) -> None:
         assert names_on(screen) == {"freeze", "lora"}
         with hold(write_run(three_runs, "pretrain", 20, "running")):
             await until(pilot, lambda: names_on(screen) == {"freeze", "lora", "pretrain"})
-            assert screen.drawn()[-1].name == "pretrain", "on top"
+            assert screen.plots.lines[-1].curve.label == "pretrain", "on top"
         await until(pilot, lambda: "died" in details_text(screen) or "✗" in list_text(screen))
         assert names_on(screen) == {"freeze", "lora", "pretrain"}
 
@@ -126,7 +125,8 @@ async def test_space_enter_and_a_click_switch_a_run(three_runs: Path) -> None:
         assert list_lines(screen)[0].startswith("· full")
         await pilot.press("enter")
         await until(pilot, lambda: names_on(screen) == METHODS)
-        await pilot.click(RunList, offset=(2, 1))
+        await pilot.click(screen.table, offset=(2, 1))  # points to it
+        await pilot.click(screen.table, offset=(2, 1), times=1)
         await until(pilot, lambda: names_on(screen) == {"full", "lora"})
 
 
@@ -143,7 +143,10 @@ async def test_the_filter_narrows_the_list_and_nothing_else(three_runs: Path) ->
 async def test_another_screen_can_ask_for_a_run(three_runs: Path, run: str) -> None:
     async with open_curves(three_runs) as (pilot, screen):
         screen.workbench.go("curves", run=run)
-        await until(pilot, lambda: screen.drawn()[-1].name == "lora" and screen.drawn()[-1].pointed)
+        await until(
+            pilot,
+            lambda: screen.plots.lines[-1].curve.label == "lora" and screen.plots.lines[-1].pointed,
+        )
         assert details_text(screen).startswith("■ finetune_lora")
 
 
@@ -164,8 +167,8 @@ async def test_o_opens_the_stage_and_i_tells_all(three_runs: Path) -> None:
 async def test_each_line_has_its_name_and_value_beside_its_end(three_runs: Path) -> None:
     async with open_curves(three_runs) as (_, screen):
         for sign, name in (("●", "full"), ("▲", "freeze"), ("■", "lora")):
-            line = next(line for line in screen.drawn() if line.name == name)
-            value = line.value("loss", None)
+            line = next(line for line in screen.plots.lines if line.curve.label == name)
+            value = line.curve.value("loss", None)
             assert value is not None
             assert f"{sign} {name}" in chart_text(screen) and f"{value:.3g}" in chart_text(screen)
 
@@ -174,8 +177,8 @@ async def test_the_run_under_the_cursor_is_on_top_and_bold(three_runs: Path) -> 
     async with open_curves(three_runs) as (pilot, screen):
         for name in ("full", "lora", "freeze"):
             await point_to(pilot, screen, name)
-            *others, last = screen.drawn()
-            assert (last.name, last.pointed) == (name, True) and not any(
+            *others, last = screen.plots.lines
+            assert (last.curve.label, last.pointed) == (name, True) and not any(
                 line.pointed for line in others
             )
 
@@ -184,10 +187,10 @@ async def test_the_scale_is_logarithmic_where_a_decade_is_spanned_and_l_switches
     three_runs: Path,
 ) -> None:
     async with open_curves(three_runs) as (pilot, screen):
-        assert screen.chart.plot.y[1] < 1.2, "exponents of ten"
+        assert ranges(screen)[1][1] < 1.2, "exponents of ten"
         assert " log " in title(screen)
         await pilot.press("l")
-        assert screen.chart.plot.y[1] > 3 and "linear" in title(screen)
+        assert ranges(screen)[1][1] > 3 and "linear" in title(screen)
         await pilot.press("l")
         assert " log " in title(screen)
 
@@ -217,13 +220,13 @@ async def test_what_is_constant_is_a_number_and_what_is_not_is_a_plot(three_runs
 async def test_enter_enlarges_a_plot_and_escape_brings_the_loss_back(three_runs: Path) -> None:
     write_measured(three_runs)
     async with open_curves(three_runs) as (pilot, screen):
-        screen.set_focus(screen.query_one(SmallPlots))
+        screen.set_focus(small_plots(screen)["divergence"])
         await pilot.press("right", "enter")
         await until(pilot, lambda: title(screen).startswith("Gradient norm"))
         assert small_text(screen).startswith("loss")
         await pilot.press("escape")
         await until(pilot, lambda: title(screen).startswith("Loss"))
-        await pilot.click(SmallPlots, offset=(3, 2))
+        await pilot.click(small_plots(screen)["divergence"], offset=(3, 2))
         await until(pilot, lambda: title(screen).startswith("Divergence"))
 
 
@@ -259,7 +262,7 @@ async def test_divergence_has_a_plot_where_a_run_that_is_on_measured_it(three_ru
     folder = write_measured(three_runs)
     async with open_curves(three_runs) as (pilot, screen):
         assert "divergence" in small_text(screen)
-        series = screen.runs.views[str(folder)].log.series["divergence"]
+        series = screen.runs.views[str(folder)].best.log.series["divergence"]
         assert [step.divergence for step in read_steps(folder / "loss.csv")] == list(series.y)
         await point_to(pilot, screen, "lora")
         await pilot.press("space")
@@ -277,7 +280,7 @@ async def test_right_answers_have_a_plot_where_a_run_that_is_on_counted_them(
     (folder / "loss.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     async with open_curves(three_runs) as (pilot, screen):
         assert small_text(screen).split()[:2] == ["answers", "100%"]
-        series = screen.runs.views[str(folder)].log.series["eval_answers"]
+        series = screen.runs.views[str(folder)].best.log.series["eval_answers"]
         counted = [
             step for step in read_steps(folder / "loss.csv") if step.eval_answers is not None
         ]
@@ -305,41 +308,41 @@ async def test_what_preferences_log_has_plots(empty: Path) -> None:
 
 async def test_zoom_and_pan_stay_and_f_follows_with_the_same_width(three_runs: Path) -> None:
     async with open_curves(three_runs) as (pilot, screen):
-        screen.set_focus(screen.chart)
-        assert screen.chart.plot.x == (1, 300) and "all steps" in title(screen)
+        screen.set_focus(screen.plots.chart)
+        assert ranges(screen)[0] == (1, 300) and "all steps" in title(screen)
         await pilot.press("up")
-        await until(pilot, lambda: screen.window.x is not None)
-        low, high = screen.chart.plot.x
+        await until(pilot, lambda: window(screen).x is not None)
+        low, high = ranges(screen)[0]
         assert high - low == pytest.approx(0.7 * 299)
         assert f"steps {low:,.0f} to {high:,.0f}" in title(screen)
         await pilot.press("shift+left")
-        await until(pilot, lambda: screen.chart.plot.x[0] < low)
-        assert screen.chart.plot.x == pytest.approx((low - 0.07 * 299, high - 0.07 * 299))
+        await until(pilot, lambda: ranges(screen)[0][0] < low)
+        assert ranges(screen)[0] == pytest.approx((low - 0.07 * 299, high - 0.07 * 299))
         await pilot.press("f")
-        assert screen.chart.plot.x == pytest.approx((300 - 0.7 * 299, 300))
+        assert ranges(screen)[0] == pytest.approx((300 - 0.7 * 299, 300))
         assert "last 209 steps" in title(screen)
         await pilot.press("down")
-        await until(pilot, lambda: screen.chart.plot.x[1] > 300)
+        await until(pilot, lambda: ranges(screen)[0][1] > 300)
         await pilot.press("0")
-        assert screen.chart.plot.x == (1, 300) and "all steps" in title(screen)
+        assert ranges(screen)[0] == (1, 300) and "all steps" in title(screen)
 
 
 async def test_values_zoom_and_pan_alone(three_runs: Path) -> None:
     async with open_curves(three_runs) as (pilot, screen):
-        screen.set_focus(screen.chart)
+        screen.set_focus(screen.plots.chart)
         for key, factor, shift in (
             ("v", 0.7, 0.0),
             ("V", 1.43, 0.0),
             ("shift+up", 1, 0.1),
             ("shift+down", 1, -0.1),
         ):
-            low, high = screen.chart.plot.y
+            low, high = ranges(screen)[1]
             await pilot.press(key)
-            await until(pilot, lambda high=high: screen.chart.plot.y[1] != high)  # type: ignore[misc]
-            new = screen.chart.plot.y
+            await until(pilot, lambda high=high: ranges(screen)[1][1] != high)  # type: ignore[misc]
+            new = ranges(screen)[1]
             assert new[1] - new[0] == pytest.approx((high - low) * factor)
             assert sum(new) / 2 == pytest.approx((low + high) / 2 + shift * (high - low))
-            assert screen.chart.plot.x == (1, 300)
+            assert ranges(screen)[0] == (1, 300)
 
 
 @pytest.mark.parametrize(
@@ -356,13 +359,13 @@ async def test_zooming_ends_where_numbers_end(
 ) -> None:
     """Starting from a window that is reached by many key presses."""
     async with open_curves(three_runs) as (pilot, screen):
-        screen.set_focus(screen.chart)
-        screen._set_window(x=x, y=y)
+        screen.set_focus(screen.plots.chart)
+        screen.plots.set_window(x=x, y=y)
         await pilot.press(*keys * 8)
-        there = screen.chart.plot.x, screen.chart.plot.y
+        there = ranges(screen)[0], ranges(screen)[1]
         assert there[0] != x and there[1] != y
         await pilot.press(*keys)
-        assert (screen.chart.plot.x, screen.chart.plot.y) == there
+        assert (ranges(screen)[0], ranges(screen)[1]) == there
         assert all(map(is_drawable, there))
 
 
@@ -370,49 +373,53 @@ async def test_the_step_cursor_reads_what_the_log_says(three_runs: Path) -> None
     async with open_curves(three_runs) as (pilot, screen):
         await point_to(pilot, screen, "lora")
         await pilot.press(*["left"] * 8)
-        step = int(screen.window.cursor or 0)
+        step = int(window(screen).cursor or 0)
         assert 250 < step < 300 and f"at step {step}" in title(screen)
         logged = read_steps(three_runs / "runs/finetune_lora/loss.csv")[step - 1]
         assert f"loss {logged.loss:.4g} at step {step}" in details_text(screen)
-        line = screen.drawn()[-1]
-        assert f"{line.value('loss', step):.3g}" in chart_text(screen) and "│" in small_text(screen)
+        line = screen.plots.lines[-1]
+        assert f"{line.curve.value('loss', step):.3g}" in chart_text(screen) and "│" in small_text(
+            screen
+        )
         await pilot.press("escape")
-        assert screen.window.cursor is None and "│" not in small_text(screen)
+        assert window(screen).cursor is None and "│" not in small_text(screen)
 
 
 @pytest.mark.slow
 async def test_the_step_cursor_stays_among_the_steps(three_runs: Path) -> None:
     async with open_curves(three_runs) as (pilot, screen):
         for at, key, end in ((290, "right", 300), (10, "left", 1)):
-            screen._set_window(cursor=at)
+            screen.plots.set_window(cursor=at)
             await pilot.press(*[key] * 9)
-            assert screen.window.cursor == end
-        screen.set_focus(screen.chart)
+            assert window(screen).cursor == end
+        screen.set_focus(screen.plots.chart)
         for key, end in (("end", 300), ("home", 1), ("G", 300), ("g", 1)):
             await pilot.press(key)
-            assert screen.window.cursor == end, key
+            assert window(screen).cursor == end, key
 
 
 async def test_a_click_sets_the_cursor_and_a_drag_pans(three_runs: Path) -> None:
     async with open_curves(three_runs) as (pilot, screen):
-        await pilot.click(Chart, offset=(20, 5))
-        await until(pilot, lambda: screen.window.cursor is not None)
-        assert screen.window.cursor == round(screen.chart.plot.x_at(20) or 0)
-        before = screen.window.cursor
-        await pilot.mouse_down(Chart, offset=(40, 5))
-        await pilot.hover(Chart, offset=(30, 5))
-        await pilot.mouse_up(Chart, offset=(30, 5))
+        await pilot.click(screen.plots.chart, offset=(20, 5))
+        await until(pilot, lambda: window(screen).cursor is not None)
+        assert window(screen).cursor == round(screen.plots.chart.drawing.x_at(20) or 0)
+        before = window(screen).cursor
+        await pilot.mouse_down(screen.plots.chart, offset=(40, 5))
+        await pilot.hover(screen.plots.chart, offset=(30, 5))
+        await pilot.mouse_up(screen.plots.chart, offset=(30, 5))
         await pilot.pause()
-        assert screen.window.cursor == before
+        assert window(screen).cursor == before
 
 
 async def test_the_wheel_zooms(three_runs: Path) -> None:
     from textual.events import MouseScrollUp
 
     async with open_curves(three_runs) as (pilot, screen):
-        await pilot._post_mouse_events([MouseScrollUp], Chart, offset=(30, 5), button=0)
-        await until(pilot, lambda: screen.window.x is not None)
-        low, high = screen.chart.plot.x
+        await pilot._post_mouse_events(
+            [MouseScrollUp], screen.plots.chart, offset=(30, 5), button=0
+        )
+        await until(pilot, lambda: window(screen).x is not None)
+        low, high = ranges(screen)[0]
         assert 1 < low < high < 300
 
 
@@ -422,7 +429,7 @@ async def test_comma_and_full_stop_change_the_smoothing(three_runs: Path) -> Non
         await until(pilot, lambda: "smooth 0.95" in title(screen))
         await pilot.press(*["comma"] * 9)
         await until(pilot, lambda: title(screen).endswith("smooth 0"))
-        line = next(iter(screen.runs.views.values())).log.series["loss"]
+        line = next(iter(screen.runs.views.values())).best.log.series["loss"]
         assert list(line.smooth) == list(line.y)
 
 
@@ -438,13 +445,17 @@ async def test_answers_are_those_at_the_cursor_or_the_newest(empty: Path) -> Non
         write_samples(folder, {100: "der lewa", 200: None, 300: "der \x1b[31meuro"})
         await wait_until_drawn(pilot, screen)
         asked = "die währung von bulgarien ist"
-        assert answers_text(screen) == f"■ lora  step 300\n  {asked}\n  → der ␛[31meuro"
+        assert answers_text(screen) == f"■ lora  step 300\n  {asked}\n  → der \x1b[31meuro"
+        assert "\x1b[31m" not in screen_text(pilot.app)
         for cursor, answer in ((299, "(not finite)"), (100, "der lewa")):
-            screen._set_window(cursor=cursor)
+            screen.plots.set_window(cursor=cursor)
+            await pilot.pause()
             assert answers_text(screen).endswith(f"→ {answer}")
-        screen._set_window(cursor=99)
+        screen.plots.set_window(cursor=99)
+        await pilot.pause()
         assert answers_text(screen) == ""
-        screen._set_window(cursor=None)
+        screen.plots.set_window(cursor=None)
+        await pilot.pause()
         write_samples(folder, {400: "der euro"})  # begun anew
         await wait_until_drawn(pilot, screen)
         assert answers_text(screen).splitlines()[0].endswith("step 400")
@@ -461,7 +472,7 @@ async def test_answers_are_those_at_the_cursor_or_the_newest(empty: Path) -> Non
         assert not answers_text(screen)
         (folder / "samples.jsonl").unlink()
         await wait_until_drawn(pilot, screen)
-        await until(pilot, lambda: not screen.runs.has_answers())
+        await until(pilot, lambda: not any(curve.answers for curve in screen.runs.curves))
 
 
 # Sizes
@@ -472,14 +483,13 @@ async def test_any_size_shows_chart_and_list(three_runs: Path, size: tuple[int, 
     write_measured(three_runs)
     write_samples(three_runs / "runs/finetune_lora", {300: "der euro"})
     async with open_curves(three_runs, size) as (pilot, screen):
-        runs = screen.query_one(RunList)
-        assert screen.chart.size.height > 0 and runs.region.bottom <= size[1]
-        assert bool(screen.query_one(DetailsPane).size) == (size[0] >= 76)
-        assert bool(screen.query_one(MetricsPane).size) == (size[1] >= 20)
+        runs = screen.table
+        assert screen.plots.chart.size.height > 0 and runs.region.bottom <= size[1]
+        assert bool(screen.query_one("#run").size) == (size[0] >= 76)
+        assert bool(screen.query_one("#small").size) == (size[1] >= 20)
         await pilot.press("j", "left", "l", "tab", "up", "v", "+", "+")
         await until(
-            pilot,
-            lambda: sum(len(part) for part, _ in screen.chart._rows[0]) == screen.chart.size.width,
+            pilot, lambda: len(chart_text(screen).split("\n")[0]) == screen.plots.chart.size.width
         )
 
 
@@ -507,14 +517,15 @@ async def test_odd_logs_are_drawn(empty: Path, text: str) -> None:
     (folder / "loss.csv").write_text(header + text, encoding="utf-8")
     keys = ("l", "left", "left", "up", "down", "v", "V", "shift+up", "0", "l", "full_stop", "end")
     async with open_curves(empty, (80, 24)) as (pilot, screen):
-        screen.set_focus(screen.chart)
+        screen.set_focus(screen.plots.chart)
         for size, pressed in (((80, 24), keys), ((30, 10), ("l", "up")), ((200, 60), ("0", "l"))):
             await pilot.resize_terminal(*size)
             await pilot.press(*pressed)
-            x, y = screen.chart.plot.x, screen.chart.plot.y
+            x, y = ranges(screen)[0], ranges(screen)[1]
             assert (x[0] < x[1], y[0] < y[1]) == (True, True), size
-        screen.set_focus(screen.query_one(SmallPlots))
-        await pilot.press("enter", "l", "right", "enter", "escape")
+        for plot in small_plots(screen).values():
+            screen.set_focus(plot)
+            await pilot.press("enter", "l", "right", "enter", "escape")
 
 
 @pytest.mark.parametrize(

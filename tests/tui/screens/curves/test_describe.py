@@ -3,9 +3,8 @@
 import pytest
 
 from pipeline.project.logs.run_log import Telemetry
-from tui.screens.curves.describe import roughly
-from tui.screens.curves.metrics import METRICS
-from tui.screens.curves.series import Cost, Log
+from pipeline.views.series import METRICS, Cost, Log
+from tui.screens.curves.words import roughly
 
 
 @pytest.mark.parametrize(

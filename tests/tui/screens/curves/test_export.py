@@ -9,7 +9,7 @@ import pytest
 from textual.widgets import Input
 
 from pipeline.project.logs.run_log import read_steps
-from tests.helpers.curves import open_curves, save_as
+from tests.helpers.curves import open_curves, ranges, save_as, window
 from tests.helpers.pilot import screen_opens, until
 from tests.helpers.run_folders import write_measured
 from tui.dialogs import Ask, PathScreen
@@ -18,7 +18,7 @@ from tui.screens.curves.screen import CurvesScreen
 
 
 def picture(screen: CurvesScreen) -> dict[str, Any]:
-    return {"format": "svg", "title": "", "x": screen.steps(), "panels": screen.panels()}
+    return {"format": "svg", "title": "", "x": screen.plots.steps, "panels": screen.plots.panels()}
 
 
 async def test_csv_has_every_row_of_the_visible_runs(three_runs: Path) -> None:
@@ -60,7 +60,7 @@ async def test_an_exported_picture_has_the_evaluations_and_the_small_plots_too(
 ) -> None:
     write_measured(three_runs)
     async with open_curves(three_runs) as (_, screen):
-        loss, divergence, norm = screen.panels()
+        loss, divergence, norm = screen.plots.panels()
         marks = {
             curve["label"].partition(",")[0]: len(curve["held_out"]["x"])
             for curve in loss["curves"]
@@ -87,13 +87,13 @@ async def test_pictures_are_written(three_runs: Path, kind: str, start: bytes) -
 
 async def test_the_picture_is_what_is_on_the_screen(three_runs: Path) -> None:
     async with open_curves(three_runs) as (pilot, screen):
-        screen.set_focus(screen.chart)
+        screen.set_focus(screen.plots.chart)
         await pilot.press("up", "v")
-        await until(pilot, lambda: screen.window.y is not None)
-        loss, norm = screen.panels()
-        view = screen.chart.plot
-        assert picture(screen)["x"] == view.x
-        assert loss["y"] == pytest.approx([10**end for end in view.y])
+        await until(pilot, lambda: window(screen).y is not None)
+        loss, norm = screen.plots.panels()
+        x, y = ranges(screen)
+        assert picture(screen)["x"] == x
+        assert loss["y"] == pytest.approx([10**end for end in y])
         assert (loss["log"], norm["log"], norm["title"]) == (True, False, "Gradient norm")
         assert sorted(curve["sign"] for curve in loss["curves"]) == sorted(["●", "▲", "■"])
         assert all("flat from epoch" in curve["label"] for curve in loss["curves"])

@@ -10,8 +10,10 @@ from tests.helpers.curves import (
     list_text,
     open_curves,
     point_to,
+    ranges,
     title,
     wait_until_drawn,
+    window,
 )
 from tests.helpers.pilot import until
 from tests.helpers.run_folders import (
@@ -28,7 +30,7 @@ async def test_the_curve_moves_while_the_run_goes_on(empty: Path) -> None:
     folder = write_run(empty, "finetune_lora", 20, "running")
     with hold(folder):
         async with open_curves(empty) as (pilot, screen):
-            assert screen.chart.plot.x == (1, 20)
+            assert ranges(screen)[0] == (1, 20)
             assert list_lines(screen) == ["■ lora 4.23 ▶ 7%"]
             assert "▶ running · 20 of 300 steps" in details_text(screen)
             assert "about 2 min left" in details_text(screen)  # 280 steps of half a second
@@ -36,7 +38,7 @@ async def test_the_curve_moves_while_the_run_goes_on(empty: Path) -> None:
             assert "memory 1.94 MiB, predicted 1.94 MiB" in details_text(screen)
             with (folder / "loss.csv").open("a", encoding="utf-8") as file:
                 file.write(lines(6.0, 21, 40))
-            await until(pilot, lambda: screen.chart.plot.x == (1, 40))
+            await until(pilot, lambda: ranges(screen)[0] == (1, 40))
             assert "40 of 300" in details_text(screen)
 
 
@@ -59,12 +61,12 @@ async def test_chosen_steps_stay_while_the_run_goes_on(empty: Path) -> None:
     folder = write_run(empty, "finetune_lora", 20, "running")
     async with open_curves(empty) as (pilot, screen):
         await pilot.press("equals_sign")
-        await until(pilot, lambda: screen.window.x is not None)
-        before = screen.chart.plot.x
+        await until(pilot, lambda: window(screen).x is not None)
+        before = ranges(screen)[0]
         with (folder / "loss.csv").open("a", encoding="utf-8") as file:
             file.write(lines(6.0, 21, 40))
         await until(pilot, lambda: "40 of 300" in details_text(screen))
-        assert screen.chart.plot.x == before and "steps 4 to 17" in title(screen)
+        assert ranges(screen)[0] == before and "steps 4 to 17" in title(screen)
 
 
 async def test_how_a_run_ended_is_shown(empty: Path) -> None:
@@ -102,11 +104,11 @@ async def test_a_truncated_replaced_or_deleted_log_is_reported(empty: Path) -> N
     async with open_curves(empty) as (pilot, screen):
         (folder / "loss.csv").write_text(HEADER + lines(6.0, 1, 30), encoding="utf-8")
         await until(pilot, lambda: "restarted" in details_text(screen))
-        assert screen.chart.plot.x == (1, 30)
+        assert ranges(screen)[0] == (1, 30)
         (folder / "new").write_text(HEADER + lines(5.0, 1, 50), encoding="utf-8")
         (folder / "new").replace(folder / "loss.csv")
         await until(pilot, lambda: "replaced" in details_text(screen))
-        assert screen.chart.plot.x == (1, 50)
+        assert ranges(screen)[0] == (1, 50)
         (folder / "loss.csv").unlink()
         await until(pilot, lambda: not screen.runs.views)
         assert screen.query_one("#nothing").display
@@ -119,10 +121,10 @@ async def test_a_half_written_line_waits_and_a_foreign_one_is_counted(empty: Pat
         with (folder / "loss.csv").open("a", encoding="utf-8") as file:
             file.write("what is this\n" + lines(6.0, 21, 21)[:-4])
         await until(pilot, lambda: "1 foreign lines" in details_text(screen))
-        assert screen.chart.plot.x == (1, 20)
+        assert ranges(screen)[0] == (1, 20)
         with (folder / "loss.csv").open("a", encoding="utf-8") as file:
             file.write(lines(6.0, 21, 21)[-4:])
-        await until(pilot, lambda: screen.chart.plot.x == (1, 21))
+        await until(pilot, lambda: ranges(screen)[0] == (1, 21))
 
 
 @pytest.mark.slow
@@ -136,14 +138,17 @@ async def test_a_log_with_other_columns_takes_the_place_of_one_and_half_a_line_w
         text = measured(plain, 300)
         # within the last evaluation
         log.write_text(text[: -len("0.01986524") - 4], encoding="utf-8")
-        await until(pilot, lambda: len(view.log.steps) == 299)
+        await until(pilot, lambda: len(view.best.log.steps) == 299)
         await wait_until_drawn(pilot, screen)
-        assert len(view.log.series["divergence"].y) == 299 and not view.log.series["eval_loss"].y
+        assert (
+            len(view.best.log.series["divergence"].y) == 299
+            and not view.best.log.series["eval_loss"].y
+        )
         log.write_text(text, encoding="utf-8")
-        await until(pilot, lambda: list(view.log.series["eval_loss"].x) == [300])
+        await until(pilot, lambda: list(view.best.log.series["eval_loss"].x) == [300])
         log.write_text(plain, encoding="utf-8")
-        await until(pilot, lambda: not view.log.series["divergence"].y)
-        assert len(view.log.steps) == 300
+        await until(pilot, lambda: not view.best.log.series["divergence"].y)
+        assert len(view.best.log.steps) == 300
 
 
 async def test_a_broken_params_file_does_not_hide_the_runs(three_runs: Path) -> None:
@@ -170,14 +175,14 @@ async def test_ten_long_runs_at_once(three_runs: Path) -> None:
             {"params": {"rank": number + 10}, "files": {"loss.csv": digest}},
         )
     async with open_curves(three_runs) as (pilot, screen):
-        assert len(screen.runs.shown) == 3, "older runs are off"
+        assert len(screen.runs.on) == 3, "older runs are off"
         assert sum(line.startswith("· lora rank ") for line in list_lines(screen)) == 10
-        for key in screen.runs.views:
-            screen.runs.show(key)
-        screen._read_now()
-        await until(pilot, lambda: screen.chart.plot.x == (1, 100_000))
+        for view in screen.runs.views.values():
+            screen.runs.switch(view, True)
+        screen.files_changed()
+        await until(pilot, lambda: ranges(screen)[0] == (1, 100_000))
         await wait_until_drawn(pilot, screen)
-        assert len({screen.runs.looks[key] for key in screen.runs.shown}) == 13
+        assert len({view.look for view in screen.runs.on}) == 13
 
 
 async def test_what_an_evaluation_measured_is_shown_as_kept(three_runs: Path) -> None:

@@ -19,6 +19,7 @@ from tests.helpers.curves import (
     names_on,
     open_curves,
     point_to,
+    ranges,
     save_as,
     wait_until_drawn,
 )
@@ -35,9 +36,8 @@ from tests.helpers.run_folders import (
     write_samples,
     write_sweep,
 )
-from tui.screens.curves.panes import RunList
+from tui.screens.curves.lines import Drawn
 from tui.screens.curves.screen import CurvesScreen
-from tui.screens.curves.selection import Drawn
 
 FOUR = {"rank-1": 6.0, "rank-2": 5.0, "rank-4": 3.0, "rank-8": 4.0}  # the third is the best
 SIGN = "★"
@@ -45,7 +45,7 @@ SIGN = "★"
 
 def drawn(screen: CurvesScreen) -> dict[str, Drawn]:
     """Adapter or stage → what is drawn of it, in drawing order."""
-    return {line.curve_log.name or line.view.run.stage: line for line in screen.drawn()}
+    return {line.curve.name or line.curve.view.run.stage: line for line in screen.plots.lines}
 
 
 async def open_sweep(pilot: Any, screen: CurvesScreen) -> None:
@@ -109,7 +109,7 @@ async def test_enter_lists_its_adapters_with_their_loss_and_enter_closes_the_lis
             assert f"{sign}{name} {loss:.3g}{end}" in list_lines(screen)
         await pilot.press("down", "down", "enter")
         await until(pilot, lambda: "▸ sweep" in list_text(screen))
-        assert screen.query_one(RunList).highlighted == 0
+        assert screen.table.cursor == 0
 
 
 async def test_opening_a_sweep_that_is_off_switches_it_on(empty: Path) -> None:
@@ -165,9 +165,9 @@ async def test_a_diverged_adapter_is_named_and_does_not_affect_the_axis(empty: P
             True,
             True,
         ]
-        assert screen.chart.plot.y[1] < 1, "an exponent of ten"
+        assert ranges(screen)[1][1] < 1, "an exponent of ten"
         await pilot.press("l")
-        assert screen.chart.plot.y[1] < 10
+        assert ranges(screen)[1][1] < 10
 
 
 async def test_where_all_diverged_the_last_to_do_so_is_still_drawn(empty: Path) -> None:
@@ -175,7 +175,7 @@ async def test_where_all_diverged_the_last_to_do_so_is_still_drawn(empty: Path) 
     async with open_curves(empty) as (_, screen):
         assert "4 diverged: rank-1, rank-2 and 2 more" in details_text(screen)
         assert "best" not in details_text(screen)
-        assert screen.chart.plot.y[1] > 1
+        assert ranges(screen)[1][1] > 1
 
 
 async def test_the_best_is_that_on_held_out_examples_where_they_were_measured(empty: Path) -> None:
@@ -201,7 +201,7 @@ async def test_its_curves_move_while_it_runs_and_one_that_diverges_is_reported_i
     folder = write_sweep(empty, FOUR, state="running", steps=20)
     with hold(folder):
         async with open_curves(empty) as (pilot, screen):
-            assert screen.chart.plot.x == (1, 20)
+            assert ranges(screen)[0] == (1, 20)
             assert "running · 20 of 300 steps" in details_text(screen)
             assert "4 × 32 tokens/s" in details_text(screen) and "about 2 min left" in details_text(
                 screen
@@ -210,7 +210,7 @@ async def test_its_curves_move_while_it_runs_and_one_that_diverges_is_reported_i
                 with (folder / name / "loss.csv").open("a", encoding="utf-8") as file:
                     file.write(lines(FOUR[name], 21, 40))
             write_ends(folder, {"rank-1": ("diverged", 20)})
-            await until(pilot, lambda: screen.chart.plot.x == (1, 40))
+            await until(pilot, lambda: ranges(screen)[0] == (1, 40))
             await until(pilot, lambda: "1 diverged: rank-1" in details_text(screen))
             assert "40 of 300" in details_text(screen)
             await until(pilot, lambda: "3 × 32 tokens/s" in details_text(screen))
@@ -275,14 +275,14 @@ async def test_thirty_two_adapters_with_long_names_scroll(
     write_sweep(empty, names, {next(iter(names)): ("diverged", 7)}, steps=60)
     async with open_curves(empty, size) as (pilot, screen):
         await open_sweep(pilot, screen)
-        runs = screen.query_one(RunList)
-        assert len(runs.options) == 33
+        runs = screen.table
+        assert len(runs.texts()) == 33
         await pilot.press("end")
-        await until(pilot, lambda: runs.highlighted == 32 and runs.scroll_offset.y > 0)
+        await until(pilot, lambda: runs.cursor == 32 and runs.scroll_offset.y > 0)
         assert list(drawn(screen))[-1] == list(names)[-1]
-        assert runs.region.bottom <= size[1] and screen.chart.size.height > 0
+        assert runs.region.bottom <= size[1] and screen.plots.chart.size.height > 0
         await pilot.press("home")
-        await until(pilot, lambda: runs.highlighted == 0)
+        await until(pilot, lambda: runs.cursor == 0)
 
 
 async def test_answers_are_those_of_its_best_and_of_the_one_under_the_cursor(empty: Path) -> None:
@@ -300,7 +300,7 @@ async def test_csv_has_the_rows_of_every_adapter_and_a_picture_names_the_best(em
     write_run(empty, "finetune_lora")
     async with open_curves(empty) as (pilot, screen):
         await point_to(pilot, screen, "sweep")
-        curves = screen.panels()[0]["curves"]
+        curves = screen.plots.panels()[0]["curves"]
         assert [curve["label"] for curve in curves[:3]] == ["", "", ""]
         assert curves[-1]["label"].startswith("finetune_sweep  4 adapters, rank-4")
         await save_as(pilot, "all.csv")

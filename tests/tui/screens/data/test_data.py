@@ -11,19 +11,16 @@ from typing import Any
 
 import pytest
 from textual.pilot import Pilot
-from textual.widgets import Input, OptionList, Static, TextArea
+from textual.widgets import Input, TextArea
 
 from pipeline.stages.registry import open_project
-from pipeline.views.data_files import DataFile
 from tests.helpers.chat_projects import PARAMS, new_chat_project
 from tests.helpers.json_files import read_json
 from tests.helpers.pilot import screen_opens, until
 from tui.app import Workbench
-from tui.dialogs import Menu, PathScreen
+from tui.dialogs import PathScreen
+from tui.panes.menu import Menu
 from tui.screens.data.editor import Editor
-from tui.screens.data.report import LengthsPane, ProblemList, ProblemsPane
-from tui.screens.data.row_view import RowPane
-from tui.screens.data.rows import RowList, RowsPane
 from tui.screens.data.screen import DataScreen
 
 pytestmark = pytest.mark.usefixtures("forked_processes")
@@ -67,24 +64,47 @@ async def open_data(
     async with app.run_test(size=size) as pilot:
         screen = app.screen
         assert isinstance(screen, DataScreen)
-        await until(pilot, lambda: screen._row and screen._row["event"] == "done")
+        await until(pilot, lambda: is_read(screen))
         yield pilot, screen
 
 
-def rows_of(screen: DataScreen) -> RowList:
-    return screen.query_one(RowList)
+def is_read(screen: DataScreen) -> bool:
+    row = screen.row.row
+    return row is not None and row["event"] == "done"
 
 
 def row_text(screen: DataScreen) -> str:
-    return str(screen.query_one("#turns", Static).content)
+    return screen.row.text.plain
 
 
-def title(screen: DataScreen, pane: type[Any]) -> str:
-    return str(screen.query_one(pane).border_title)
+def title(screen: DataScreen, pane: str) -> str:
+    return str(screen.query_one(f"#{pane}").border_title)
+
+
+def drawn(screen: DataScreen) -> str:
+    """The plot of lengths."""
+    return str(screen.report.plot.render())
+
+
+def count(screen: DataScreen) -> int:
+    return len(screen.rows.lines)
+
+
+def cursor(screen: DataScreen) -> int:
+    return screen.rows.table.cursor
+
+
+async def at_row(pilot: Pilot[Any], screen: DataScreen, number: int) -> None:
+    await until(pilot, lambda: title(screen, "row").split("  ")[0] == f"Row {number}")
 
 
 async def checked(pilot: Pilot[Any], screen: DataScreen) -> None:
-    await until(pilot, lambda: screen.report is not None)
+    await until(pilot, lambda: screen.report.answer is not None)
+
+
+def reading(editor: Any) -> str:
+    """What the dialog says of the row."""
+    return str(editor.reading.content)
 
 
 @pytest.mark.slow
@@ -92,15 +112,12 @@ async def test_the_first_file_is_what_lora_trains_on_with_the_mask_of_its_first_
     chat_project: Path,
 ) -> None:
     async with open_data(chat_project) as (pilot, screen):
-        assert screen.file and screen.file.name == "data/chat.jsonl"
-        await until(pilot, lambda: "305" in title(screen, RowsPane))
+        assert screen.reader.file.name == "data/chat.jsonl"
+        await until(pilot, lambda: "305" in title(screen, "rows"))
         assert "⟦In the west.<|im_end|>⟧" in row_text(screen) and "── user" in row_text(screen)
-        assert "trained on" in title(screen, RowPane)
-        await until(pilot, lambda: rows_of(screen)._lines[0].tokens)
-        files = [
-            str(option.prompt)
-            for option in screen.query_one("#files OptionList", OptionList).options
-        ]
+        assert "trained on" in title(screen, "row")
+        await until(pilot, lambda: screen.rows.lines[0].tokens)
+        files = screen.files.texts()
         assert "● chat.jsonl  lora" in files and "  heldout.csv  lora: held-out" in files
 
 
@@ -108,8 +125,8 @@ async def test_the_first_file_is_what_lora_trains_on_with_the_mask_of_its_first_
 async def test_the_turn_where_a_conversation_is_cut_is_named_and_marked(chat_project: Path) -> None:
     async with open_data(chat_project) as (pilot, screen):
         await pilot.press("j")
-        await until(pilot, lambda: title(screen, RowPane).startswith("Row 2"))
-        assert "cut from turn" in title(screen, RowPane)
+        await at_row(pilot, screen, 2)
+        assert "cut from turn" in title(screen, "row")
         assert "⊣─ cut at 64 tokens" in row_text(screen)
 
 
@@ -117,61 +134,68 @@ async def test_the_turn_where_a_conversation_is_cut_is_named_and_marked(chat_pro
 async def test_a_row_that_cannot_be_read_is_a_row_with_its_problem(chat_project: Path) -> None:
     async with open_data(chat_project) as (pilot, screen):
         await pilot.press("j", "j")
-        await until(pilot, lambda: title(screen, RowPane).startswith("Row 3"))
+        await at_row(pilot, screen, 3)
         assert row_text(screen).startswith("✗ not JSON") and ROWS[2] in row_text(screen)
 
 
 @pytest.mark.slow
 async def test_text_of_others_is_shown_as_it_is(chat_project: Path) -> None:
     async with open_data(chat_project) as (pilot, screen):
-        rows_of(screen).cursor = 3
-        await until(pilot, lambda: title(screen, RowPane).startswith("Row 4"))
+        screen.rows.table.go_to(3)
+        await at_row(pilot, screen, 4)
         assert "\\x1b[31mred [bold]not markup[/bold]" in row_text(screen)
-        assert "\x1b" not in rows_of(screen)._lines[3].text
+        assert "\x1b" not in screen.rows.table.texts()[3]
 
 
 @pytest.mark.slow
 async def test_problems_are_listed_and_lead_to_their_rows(chat_project: Path) -> None:
     async with open_data(chat_project) as (pilot, screen):
         await checked(pilot, screen)
-        assert "1 error" in title(screen, ProblemsPane)
-        options = [str(option.prompt) for option in screen.query_one(ProblemList).options]
-        assert options[0].startswith("✗ 3  not JSON") and any(
-            "the same as row 1" in option for option in options
-        )
-        rows_of(screen).cursor = 0
+        assert "1 error" in title(screen, "problems")
+        problems = screen.report.problems.texts()
+        assert problems[0].startswith("✗ 3  not JSON")
+        assert any("the same as row 1" in problem for problem in problems)
+        screen.rows.table.go_to(0)
         await pilot.press("n")
-        await until(pilot, lambda: rows_of(screen).cursor == 1)
+        await until(pilot, lambda: cursor(screen) == 1)
         await pilot.press("n")
-        await until(pilot, lambda: rows_of(screen).cursor == 2)
+        await until(pilot, lambda: cursor(screen) == 2)
         await pilot.press("N")
-        await until(pilot, lambda: rows_of(screen).cursor == 1)
-        screen.set_focus(screen.query_one(ProblemList))
+        await until(pilot, lambda: cursor(screen) == 1)
+        screen.set_focus(screen.report.problems)
         await pilot.press("home", "enter")
-        await until(pilot, lambda: rows_of(screen).cursor == 2)
+        await until(pilot, lambda: cursor(screen) == 2)
 
 
 @pytest.mark.slow
 async def test_lengths_say_how_many_are_cut(chat_project: Path) -> None:
     async with open_data(chat_project) as (pilot, screen):
         await checked(pilot, screen)
-        assert screen.report and screen.report["truncated"] >= 1
-        assert f"{screen.report['truncated']:,} cut" in title(screen, LengthsPane)
-        assert "max_length 64 ▲" in str(screen.query_one("#lengths Static", Static).content)
+        assert screen.report.answer and screen.report.answer["truncated"] >= 1
+        assert f"{screen.report.answer['truncated']:,} cut" in title(screen, "lengths")
+        assert "max_length 64 ▲" in drawn(screen)
 
 
 @pytest.mark.slow
 async def test_pages_are_read_as_one_moves_and_only_then(chat_project: Path) -> None:
     async with open_data(chat_project) as (pilot, screen):
-        rows = rows_of(screen)
-        await until(pilot, lambda: rows.count == len(ROWS))
-        assert len(rows._lines) <= 100
+        read, table = screen.rows.lines.read, screen.rows.table
+        await until(pilot, lambda: count(screen) == len(ROWS))
+        assert len(read) <= 100
         await pilot.press("G")
-        await until(pilot, lambda: title(screen, RowPane).startswith(f"Row {len(ROWS)}"))
-        await until(pilot, lambda: len(ROWS) - 1 in rows._lines)
-        assert rows._lines[len(ROWS) - 1].text == "Question 299?"
+        await at_row(pilot, screen, len(ROWS))
+        assert "Question 299?" in table.line(len(ROWS) - 1).plain
+        assert 150 not in read, "what was passed over is not read"
         await pilot.press("g", "pagedown", "k")
-        assert rows.cursor == rows.size.height - 2
+        assert table.cursor == table.page_height - 2
+
+
+@pytest.mark.slow
+async def test_a_row_that_is_not_read_yet_has_a_place_in_the_list(chat_project: Path) -> None:
+    async with open_data(chat_project) as (pilot, screen):
+        await until(pilot, lambda: count(screen) == len(ROWS))
+        del screen.rows.lines.read[5]
+        assert screen.rows.table.line(5).plain == "…"
 
 
 @pytest.mark.slow
@@ -179,16 +203,16 @@ async def test_search_shows_the_rows_that_have_it_and_esc_all_on_the_same_row(
     chat_project: Path,
 ) -> None:
     async with open_data(chat_project) as (pilot, screen):
-        rows = rows_of(screen)
         await pilot.press("slash", *"ANSWER 29")
-        await until(pilot, lambda: rows.count == 11)  # 29, 290 to 299
+        await until(pilot, lambda: count(screen) == 11)  # 29, 290 to 299
+        assert "11 of 305" in title(screen, "rows")
         await pilot.press("enter", "down")
-        await until(pilot, lambda: title(screen, RowPane).startswith("Row 296"))
+        await at_row(pilot, screen, 296)
         await pilot.press("slash", "escape")
-        await until(pilot, lambda: rows.count == len(ROWS))
-        assert rows.cursor == 295
+        await until(pilot, lambda: count(screen) == len(ROWS))
+        assert cursor(screen) == 295
         await pilot.press("slash", *"#7")
-        await until(pilot, lambda: rows.cursor == 6)
+        await until(pilot, lambda: cursor(screen) == 6)
 
 
 @pytest.mark.slow
@@ -198,7 +222,7 @@ async def test_a_row_is_edited_into_a_copy_and_the_original_stays(chat_project: 
         await pilot.press("e")
         await screen_opens(pilot, Editor)
         editor = pilot.app.screen
-        await until(pilot, lambda: "tokens" in str(editor.query_one("#reading", Static).content))
+        await until(pilot, lambda: "tokens" in reading(editor))
         assert screen.unsaved() == ""
         await pilot.press("end", *" Yes.")
         assert (
@@ -222,7 +246,7 @@ async def test_a_row_is_edited_into_a_copy_and_the_original_stays(chat_project: 
         )
         await until(
             pilot,
-            lambda: screen.file and screen.file.name == "data/chat.edited.jsonl" and screen._row,
+            lambda: screen.reader.file.name == "data/chat.edited.jsonl" and screen.row.row,
         )
         await pilot.press("z")
         assert open_project(chat_project / "params.yaml").params.finetune_lora.files == (
@@ -235,13 +259,13 @@ async def test_a_broken_row_is_edited_as_text_and_esc_asks_before_it_drops_that(
     chat_project: Path,
 ) -> None:
     async with open_data(chat_project) as (pilot, screen):
-        rows_of(screen).cursor = 2
-        await until(pilot, lambda: title(screen, RowPane).startswith("Row 3"))
+        screen.rows.table.go_to(2)
+        await at_row(pilot, screen, 3)
         await pilot.press("e")
         await screen_opens(pilot, Editor)
         editor = pilot.app.screen
         assert editor.query_one(TextArea).text == ROWS[2]
-        await until(pilot, lambda: "not JSON" in str(editor.query_one("#reading", Static).content))
+        await until(pilot, lambda: "not JSON" in reading(editor))
         await pilot.press("ctrl+s")
         assert pilot.app.screen is editor, "what is no JSON is not written"
         await pilot.press("x", "escape")
@@ -325,10 +349,10 @@ async def test_a_corrected_answer_that_cannot_be_written_stays_in_the_editor(
         await screen_opens(pilot, Editor)
         editor = pilot.app.screen
         editor.query(TextArea).last().text = "By the sea."
-        out, said = editor.query_one("#out", Input), editor.query_one("#reading", Static)
+        out = editor.query_one("#out", Input)
         out.value = name
         await pilot.press("ctrl+s")
-        await until(pilot, lambda: reason in str(said.content))
+        await until(pilot, lambda: reason in reading(editor))
         assert pilot.app.screen is editor and editor.query(TextArea).last().text == "By the sea."
         out.value = "data/mine.jsonl"
         await pilot.press("ctrl+s")
@@ -346,7 +370,7 @@ async def test_a_row_whose_copy_cannot_be_written_stays_in_the_editor(chat_proje
         await pilot.press("end", *" Yes.")
         editor.query_one("#out", Input).value = "data/heldout.csv"
         await pilot.press("ctrl+s")
-        await until(pilot, lambda: "✗" in str(editor.query_one("#reading", Static).content))
+        await until(pilot, lambda: "✗" in reading(editor))
         assert (
             pilot.app.screen is editor and editor.query(TextArea).last().text == "In the west. Yes."
         )
@@ -362,38 +386,32 @@ async def test_esc_asks_before_it_drops_a_row_that_was_to_be_written_with_its_pr
         editor = pilot.app.screen
         editor.query(TextArea).last().text = ""
         await pilot.press("ctrl+s")
-        await until(
-            pilot, lambda: "Ctrl+S again" in str(editor.query_one("#reading", Static).content)
-        )
+        await until(pilot, lambda: "Ctrl+S again" in reading(editor))
         await pilot.press("escape")
         assert pilot.app.screen is editor, "the question was about writing, not about dropping"
         await pilot.press("ctrl+s")
-        await until(
-            pilot, lambda: "Ctrl+S again" in str(editor.query_one("#reading", Static).content)
-        )
+        await until(pilot, lambda: "Ctrl+S again" in reading(editor))
         assert pilot.app.screen is editor, "nor does the one answer the other"
 
 
-@pytest.mark.parametrize(
-    "goal", [("position", 0), ("row", 1), ("row", 999)], ids=["same", "row", "no such row"]
-)
+@pytest.mark.parametrize("number", [0, 1, 999], ids=["same", "row", "no such row"])
 @pytest.mark.sampled(3)
 @pytest.mark.slow
 @pytest.mark.usefixtures("held_threads")
 async def test_a_row_is_shown_though_the_page_came_before_the_count(
-    chat_project: Path, goal: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+    chat_project: Path, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with open_data(chat_project) as (pilot, screen):
-        stream = screen.reader.stream
+        stream = screen.reader.process.stream
 
-        async def late(do: str, file: DataFile, **fields: Any) -> AsyncIterator[Any]:
+        async def late(do: str, **fields: Any) -> AsyncIterator[Any]:
             if do == "index":
-                await until(pilot, lambda: rows_of(screen)._lines)
-            async for answer in stream(do, file, **fields):
+                await until(pilot, lambda: screen.rows.lines.read)
+            async for answer in stream(do, **fields):
                 yield answer
 
-        monkeypatch.setattr(screen.reader, "stream", late)
-        screen.open_file(screen._files["data/heldout.csv"], goal)
+        monkeypatch.setattr(screen.reader.process, "stream", late)
+        screen.open_with(file="data/heldout.csv", row=number)
         await until(pilot, lambda: "⟦Here." in row_text(screen))
 
 
@@ -416,9 +434,9 @@ async def test_without_a_tokenizer_the_roles_are_the_mask_and_it_is_said(
     )
     async with open_data(chat_project) as (pilot, screen):
         await checked(pilot, screen)
-        assert "⟦In the west.⟧" in row_text(screen) and "mask by roles" in title(screen, RowPane)
-        assert "no tokens" in str(screen.query_one("#legend", Static).content)
-        assert "No model yet" in str(screen.query_one("#lengths Static", Static).content)
+        assert "⟦In the west.⟧" in row_text(screen) and "mask by roles" in title(screen, "row")
+        assert "no tokens" in str(screen.row.legend.content)
+        assert "No model yet" in drawn(screen)
 
 
 @pytest.mark.slow
@@ -431,13 +449,13 @@ async def test_any_file_is_opened_by_its_path_and_one_that_is_not_there_says_so(
         await screen_opens(pilot, PathScreen)
         await pilot.press(*"elsewhere.txt", "enter")
         await until(
-            pilot, lambda: title(screen, RowsPane).startswith("elsewhere.txt") and screen._row
+            pilot, lambda: title(screen, "rows").startswith("elsewhere.txt") and screen.row.row
         )
         assert "⟦" in row_text(screen)
         screen.open_with(file="none.jsonl")
         await until(pilot, lambda: "No such file" in row_text(screen))
         screen.open_with(file="data/chat.jsonl", row=5)
-        await until(pilot, lambda: title(screen, RowPane).startswith("Row 5"))
+        await at_row(pilot, screen, 5)
 
 
 @pytest.mark.slow
@@ -448,11 +466,9 @@ async def test_the_reading_process_can_die_and_the_next_file_starts_it_again(
         await checked(pilot, screen)
         assert screen.reader.process._process
         screen.reader.process._process._kill()
-        screen._row = None
+        before = screen.row.row
         await pilot.press("j")
-        await until(
-            pilot, lambda: screen._row is not None or "Open the file again" in row_text(screen)
-        )
+        await until(pilot, lambda: screen.row.row is not before)
         screen.open_with(file="data/heldout.csv")
         await until(pilot, lambda: "⟦Here." in row_text(screen))
 
@@ -461,9 +477,7 @@ async def test_the_reading_process_can_die_and_the_next_file_starts_it_again(
 async def test_rows_are_written_in_another_format(chat_project: Path) -> None:
     async with open_data(chat_project) as (pilot, screen):
         screen.open_with(file="data/heldout.csv")
-        await until(
-            pilot, lambda: screen.file and screen.file.name == "data/heldout.csv" and screen._row
-        )
+        await until(pilot, lambda: screen.reader.file.name == "data/heldout.csv" and screen.row.row)
         await pilot.press("x")
         await screen_opens(pilot, PathScreen)
         pilot.app.screen.query_one(Input).value = "out.jsonl"
@@ -482,7 +496,7 @@ async def test_every_size_is_drawn(chat_project: Path, size: tuple[int, int]) ->
     async with open_data(chat_project, size) as (pilot, screen):
         await checked(pilot, screen)
         await pilot.press("j", "plus", "plus", "tab", "tab")
-        assert rows_of(screen).cursor == 1
+        assert cursor(screen) == 1
 
 
 async def test_a_folder_without_data_says_what_to_press(tmp_path: Path) -> None:
@@ -492,4 +506,4 @@ async def test_a_folder_without_data_says_what_to_press(tmp_path: Path) -> None:
     async with app.run_test(size=(80, 24)) as pilot:
         await until(pilot, lambda: "Press o" in row_text(app.screen))  # type: ignore[arg-type]
         await pilot.press("e", "n", "m", "x", "y")
-        assert app.screen.query_one(RowList).count == 0
+        assert count(app.screen) == 0  # type: ignore[arg-type]

@@ -54,7 +54,8 @@ def still_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 async def read_to_the_end(pilot: Pilot[Any]) -> DataScreen:
     screen = pilot.app.screen
     assert isinstance(screen, DataScreen)
-    await until(pilot, lambda: screen._row and screen._row["event"] == "done" and screen.report)
+    await until(pilot, lambda: screen.row.row and screen.row.row["event"] == "done")
+    await until(pilot, lambda: screen.report.answer)
     return screen
 
 
@@ -65,8 +66,8 @@ def test_a_conversation_that_is_cut(
 ) -> None:
     async def go(pilot: Pilot[Any]) -> None:
         screen = await read_to_the_end(pilot)
-        screen.query_one("RowList").cursor = 2  # type: ignore[attr-defined]  # it has one
-        await until(pilot, lambda: screen._row and screen._row["row"] == 3)
+        screen.rows.table.go_to(2)
+        await until(pilot, lambda: screen.row.row and screen.row.row["row"] == 3)
 
     app = Workbench(chat_project / "params.yaml")
     app.first_screen = "data"

@@ -1,74 +1,69 @@
 """The histogram of lengths: every example is in a column, and the cut stands where it is."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.views.data_files import DataFile
-from tui.screens.data.report import columns_of, draw_lengths, length_facts, longer_than
+from pipeline.views.data_rows import length_counts, length_facts, problem_facts
+from tui.panes.plot.drawing import draw
+from tui.panes.plot.series import Bars
+from tui.screens.data.report import histogram
 
-COLORS = dict.fromkeys(("error", "accent", "warning"), "#ffffff")
+LENGTHS = st.lists(
+    st.tuples(st.integers(1, 5000), st.integers(1, 99)), min_size=1, unique_by=lambda each: each[0]
+).map(sorted)
 
 
-@given(
-    st.lists(
-        st.tuples(st.integers(1, 10_000), st.integers(1, 99)),
-        min_size=1,
-        unique_by=lambda each: each[0],
-    )
-)
-def test_every_example_is_in_one_column(lengths: list[tuple[int, int]]) -> None:
-    lengths = sorted(lengths)
+def drawn(lengths: Any, file: DataFile, width: int, height: int) -> list[str]:
+    series, x, y = histogram(lengths, file)
+    return [row.plain for row in draw(series, width, height, x, y).rows]
+
+
+@given(LENGTHS, st.integers(0, 6000))
+def test_every_example_is_in_one_column(lengths: Any, max_length: int) -> None:
     longest = lengths[-1][0]
-    columns = columns_of(lengths, 40, longest)
+    columns = length_counts(lengths, longest, max_length, 40)
     if longest >= 40:
-        assert sum(columns) == sum(count for _, count in lengths)
+        examples = sum(count for _, count in lengths)
+        cut = sum(count for length, count in lengths if 0 < max_length < length)
+        assert (sum(n for n, _ in columns), sum(n for _, n in columns)) == (examples, cut)
     else:
-        assert set(filter(None, columns)) == {count for _, count in lengths}, (
+        assert {n for n, _ in columns} - {0} == {count for _, count in lengths}, (
             "several columns for each length"
         )
 
 
-@given(
-    st.lists(
-        st.tuples(st.integers(1, 5000), st.integers(1, 99)),
-        min_size=1,
-        unique_by=lambda each: each[0],
-    ),
-    st.integers(0, 6000),
-    st.integers(1, 150),
-    st.integers(1, 30),
-)
-def test_it_fits_any_size(
-    lengths: list[tuple[int, int]], limit: int, width: int, rows: int
-) -> None:
-    report = {"lengths": sorted(lengths)}
-    lines = draw_lengths(report, DataFile("f", max_length=limit), COLORS, width, rows).plain.split(
-        "\n"
-    )
-    assert len(lines) == max(2, rows) and max(map(len, lines)) <= width
-    longest = max(length for length, _ in lengths)
-    if limit and limit <= longest:
-        assert lines[-1].count("▲") == 1, "the cut is always marked"
+@given(LENGTHS, st.integers(0, 6000), st.integers(1, 150), st.integers(1, 30))
+def test_it_fits_any_size(lengths: Any, limit: int, width: int, height: int) -> None:
+    rows = drawn(lengths, DataFile("f", max_length=limit), width, height)
+    assert len(rows) == height and {len(row) for row in rows} == {width}
+    if 0 < limit <= lengths[-1][0]:
+        assert "│" in "".join(rows), "the cut is always drawn"
 
 
 @pytest.mark.parametrize(
     ("limit", "axis"),
     [
-        (10, "0         ▲ max_length 10                      99 tokens"),
-        (65, "0                     max_length 65 ▲          99 tokens"),
-        (0, "0                                              99 tokens"),
+        (10, "0 ▲ max_length 10 99 tokens"),
+        (65, "0 max_length 65 ▲ 99 tokens"),
+        (0, "0 99 tokens"),
     ],
     ids=["right", "left", "none"],
 )
 def test_the_axis_names_the_cut_where_there_is_room(limit: int, axis: str) -> None:
-    report = {"lengths": [(5, 1), (99, 2)]}
-    drawn = draw_lengths(report, DataFile("f", max_length=limit), COLORS, len(axis), 3).plain.split(
-        "\n"
-    )[-1]
-    assert drawn.split() == axis.split()
-    if limit:
-        assert drawn.index("▲") == limit * len(axis) // 100
+    bottom = drawn([(5, 1), (99, 2)], DataFile("f", max_length=limit), 60, 8)[-1]
+    assert bottom.split() == axis.split()
+
+
+@pytest.mark.parametrize("limit", [10, 65], ids=["some", "all behind it"])
+def test_bars_behind_the_cut_are_red(limit: int) -> None:
+    bars = histogram([(5, 1), (99, 2)], DataFile("f", max_length=limit))[0][0]
+    assert isinstance(bars, Bars)
+    styles = {style for count, style in bars.columns(60) if count}
+    assert styles == {"$accent", "$error"}
 
 
 def test_the_title_counts_what_is_cut_or_windowed() -> None:
@@ -83,7 +78,9 @@ def test_the_title_counts_what_is_cut_or_windowed() -> None:
         "a window predicts 4 tokens from 5"
     )
     assert length_facts({**report, "truncated": 0}, DataFile("f", max_length=9))[0] == "none cut"
-    assert (
-        length_facts({"quantiles": None}, DataFile("f")) == []
-        and longer_than(report["lengths"], 5) == 1  # type: ignore[arg-type]
-    )
+    assert length_facts({**report, "quantiles": None}, DataFile("f")) == []
+
+
+def test_problems_are_counted_by_their_level() -> None:
+    assert problem_facts({"errors": 1, "warnings": 2}) == ["1 error", "2 warnings"]
+    assert problem_facts({"errors": 0, "warnings": 0}) == []

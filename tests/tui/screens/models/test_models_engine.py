@@ -13,13 +13,11 @@ from pipeline.data.tokenizers.chat_template import render
 from pipeline.errors import UserError
 from pipeline.files.text import escape_whitespace
 from pipeline.inference.engine import complete, continued, load, top_k
+from pipeline.inference.talk import Answer
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.models_screen import COUNT, Session, real_models
-from tests.helpers.pilot import until
-from tui.screens.models.answers import TopK
-from tui.screens.models.conversation import Answer
-from tui.widgets.prompting import EngineBar, Slider
-from tui.widgets.text import Lines
+from tests.helpers.pilot import screen_opens, until
+from tui.screens.models.attention import AttentionDialog
 
 PROMPT = "die katze sitzt auf dem"
 
@@ -27,15 +25,14 @@ PROMPT = "die katze sitzt auf dem"
 async def answers(s: Session, prompt: str) -> list[Answer]:
     await s.ask(prompt)
     await until(s.pilot, lambda: not s.is_generating(), 60)
-    assert s.conversation.newest is not None
-    return s.conversation.newest.answers
+    return s.answers
 
 
 @pytest.mark.usefixtures("forked_processes")
 async def test_answers_are_those_of_the_library(brief: Path) -> None:
     async with real_models(brief) as s:
         await s.press("p")
-        by_name = {answer.name: answer for answer in await answers(s, PROMPT)}
+        by_name = {answer.label: answer for answer in await answers(s, PROMPT)}
     folder = brief / "artifacts"
     for name, loaded in {
         "base": load(folder / "base"),
@@ -62,38 +59,32 @@ async def test_a_model_of_subwords_answers_beside_one_of_words(project: Path) ->
         await s.press("space")
         await s.point("base")
         await s.press("space")
-        by_name = {answer.name: answer for answer in await answers(s, "The currency")}
+        by_name = {answer.label: answer for answer in await answers(s, "The currency")}
         assert "does not know: The, currency" in by_name["base"].error and not by_name["toy"].error
         assert by_name["toy"].text == continued(loaded, "The currency")
         assert [token for token, _ in by_name["toy"].top_k] == [
             c.token for c in top_k(loaded, "The currency", 5)
         ]
-        assert all(escape_whitespace(token) in s.text(TopK) for token, _ in by_name["toy"].top_k)
+        table = "\n".join(s.top_k())
+        assert all(escape_whitespace(token) in table for token, _ in by_name["toy"].top_k)
 
         await s.press("escape")
         await s.point("base")
         await s.press("space")
-        s.conversation.chat = True
+        s.screen.session.template = True
         (answer,) = await answers(s, "hi")
         assert answer.text == continued(loaded, render(folder, "hi"))
-        assert (
-            s.conversation.newest is not None
-            and s.conversation.newest.answers_text().startswith("hi → ")
-        )
-
         (entry,) = s.screen.chosen_entries()
         text, tokens = "", 0
         while tokens < 512:
             text += " euro."
             tokens = len(loaded.tokenizer.encode(text))
-        exchange = replace(s.conversation.exchanges[-1], prompt=text, chat=False)
-        weights = (await s.conversation.attention(entry, exchange, 1.0, layer=1, head=3))["weights"]
+        s.screen.session.template = False
+        weights = (await s.screen._attention(entry, text, 1.0, layer=1, head=3))["weights"]
         assert len(weights) == tokens == 512
         assert sum(weights[-1]) == pytest.approx(1, abs=1e-4)
         with pytest.raises(UserError, match="attention is shown for up to 512"):
-            await s.conversation.attention(
-                entry, replace(exchange, prompt=text + " euro."), 1.0, layer=1, head=3
-            )
+            await s.screen._attention(entry, text + " euro.", 1.0, layer=1, head=3)
 
 
 @pytest.mark.slow
@@ -102,11 +93,11 @@ async def test_strength_0_is_the_base_and_1_the_adapter(brief: Path) -> None:
         await s.press("p")
         before = await answers(s, PROMPT)
         expanded, lora = before[1], before[5]
-        s.screen.query_one(Slider).value = 0.0
-        probed = await s.conversation.probe(0.0)
-        assert probed[5].of["tisch"] == pytest.approx(expanded.of["tisch"], abs=1e-6)
-        probed = await s.conversation.probe(1.0)
-        assert probed[5].of["tisch"] == pytest.approx(lora.of["tisch"], abs=1e-6)
+        for strength, same in ((0.0, expanded), (1.0, lora)):
+            probed = [replace(answer, strength=strength) for answer in before[5:6]]
+            await s.screen.session.fill_table(PROMPT, probed)
+            wanted = pytest.approx(same.probabilities["tisch"], abs=1e-6)
+            assert probed[0].probabilities["tisch"] == wanted
 
 
 @pytest.mark.slow
@@ -121,7 +112,7 @@ async def test_unknown_words_and_long_prompts_are_reported_in_each_column(brief:
 
 @pytest.mark.slow
 async def test_a_killed_engine_is_reported_and_the_next_prompt_starts_a_new_one(
-    brief: Path,
+    brief: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with real_models(brief) as s:
         await s.press("p")
@@ -130,15 +121,18 @@ async def test_a_killed_engine_is_reported_and_the_next_prompt_starts_a_new_one(
         assert engine is not None
         pid = engine.pid
         assert pid is not None
-        s.screen.prompt_pane._status_timer.pause()  # so that only the prompt is pending below
+        tick = s.screen.tick
+        monkeypatch.setattr(s.screen, "tick", lambda: None)  # so that only the prompt is pending
         await until(s.pilot, lambda: engine._process is not None and not engine._process._pending)
         os.kill(pid, signal.SIGSTOP)  # so that it has not answered yet
         await s.ask(PROMPT)
         await until(s.pilot, lambda: engine._process is not None and engine._process._pending)
         os.kill(pid, signal.SIGKILL)
-        await until(s.pilot, lambda: s.screen.query_one(EngineBar).state == "died")
+        await until(s.pilot, lambda: s.screen.engine_state == "died")
         await until(s.pilot, lambda: "it was killed" in s.messages())
-        await s.screen.prompt_pane._status().wait()
+        for _ in range(4):
+            tick()
+        await s.pilot.pause()
         assert not engine.running, "a check of its status must not start a new one"
         assert len(s.screen.entries) == COUNT
         again = await answers(s, PROMPT)
@@ -181,10 +175,6 @@ async def test_the_spectrum_and_what_an_adapter_attends_to_otherwise(brief: Path
         assert s.details().count("%") >= 8  # four matrices in two layers
         await answers(s, PROMPT)
         await s.press("escape", "a")
-
-        def shown() -> str:
-            return str(s.app.screen.query_one(Lines).render())
-
-        await until(s.pilot, lambda: "layer 2" in shown() and "difference" in shown())
-        await s.press("enter")
-        await until(s.pilot, lambda: "dem attends to" in shown())
+        dialog = await screen_opens(s.pilot, AttentionDialog)
+        await until(s.pilot, lambda: "dem looks at" in dialog.head.plain)
+        assert "moved" in dialog.heads.head().plain

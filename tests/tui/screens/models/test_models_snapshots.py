@@ -9,16 +9,14 @@ from pathlib import Path
 
 import pytest
 from textual.pilot import Pilot
-from textual.widgets import Static
 
 from pipeline.files import artifact
 from pipeline.files.base_model import base_fingerprint
 from tests.helpers.fake_engine import FakeInference
 from tests.helpers.pilot import screen_opens, until
 from tui.app import Workbench
+from tui.screens.models.attention import AttentionDialog
 from tui.screens.models.screen import ModelsScreen
-from tui.widgets.prompting import PromptInput
-from tui.widgets.text import Lines
 
 pytestmark = pytest.mark.usefixtures("no_path")
 SIZES = pytest.mark.parametrize("size", [(80, 24), (120, 40)], ids=["80x24", "120x40"])
@@ -106,8 +104,8 @@ async def wait_until_checked(pilot: Pilot[None], count: int) -> ModelsScreen:
         pilot,
         lambda: len(screen.entries) == count and all(entry.verdict for entry in screen.entries),
     )
-    await until(pilot, lambda: "looking" not in str(screen.query_one("#none", Static).render()))
-    await until(pilot, lambda: not count or screen.prompt_pane.bar.facts)
+    await until(pilot, lambda: "looking" not in str(screen.table.nothing))
+    await until(pilot, lambda: not count or screen.engine_facts)
     watch = screen.workbench.project_watch
     await until(pilot, lambda: watch.project and len(watch.states) == len(watch.project.stages))
     screen.workbench.refresh_header()
@@ -115,10 +113,7 @@ async def wait_until_checked(pilot: Pilot[None], count: int) -> ModelsScreen:
 
 
 def has_answered(screen: ModelsScreen) -> bool:
-    return (
-        screen.prompt_pane.conversation.newest is not None
-        and not screen.prompt_pane.is_generating()
-    )
+    return bool(screen.talk.turns) and not screen.is_writing()
 
 
 async def wait_until_drawn(pilot: Pilot[None], screen: ModelsScreen) -> None:
@@ -155,16 +150,10 @@ def test_answers_side_by_side(snap_compare: Snap, fixed: Path, size: tuple[int, 
     async def before(pilot: Pilot[None]) -> None:
         screen = await wait_until_checked(pilot, 5)
         await pilot.press("p", "enter")
-        screen.query_one(PromptInput).value = "die katze sitzt auf dem"
+        screen.field.fill("die katze sitzt auf dem")
         await pilot.press("enter")
-        await until(
-            pilot,
-            lambda: (
-                screen.prompt_pane.conversation.newest is not None
-                and not screen.prompt_pane.is_generating()
-            ),
-        )
-        await until(pilot, lambda: "1 model" in str(screen.query_one("EngineBar").render()))
+        await until(pilot, lambda: has_answered(screen))
+        await until(pilot, lambda: "1 model" in screen.engine_facts)
         await wait_until_drawn(pilot, screen)
 
     assert snap_compare(workbench(fixed), terminal_size=size, run_before=before)
@@ -176,15 +165,11 @@ def test_attention_of_all_heads(snap_compare: Snap, fixed: Path, size: tuple[int
         screen = await wait_until_checked(pilot, 5)
         lora = next(entry for entry in screen.entries if entry.label == "lora")
         screen.table.point(lora.model.path)
-        screen.prompt_pane.ask("die katze", [lora])
-        await until(
-            pilot,
-            lambda: (
-                bool(screen.prompt_pane.conversation.newest)
-                and not screen.prompt_pane.is_generating()
-            ),
-        )
+        await until(pilot, lambda: screen.session.entries == [lora])
+        screen.send("die katze")
+        await until(pilot, lambda: has_answered(screen))
         await pilot.press("a")
-        await until(pilot, lambda: "layer 2" in str(pilot.app.screen.query_one(Lines).render()))
+        dialog = await screen_opens(pilot, AttentionDialog)
+        await until(pilot, lambda: "looks at" in dialog.head.plain)
 
     assert snap_compare(workbench(fixed), terminal_size=size, run_before=before)

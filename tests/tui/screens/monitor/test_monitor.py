@@ -4,25 +4,25 @@ import math
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from textual.widgets import Static
 
 from pipeline.calc.settings import CONTEXT
 from pipeline.project.logs.run_state import Journal
-from tests.helpers.pilot import until
+from pipeline.views.stage_logs import Prediction, read_prediction
+from tests.helpers.pilot import screen_text, until
 from tests.helpers.run_folders import hold, write_run, write_sweep
 from tui.app import Workbench
-from tui.screens.monitor.charts import Charts, draw
-from tui.screens.monitor.prediction import Prediction, read_prediction
-from tui.screens.monitor.screen import MonitorScreen
-from tui.screens.monitor.series import Series, columns, machine_series
+from tui.panes.plot.drawing import draw
+from tui.panes.plot.series import Axis, Bars, Rule
+from tui.screens.monitor.screen import Chart, MonitorScreen
+from tui.screens.monitor.series import Series, bars, columns, machine_series
 from tui.services.machine.nvml import Gpu, GpuReading
 from tui.services.machine.readings import Machine, ProcessReading, Sample
-from tui.widgets.drawing import Drawing
 
 GIB = 2**30
 
@@ -35,31 +35,30 @@ def test_a_column_is_the_highest_value_of_its_time() -> None:
     tops = columns(values, end=120, seconds=20, width=4)
     assert tops[:3] == [5.0, 2.0, 2.0], "a hole of one column holds the value before"
     assert tops[3] == 3.0
-    assert all(map(math.isnan, columns([], end=120, seconds=20, width=4)))
+    assert columns([], end=120, seconds=20, width=4) == [None] * 4
 
 
 def test_readings_a_second_apart_leave_no_holes_where_columns_are_shorter() -> None:
     values = [(float(second), 1.0) for second in range(60, 121)]
     tops = columns(values, end=120, seconds=60, width=150)
-    assert not any(map(math.isnan, tops[2:]))
+    assert None not in tops[2:]
     tops = columns(values[:20] + values[-20:], end=120, seconds=60, width=150)
-    assert any(map(math.isnan, tops)), "a pause is one"
+    assert None in tops, "a pause is one"
 
 
-def test_a_chart_is_coloured_by_load_and_marks_the_level() -> None:
+def test_a_chart_is_coloured_by_load_and_marks_the_level_where_it_is_above() -> None:
     values = [(float(second), share) for second, share in enumerate((0.2, 0.6, 1.0))]
     chart = Series("memory", values, 1.0, 1.0, ("1 GiB", "of 4"), 0.5)
-    lines = draw(chart, end=3.0, seconds=3.0, width=16 + 12 + 2 + 22, rows=4)
-    assert len(lines) == 4 and lines[0].plain.startswith("memory")
-    styles = {str(span.style) for line in lines for span in line.spans}
+    drawn: list[Bars | Rule] = [Bars(partial(bars, chart, 3.0, 3.0)), Rule(y=0.5, style="$accent")]
+    rows = draw(drawn, 12, 4, Axis(shown=False), Axis(range=(0, 1), shown=False)).rows
+    styles = {str(span.style) for row in rows for span in row.spans}
     assert {"$success", "$warning", "$error", "$accent"} <= styles
-    marked = [row for row, line in enumerate(lines) if "╌" in line.plain]
-    assert marked == [1] and "predicted" in lines[1].plain
-    assert "1 GiB" in lines[0].plain and "of 4" in lines[2].plain
-    one_row = draw(
-        chart._replace(level=3 * GIB, high=4 * GIB), end=3.0, seconds=3.0, width=52, rows=1
-    )
-    assert "1 GiB ╌ 3.00 GiB" in one_row[0].plain
+    assert [row.plain for row in rows] == [
+        "        ████",
+        "╌╌╌╌▃▃▃▃████",
+        "    ████████",
+        "▆▆▆▆████████",
+    ]
 
 
 # --- prediction ---
@@ -143,12 +142,14 @@ async def monitor(
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tui.services.machine.readings.FIRST", 0.05)
     monkeypatch.setattr("tui.services.machine.readings.EVERY", 0.1)
-    monkeypatch.setattr("tui.screens.monitor.screen.EVERY", 0.1)
 
 
 def text_of(screen: MonitorScreen) -> str:
-    parts = (screen.query_one(Charts).content, screen.query_one("#problem", Static).content)
-    return "\n".join(map(str, (*parts, screen.query_one(Drawing).content)))
+    charts = [chart for chart in screen.query(Chart) if chart.display]
+    parts = [str(part.content) for chart in charts for part in (chart.label, chart.facts)]
+    plots = [chart.plot.render().plain for chart in charts]
+    notes = str(screen.problem.content), str(screen.note.content)
+    return "\n".join([*parts, *plots, *screen.processes.texts(), *notes])
 
 
 async def test_this_machine_is_shown_and_no_gpu_is_one_line(
@@ -215,12 +216,12 @@ async def test_it_draws_only_while_it_is_shown(empty: Path) -> None:
         await until(pilot, lambda: "cores" in text_of(screen))
         await pilot.press("1")
         await until(pilot, lambda: pilot.app.screen is not screen)
-        drawn = screen.query_one(Charts)._end
+        drawn = text_of(screen)
         count = len(pilot.app.machine.samples)
         await until(pilot, lambda: len(pilot.app.machine.samples) > count + 3)
-        assert screen.query_one(Charts)._end == drawn
+        assert text_of(screen) == drawn
         await pilot.app.shown("monitor")
-        await until(pilot, lambda: screen.query_one(Charts)._end > drawn)
+        await until(pilot, lambda: text_of(screen) != drawn)
 
 
 @pytest.mark.parametrize("size", [(30, 8), (60, 16), (200, 60)], ids=["30x8", "60x16", "200x60"])
@@ -228,9 +229,8 @@ async def test_any_size_is_drawn(empty: Path, size: tuple[int, int]) -> None:
     async with monitor(empty, size) as (pilot, screen):
         await until(pilot, lambda: bool(pilot.app.machine.samples))
         await pilot.press("t", "f10")
-        assert all(
-            line.cell_length <= size[0] for line in screen.query_one(Charts).content.split("\n")
-        )
+        await until(pilot, lambda: any(chart.size for chart in screen.query(Chart)))
+        assert all(len(line) <= size[0] for line in screen_text(pilot.app).splitlines())
 
 
 NOW = 1_800_000_000.0
@@ -262,7 +262,7 @@ def test_picture(
     monkeypatch.setattr("tui.services.machine.readings.STALE", math.inf)
     monkeypatch.setattr("tui.screens.monitor.screen.time", SimpleNamespace(time=lambda: NOW))
     prediction = Prediction(15 * GIB, 0, 0, "cuda")
-    monkeypatch.setattr(MonitorScreen, "_stage", "finetune_lora")
+    monkeypatch.setattr(MonitorScreen, "stage", "finetune_lora")
     monkeypatch.setattr(
         MonitorScreen, "_read_prediction", lambda self, _: setattr(self, "prediction", prediction)
     )

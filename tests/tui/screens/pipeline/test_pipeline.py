@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from textual.widgets import Static
 
 from pipeline.errors import UserError
 from pipeline.evaluation.metrics_diff import metrics_since_commit
 from pipeline.files import artifact
+from pipeline.views.stage_tree import GROUP
 from tests.helpers.extension import add_probes
 from tests.helpers.pilot import screen_opens, until
 from tests.helpers.pipeline_screen import (
@@ -26,18 +26,17 @@ from tests.helpers.pipeline_screen import (
     log_lines,
     messages,
     open_screen,
+    params,
     row,
     rows,
+    said,
+    title,
 )
 from tests.helpers.projects import METHODS, PIPELINE, load, make, save
 from tui.app import Workbench
-from tui.screens.pipeline.dag import DagView, Picture
-from tui.screens.pipeline.metrics_pane import MetricsPane
-from tui.screens.pipeline.screen import PipelineScreen
-from tui.screens.pipeline.stages_pane import StageTree
-from tui.screens.pipeline.tree import GROUP
+from tui.panes.pane import Pane
+from tui.screens.pipeline.screen import Picture, PipelineScreen
 from tui.widgets.header import Header
-from tui.widgets.pane import Pane
 
 SIZES = ((80, 24), (120, 40), (200, 60), (60, 16), (30, 8))
 
@@ -49,15 +48,12 @@ SIZES = ((80, 24), (120, 40), (200, 60), (60, 16), (30, 8))
 async def test_an_empty_project_says_what_is_missing_and_what_to_press(empty: Path) -> None:
     async with open_screen(empty) as (pilot, screen):
         assert row(screen, "pretrain") == "○ pretrain not made"
-        assert facts(screen) == [
-            "pretrain  ○ not made yet",
-            "next R runs all stages, S this one alone.",
-        ]
+        shown = ["pretrain ○ not made yet", "next R runs all stages, S this one alone."]
+        await until(pilot, lambda: facts(screen) == shown)
         await choose(pilot, screen, "merge")
         assert "why needs expand_vocab, finetune_lora" in facts(screen)
-        assert "Nothing was evaluated yet" in str(
-            screen.query_one(MetricsPane).query_one(Static).content
-        )
+        await pilot.press("d")
+        await until(pilot, lambda: screen.metrics.nothing == "Nothing was evaluated yet.")
 
 
 @pytest.mark.slow
@@ -71,7 +67,8 @@ async def test_a_finished_project_is_up_to_date_and_a_change_of_its_params_is_se
         await until(pilot, lambda: row(screen, "lora") == "● lora rank 4 → 2")
         assert row(screen, "merge") == "◌ merge waits"
         await choose(pilot, screen, "finetune_lora")
-        assert facts(screen)[:2] == ["finetune_lora  ● changed", "why rank 4 → 2"]
+        shown = ["finetune_lora ● changed", "why rank 4 → 2"]
+        await until(pilot, lambda: facts(screen)[:2] == shown)
         assert any(line.startswith("run done in ") for line in facts(screen))
 
 
@@ -85,14 +82,14 @@ async def test_the_row_of_evaluate_says_whether_limits_are_kept(project: Path) -
             pilot, lambda: row(screen, "evaluate").startswith("✗ evaluate gate failed: 1 limit")
         )
         await choose(pilot, screen, "evaluate")
-        await until(pilot, lambda: facts(screen)[0] == "evaluate  ✗ breaks evaluate.limits")
+        await until(pilot, lambda: facts(screen)[0] == "evaluate ✗ breaks evaluate.limits")
         assert facts(screen)[1] == "why gate failed: 1 limit" and facts(screen)[2].startswith(
             "answers_kept 0."
         )
         assert "retention_data" in facts(screen)[3]
         header = screen.query_one(Header)
         await until(pilot, lambda: header.state[0] == "✗ 1 limit broken")
-        assert screen.app.theme_variables["error"] in header.state[2]
+        assert header.state[2] == "bold $error"
         save(project / "params.yaml", {"evaluate.limits": {"answers_kept": 0.0}})
         await until(pilot, lambda: row(screen, "evaluate").startswith("● evaluate limits"))
 
@@ -104,24 +101,21 @@ async def test_a_group_is_folded_by_keys_and_unfolded_for_one_that_is_asked_for(
     add_probes(empty, monkeypatch)
     async with open_screen(empty) as (pilot, screen):
         assert row(screen, "▸") == "○ ▸ probes 0/2"
-        assert row(screen, "overview") == "○ overview not made"
-        count, tree = len(rows(screen)), screen.query_one(StageTree)
-        assert "probe_size" not in [option.id for option in tree.options]
-        tree.highlighted = tree.get_option_index(GROUP)
-        await until(pilot, lambda: screen.params_pane.stage == "probe_norm")
+        assert row(screen, "overview").startswith("○ overview not made")
+        count, tree = len(rows(screen)), screen.rows
+        assert "probe_size" not in [row.key for row in tree.shown]
+        tree.point(GROUP)
+        await until(pilot, lambda: title(screen, "facts").startswith("probe_norm "))
         await pilot.press("space")
         assert len(rows(screen)) == count + 2
         await pilot.press("down", "down", "left")  # from a member to its group
-        assert (
-            len(rows(screen)) == count
-            and tree.highlighted_option
-            and tree.highlighted_option.id == GROUP
-        )
+        assert len(rows(screen)) == count
+        assert tree.pointed and tree.pointed.key == GROUP
         await pilot.press("enter")
         assert len(rows(screen)) == count + 2
         await pilot.press("left")
         await choose(pilot, screen, "probe_size")
-        assert tree.highlighted_option and tree.highlighted_option.id == "probe_size"
+        assert tree.pointed and tree.pointed.key == "probe_size"
 
 
 @pytest.mark.slow
@@ -140,7 +134,7 @@ async def test_a_base_that_is_missing_says_so_and_is_seen_when_it_comes(empty: P
         await until(pilot, lambda: "base must be minigpt" in row(screen, "import"))
         (empty / "models/mine").mkdir(parents=True)
         (empty / "models/mine/notes.txt").touch()
-        await until(pilot, lambda: "it has no config.json" in "".join(facts(screen)))
+        await until(pilot, lambda: "it has no config.json" in said(screen))
         (empty / "models/mine/config.json").write_text("{}", encoding="utf-8")
         (empty / "models/mine/model.safetensors").touch()
         await until(pilot, lambda: row(screen, "import") == "○ import not made")
@@ -169,7 +163,7 @@ async def test_params_and_each_state_are_there_before_all_files_are_hashed(
                 pilot, lambda: rows(screen) and row(screen, "expand_vocab") == "✓ expand_vocab"
             )
             assert row(screen, "full") == "· full …"
-            assert "d_model" in [param.key for param in screen.params_pane.params]
+            await until(pilot, lambda: "d_model" in params(screen))
             hold.set()
             await until(pilot, lambda: all(row[0] == "✓" for row in rows(screen)))
     finally:
@@ -185,21 +179,25 @@ async def test_a_param_is_checked_while_one_types_and_written_on_enter(project: 
     path = project / "params.yaml"
     before = path.read_text(encoding="utf-8")
     async with open_screen(project) as (pilot, screen):
-        pane = screen.params_pane
+        form = screen.params
         await choose(pilot, screen, "finetune_lora")
         await edit(pilot, screen, "rank", "0")
         assert "✗ finetune_lora.rank must be at least 1, got 0" in below(screen)
         await pilot.press("enter")
-        assert pane.edited and path.read_text(encoding="utf-8") == before
+        assert form.is_typing and path.read_text(encoding="utf-8") == before
         await pilot.press("escape")
-        assert not pane.edited and pane.list.has_focus
+        assert not form.is_typing and form.has_focus
         await pilot.press("enter", *"16")  # replaces the value, which is selected
         assert "Enter writes finetune_lora.rank, Esc keeps 4" in below(screen)
         await pilot.press("enter")
         await until(pilot, lambda: load(path).finetune_lora.rank == 16)
         assert path.read_text(encoding="utf-8") == before.replace("  rank: 4", "  rank: 16", 1)
         await until(pilot, lambda: row(screen, "lora") == "● lora rank 4 → 16")
-        assert pane.list.has_focus and [p.made for p in pane.params if p.key == "rank"] == ["4"]
+        assert form.has_focus
+        await until(
+            pilot, lambda: params(screen)["rank"].split() == ["●", "rank", "16", "was", "4"]
+        )
+        assert title(screen, "params") == "Params  1 changed"
         await pilot.press("z")
         await until(pilot, lambda: path.read_text(encoding="utf-8") == before)
 
@@ -252,7 +250,7 @@ def is_written(root: Path, stage: str, key: str, value: object) -> bool:
 async def test_the_grid_of_a_sweep_is_edited_as_it_stands_in_the_file(empty: Path) -> None:
     async with open_screen(empty) as (pilot, screen):
         await choose(pilot, screen, "finetune_sweep")
-        field = screen.params_pane.field
+        field = screen.params.input
         for text, problem in (
             (
                 "rank: 4",
@@ -320,7 +318,7 @@ async def test_garbage_in_a_field_is_one_sentence(empty: Path) -> None:
             "&a",
             "2026-99-99",
         ):
-            screen.params_pane.field.value = text
+            screen.params.input.value = text
             await pilot.press("enter")
             assert below(screen).count("pretrain.epochs must be") == 1, text
     assert (empty / "params.yaml").read_bytes() == before
@@ -331,10 +329,10 @@ async def test_up_and_down_step_through_the_values_of_a_choice(empty: Path) -> N
     async with open_screen(empty) as (pilot, screen):
         await choose(pilot, screen, "finetune_lora")
         await edit(pilot, screen, "train_embeddings", "all")
-        choices = list(screen.params_pane.field.choices)
+        choices = list(screen.params.fields[screen.params.key].choices)
         assert choices == ["all", "new_rows", "none"]
         await pilot.press("down")
-        assert screen.params_pane.field.value == "new_rows"
+        assert screen.params.input.value == "new_rows"
         await pilot.press("up", "up", "enter")
         await until(
             pilot, lambda: load(empty / "params.yaml").finetune_lora.train_embeddings == "none"
@@ -364,10 +362,9 @@ async def test_a_change_by_hand_shows_but_not_over_what_is_being_typed(empty: Pa
         await choose(pilot, screen, "pretrain")
         await edit(pilot, screen, "epochs", "7")
         save(empty / "params.yaml", {"pretrain.epochs": 9, "pretrain.seed": 3})
-        await until(
-            pilot, lambda: [p.value for p in screen.params_pane.params if p.key == "seed"] == [3]
-        )
-        assert screen.params_pane.field.value == "7"
+        screen.params.unfolded.add("training")
+        await until(pilot, lambda: screen.params.given["seed"] == 3)
+        assert screen.params.input.value == "7"
         await pilot.press("enter")
         await until(pilot, lambda: load(empty / "params.yaml").pretrain.epochs == 7)
 
@@ -380,24 +377,18 @@ async def test_every_param_is_reached_by_keys_and_seen_with_its_meaning(
 ) -> None:
     async with open_screen(empty, size) as (pilot, screen):
         await choose(pilot, screen, "finetune_lora")
-        pane = screen.params_pane
-        pane.unfolded |= {"training", "data", "evaluation", "memory"}
-        screen.action_pane("params")
-        pane.select("rank")
+        await pilot.press("p")
+        form = screen.params
+        form.unfolded |= {"training", "data", "evaluation", "memory"}
         await pilot.press("g")
-        keys = [line.key for line in pane.list.lines]
-        assert len(keys) > 40
-        for number, key in enumerate(keys):
-            assert pane.list.current and pane.list.current.key == key
-            top = pane.list._tops[number] - pane.list.scroll_offset.y
-            await until(pilot, lambda n=number: _is_seen(pane.list, n))  # type: ignore[misc]
-            assert top < 200
+        keys = list(form.fields)
+        seen = []
+        while form.key not in seen:
+            seen.append(form.key)
+            line = form.lines().index(params(screen)[form.key])
+            await until(pilot, lambda n=line: 0 <= n - form.scroll_y < form.size.height)  # type: ignore[misc]
             await pilot.press("down")
-
-
-def _is_seen(rows: Any, number: int) -> bool:
-    top = rows._tops[number] - rows.scroll_offset.y
-    return bool(0 <= top < rows.size.height)
+        assert {*keys} < {*seen} and len(seen) > 40
 
 
 @pytest.mark.slow
@@ -405,17 +396,12 @@ async def test_a_param_is_found_in_all_groups_and_opened_from_elsewhere(empty: P
     async with open_screen(empty) as (pilot, screen):
         await choose(pilot, screen, "finetune_lora")
         await pilot.press("p", "/", *"neftune")
-        assert [line.key for line in screen.params_pane.list.lines] == [
-            "(training)",
-            "neftune_alpha",
-        ]
+        assert list(params(screen)) == ["(training)", "neftune_alpha"]
         await pilot.press("enter", "down", "enter", *"5", "enter")
         await until(pilot, lambda: load(empty / "params.yaml").finetune_lora.neftune_alpha == 5)
         screen.workbench.go("pipeline", stage="pretrain", param="heads")
-        await until(pilot, lambda: screen.params_pane.stage == "pretrain")
-        await until(
-            pilot, lambda: (line := screen.params_pane.list.current) and line.key == "heads"
-        )
+        await until(pilot, lambda: title(screen, "facts").startswith("pretrain "))
+        await until(pilot, lambda: screen.params.key == "heads" and screen.params.has_focus)
 
 
 # Panes
@@ -476,11 +462,13 @@ async def test_all_sizes_show_a_tree_and_a_pane_and_none_over_another(empty: Pat
 async def test_the_picture_of_the_dag_chooses_a_stage(empty: Path) -> None:
     async with open_screen(empty) as (pilot, screen):
         await pilot.press("v")
-        view = (await screen_opens(pilot, Picture)).query_one(DagView)
-        assert "○ pretrain ─▶ ○ expand_vocab" in view.render().plain
-        position = view.drawing.positions["merge"]
-        await pilot.click(DagView, offset=(position.column + 2, position.row))
-        await until(pilot, lambda: screen.params_pane.stage == "merge")
+        picture = await screen_opens(pilot, Picture)
+        await until(pilot, lambda: "○ pretrain ─▶ ○ expand_vocab" in picture.page.plain)
+        lines = picture.page.plain.splitlines()
+        row = next(number for number, line in enumerate(lines) if "○ merge" in line)
+        place = lines[row].index("merge"), row
+        await pilot.click(picture.page, offset=(place[0] + 3, place[1] + 2))
+        await until(pilot, lambda: title(screen, "facts").startswith("merge "))
 
 
 @pytest.mark.slow
@@ -488,12 +476,11 @@ async def test_the_steps_of_a_run_are_in_its_log(project: Path) -> None:
     async with open_screen(project) as (pilot, screen):
         await choose(pilot, screen, "finetune_lora")
         assert log_lines(screen)[-1].startswith("step ")
-        assert any("predicted at the peak" in line for line in log_lines(screen))
+        assert "predicted at the peak" in " ".join(log_lines(screen))
         assert any(line.startswith("loss ") for line in facts(screen))
         await choose(pilot, screen, "expand_vocab")
-        assert log_lines(screen) == [
-            "Nothing was printed: the pipeline has not run this stage since its log began."
-        ]
+        nothing = "Nothing was printed: the pipeline has not run this stage since its log began."
+        assert " ".join(line.strip() for line in log_lines(screen)) == nothing
 
 
 @pytest.mark.parametrize(
@@ -519,8 +506,8 @@ async def test_metrics_are_compared_with_the_last_commit(project: Path) -> None:
     ):
         subprocess.run([*git, *words], cwd=project, check=True)
     async with open_screen(project) as (pilot, screen):
-        changes = screen.query_one(MetricsPane).query_one(Static)
-        await until(pilot, lambda: "As in the last commit" in str(changes.content))
+        metrics = screen.metrics
+        await until(pilot, lambda: metrics.nothing == "As in the last commit.")
         save(project / "params.yaml", {"finetune_lora.rank": 2})
         trained = [
             "pretrain",
@@ -532,21 +519,10 @@ async def test_metrics_are_compared_with_the_last_commit(project: Path) -> None:
             ["finetune_lora", "merge", "evaluate"],
             [f"{name}.epochs=2" for name in trained],
         )
-        await until(pilot, lambda: "lora.trainable" in printed(changes), 30)
-        line = next(line for line in printed(changes).splitlines() if "lora.trainable " in line)
+        await pilot.press("d")
+        await until(pilot, lambda: any("lora.trainable " in line for line in metrics.texts()), 30)
+        line = next(line for line in metrics.texts() if "lora.trainable " in line)
         assert line.split() == ["lora.trainable", "16,768", "14,720", "−2048"]
-
-
-def printed(widget: Static) -> str:
-    """The text of a widget that shows a table."""
-    from io import StringIO
-
-    from rich.console import Console
-
-    console = Console(file=StringIO(), width=100)
-    console.print(widget.content)
-    assert isinstance(console.file, StringIO)
-    return console.file.getvalue()
 
 
 async def test_a_project_without_a_section_that_others_need_is_shown_with_what_to_add(
@@ -561,6 +537,6 @@ async def test_a_project_without_a_section_that_others_need_is_shown_with_what_t
         screen.workbench.project_watch.look_now()
         await until(pilot, lambda: len(rows(screen)) == 2)
         await choose(pilot, screen, "merge")
-        await until(pilot, lambda: any("Add `finetune_lora: {}`" in line for line in facts(screen)))
+        await until(pilot, lambda: "Add `finetune_lora: {}`" in said(screen))
         await pilot.press("S")
         await until(pilot, lambda: "finetune_lora" in messages(screen))

@@ -9,6 +9,7 @@ from textual.pilot import Pilot
 from pipeline.project.logs.run_state import Journal
 from pipeline.views.stages import StageState, State, Status
 from tests.helpers.pilot import until
+from tests.helpers.pipeline_screen import title
 from tests.helpers.projects import STAGES
 from tui.app import Workbench
 from tui.screens.pipeline.screen import PipelineScreen
@@ -86,7 +87,7 @@ def test_a_stage_in_each_state(
     async def before(pilot: Pilot[Any]) -> None:
         screen = await wait_until_loaded(pilot)
         screen.open_with(stage=stage)
-        await until(pilot, lambda: screen.params_pane.stage == stage)
+        await until(pilot, lambda: title(screen, "facts").startswith(f"{stage} "))
 
     assert snap_compare(Workbench(empty / "params.yaml"), terminal_size=size, run_before=before)
 
@@ -100,6 +101,7 @@ def test_a_param_that_is_wrong(snap_compare: Any, empty: Path, theme: str) -> No
     async def before(pilot: Pilot[Any]) -> None:
         screen = await wait_until_loaded(pilot)
         screen.open_with(stage="finetune_lora", param="rank")
+        await until(pilot, lambda: screen.params.key == "rank" and screen.params.has_focus)
         await pilot.press("enter", "0")
 
     assert snap_compare(app, terminal_size=(120, 40), run_before=before)

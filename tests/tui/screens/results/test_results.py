@@ -9,23 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.text import Text
 from textual.pilot import Pilot
-from textual.widgets import ContentSwitcher, OptionList, Static
+from textual.widgets import OptionList
 
+from pipeline.views.evaluations import Method
+from pipeline.views.sweeps import Trial
 from tests.helpers.extension import PROBES, add_probes
 from tests.helpers.json_files import read_json, write_json
-from tests.helpers.pilot import AppSession, screen_opens, until
+from tests.helpers.pilot import AppSession, screen_opens, screen_text, until
 from tests.helpers.projects import make, save
 from tui.app import Workbench
-from tui.dialogs import Menu
-from tui.screens.results.figures import PicturePane
-from tui.screens.results.methods import DetailPane, MethodsPane, ScatterPane
-from tui.screens.results.pages import ListPane, PagePane, PageReader, PagesView
+from tui.dialogs import Reader
+from tui.panes.menu import Menu
+from tui.panes.pane import Pane
+from tui.panes.plot.plot import Plot
+from tui.panes.table import Table
 from tui.screens.results.screen import ResultsScreen
-from tui.screens.results.sweep import PlotsPane, SweepPane
-from tui.screens.results.views import Views
-from tui.widgets.pane import Pane
 
 
 class Session(AppSession[ResultsScreen]):
@@ -38,15 +37,40 @@ class Session(AppSession[ResultsScreen]):
         self.asked = asked
 
     @property
-    def view(self) -> str | None:
-        return self.screen.query_one(ContentSwitcher).current
+    def view(self) -> str:
+        return self.screen.view
 
-    def drawn(self, pane: Any) -> str:
-        """The text of a pane's block."""
-        return text_of(self.screen.query_one(pane).query_one(Static))
+    @property
+    def models(self) -> Table[Method]:
+        return self.screen.views["methods"].table
 
-    def title(self, pane: Any) -> str:
-        return str(self.screen.query_one(pane).border_title)
+    @property
+    def trials(self) -> Table[Trial]:
+        return self.screen.views["sweep"].table
+
+    def pane(self, name: str) -> Pane:
+        return self.screen.query_one(f"#{name}", Pane)
+
+    def title(self, name: str) -> str:
+        return str(self.pane(name).border_title)
+
+    @property
+    def scatter(self) -> str:
+        return plotted(self.screen.methods.scatter)
+
+    @property
+    def details(self) -> str:
+        """The model in words, as if the pane were wide."""
+        return self.screen.methods.details.plain.replace("\n", " ")
+
+    @property
+    def page(self) -> str:
+        """The report that is shown."""
+        return self.screen.reports.page.plain
+
+    @property
+    def caption(self) -> str:
+        return str(self.screen.figures.caption.content)
 
     async def choose(self, key: str) -> None:
         """Choose a line of the menu that is open."""
@@ -57,9 +81,8 @@ class Session(AppSession[ResultsScreen]):
         await self.press("enter")
 
 
-def text_of(static: Static) -> str:
-    content = static.content
-    return content.plain if isinstance(content, Text) else str(content)
+def plotted(plot: Plot) -> str:
+    return str(plot.render())
 
 
 @asynccontextmanager
@@ -79,19 +102,19 @@ async def results(
 @pytest.mark.slow
 async def test_the_model_that_forgot_least_is_marked_at_once(brief: Path) -> None:
     async with results(brief) as user:
-        pane = user.screen.query_one(MethodsPane)
-        least = pane.evaluation and pane.evaluation.forgot_least
-        assert least is not None and pane.pointed is least
-        assert f"forgot least: {least.name}" in user.title(MethodsPane)
-        assert pane.table.has_focus
-        assert least.stage.title in user.title(DetailPane)
-        assert least.name in user.drawn(ScatterPane)
+        found = user.screen.methods.evaluation
+        least = found and found.forgot_least
+        assert least is not None and user.models.pointed is least
+        assert f"forgot least: {least.name}" in user.title("methods")
+        assert user.models.has_focus
+        assert least.stage.title in user.title("model")
+        assert least.name in user.scatter
 
 
 @pytest.mark.parametrize("key", ["c", "enter"])
 async def test_a_model_is_prompted_beside_its_base(brief: Path, key: str) -> None:
     async with results(brief) as user:
-        user.screen.query_one(MethodsPane).point("lora")
+        user.models.point("lora")
         await user.press(key)
         artifacts = brief / "artifacts"
         assert user.asked == [
@@ -102,7 +125,7 @@ async def test_a_model_is_prompted_beside_its_base(brief: Path, key: str) -> Non
 @pytest.mark.slow
 async def test_a_base_is_prompted_alone(brief: Path) -> None:
     async with results(brief) as user:
-        user.screen.query_one(MethodsPane).point("base")
+        user.models.point("base")
         await user.press("c")
         assert user.asked == [("chat", {"models": [brief / "artifacts/base"]})]
 
@@ -111,7 +134,7 @@ async def test_a_base_is_prompted_alone(brief: Path) -> None:
 async def test_a_model_whose_weights_are_gone_is_not_prompted(project: Path) -> None:
     shutil.rmtree(project / "artifacts/lora_adapter")
     async with results(project) as user:
-        user.screen.query_one(MethodsPane).point("lora")
+        user.models.point("lora")
         await user.press("c")
         assert user.asked == []
         assert "lora has no weights here" in user.app.message_history[-1].text
@@ -120,30 +143,30 @@ async def test_a_model_whose_weights_are_gone_is_not_prompted(project: Path) -> 
 @pytest.mark.slow
 async def test_o_shows_the_curve_and_i_all_numbers(brief: Path) -> None:
     async with results(brief) as user:
-        user.screen.query_one(MethodsPane).point("full")
+        user.models.point("full")
         await user.press("o", "i")
         assert user.asked == [("curves", {"run": "finetune_full"})]
-        assert isinstance(user.app.screen, PageReader)
+        assert isinstance(user.app.screen, Reader)
         await until(
             user.pilot,
-            lambda: "KL from base" in user.app.screen.query_one("MarkdownPage").plain,  # type: ignore[attr-defined]
+            lambda: "KL from base" in reader_text(user),
         )
 
 
 @pytest.mark.slow
 async def test_sorting_keeps_the_cursor_on_its_model(brief: Path) -> None:
     async with results(brief) as user:
-        pane = user.screen.query_one(MethodsPane)
-        pane.point("prefix")
+        table = user.models
+        table.point("prefix")
         await user.press("s")
         await user.choose("size")
-        sizes = [method.numbers["bytes"] for method in pane.rows]
+        sizes = [method.numbers["bytes"] for method in table.shown]
         assert sizes == sorted(sizes)
-        assert pane.pointed is not None and pane.pointed.name == "prefix"
+        assert table.pointed is not None and table.pointed.name == "prefix"
         await user.press("less_than_sign")
-        assert pane.sorted_by == "trained"
+        assert table.sorted_by == "trained"
         await user.press("greater_than_sign", "greater_than_sign")
-        assert pane.sorted_by.startswith("task: ")
+        assert table.sorted_by.startswith("task: ")
 
 
 @pytest.mark.parametrize("project", ["brief", "empty"])
@@ -162,10 +185,10 @@ async def test_the_panes_follow_the_size_of_the_terminal(
                 await user.press("1")
             await user.pilot.resize_terminal(*size)
             await user.press("3")
-            panes = [pane for pane in user.screen.query("#methods Pane").results(Pane) if pane.size]
+            panes = [pane for pane in user.screen.methods.query(Pane) if pane.region]
             assert max(pane.region.bottom for pane in panes) == size[1] - 1
             assert max(pane.region.right for pane in panes) == size[0]
-            heights.append({type(pane).__name__: pane.region.height for pane in panes})
+            heights.append({str(pane.id): pane.region.height for pane in panes})
         assert heights[0] == heights[2]
         assert all(heights[1][name] > height for name, height in heights[0].items())
 
@@ -174,25 +197,24 @@ async def test_the_panes_follow_the_size_of_the_terminal(
 async def test_the_filter_narrows_the_models(brief: Path) -> None:
     async with results(brief) as user:
         await user.press("slash", *"lora", "enter")
-        assert [method.name for method in user.screen.query_one(MethodsPane).rows] == [
-            "lora",
-            "merged",
-        ]
+        assert [method.name for method in user.models.shown] == ["lora", "merged"]
         await user.press("slash", "escape")
-        assert len(user.screen.query_one(MethodsPane).rows) == 9
+        assert len(user.models.shown) == 9
 
 
 @pytest.mark.slow
 async def test_any_two_quantities_can_be_compared(brief: Path) -> None:
     async with results(brief) as user:
         await user.press("shift+tab")
-        user.screen.set_focus(user.screen.query_one(ScatterPane))
+        assert user.screen.methods.scatter.has_focus
         await user.press("v")
         await user.choose("new sentences")
-        assert "↑ new sentences" in user.drawn(ScatterPane)
+        assert "↑ new sentences" in user.scatter
         await user.press("h")
         await user.choose("KL from the base")
-        assert "KL from the base ─▶" in user.drawn(ScatterPane)
+        assert "KL from the base →" in user.scatter
+        await user.press("h", "escape")
+        assert "KL from the base →" in user.scatter, "nothing was chosen"
 
 
 @pytest.mark.slow
@@ -203,15 +225,15 @@ async def test_a_broken_limit_is_named(project: Path) -> None:
     metrics["gate"] = {"passed": False, "variants": ["lora", "full"], "broken": broken}
     write_json(path, metrics)
     async with results(project) as user:
-        assert "✗ 1 limit broken" in user.title(MethodsPane)
-        user.screen.query_one(MethodsPane).point("lora")
+        assert "✗ 1 limit broken" in user.title("methods")
+        user.models.point("lora")
         await until(
             user.pilot,
-            lambda: "✗ breaks answers_kept 0.5, wanted at least 0.99" in user.drawn(DetailPane),
+            lambda: "✗ breaks answers_kept 0.5, wanted at least 0.99" in user.details,
         )
-        assert "retention_data" in user.drawn(DetailPane)
-        user.screen.query_one(MethodsPane).point("full")
-        await until(user.pilot, lambda: "✓ keeps evaluate.limits" in user.drawn(DetailPane))
+        assert "retention_data" in user.details
+        user.models.point("full")
+        await until(user.pilot, lambda: "✓ keeps evaluate.limits" in user.details)
 
 
 async def test_without_old_texts_models_are_compared_by_their_tasks(empty: Path) -> None:
@@ -223,10 +245,10 @@ async def test_without_old_texts_models_are_compared_by_their_tasks(empty: Path)
     path.parent.mkdir(parents=True)
     write_json(path, {"base": numbers(2, 0.5), "lora": numbers(1, 0.7)})
     async with results(empty) as user:
-        drawn = user.drawn(ScatterPane)
-        assert "↑ capitals" in drawn and "loss on new sentences ─▶" in drawn
-        assert "forgot least" not in user.title(MethodsPane)
-        await until(user.pilot, lambda: "capitals" in user.drawn(DetailPane))
+        drawn = user.scatter
+        assert "↑ capitals" in drawn and "loss on new sentences →" in drawn
+        assert "forgot least" not in user.title("methods")
+        await until(user.pilot, lambda: "capitals" in user.details)
 
 
 async def test_one_quantity_alone_is_not_drawn(empty: Path) -> None:
@@ -235,46 +257,62 @@ async def test_one_quantity_alone_is_not_drawn(empty: Path) -> None:
     numbers = {"parameters": 100, "bytes": 40_000, "new_loss": 1.0}
     write_json(path, {"base": numbers, "lora": numbers})
     async with results(empty) as user:
-        assert "Set evaluate.old_data" in user.drawn(ScatterPane)
+        assert "Set evaluate.old_data" in user.scatter
 
 
 @pytest.mark.slow
 async def test_nothing_evaluated_says_what_to_press(empty: Path) -> None:
     async with results(empty) as user:
-        pane = user.screen.query_one(MethodsPane)
-        assert text_of(pane.query_one(".empty", Static)).startswith(
-            "Nothing is evaluated yet. Press R"
-        )
-        assert not user.screen.query_one(ScatterPane).size
+        assert str(user.models.nothing).startswith("Nothing is evaluated yet. Press R")
+        assert "Nothing is evaluated yet" in screen_text(user.app)
+        assert not user.pane("scatter").region
         await user.press("r")
-        assert "No report yet. Press R" in text_after(user)
+        assert "No report yet. Press R" in user.page
         await user.press("f")
-        assert "No figures yet. Press R" in text_of(user.screen.query_one("#caption", Static))
+        assert "No figures yet. Press R" in user.caption
         await user.press("c", "o", "i", "s", "p")  # nothing to act on
         assert user.asked == []
 
 
-def titles(view: PagesView) -> list[str]:
+def titles(user: Session) -> list[str]:
     """Of the pages that are listed."""
-    return [str(option.prompt) for option in view.query_one(ListPane).list.options]
+    return user.screen.reports.table.texts()
 
 
-def text_after(user: Session) -> str:
-    return user.screen.query_one("#report", PagesView).query_one(PagePane).page.plain
+def reader_text(user: Session) -> str:
+    """The page over the screen."""
+    reader = user.app.screen
+    assert isinstance(reader, Reader)
+    return reader.page.plain
 
 
 async def test_other_metrics_are_said_in_one_sentence(project: Path) -> None:
     (project / "artifacts/evaluation/metrics.json").write_text("{}[", encoding="utf-8")
     async with results(project) as user:
-        text = text_of(user.screen.query_one(MethodsPane).query_one(".empty", Static))
+        text = str(user.models.nothing)
         assert text.endswith("metrics.json is not a JSON object. Run `lora evaluate` again.")
+
+
+@pytest.mark.parametrize(
+    "tasks",
+    [{"x": {"score": 0.5}}, {"x": {"score": 0.5, "low": "a", "high": None}}, {"x": 3}, [1]],
+    ids=["no interval", "no numbers", "no scores", "a list"],
+)
+async def test_numbers_of_another_shape_leave_the_screen_alone(empty: Path, tasks: Any) -> None:
+    path = empty / "artifacts/evaluation/metrics.json"
+    path.parent.mkdir(parents=True)
+    numbers = {"parameters": 100, "bytes": 40_000, "new_loss": 1.0, "tasks": tasks}
+    write_json(path, {"base": numbers, "lora": {**numbers, "forgetting": {"answers_kept": "?"}}})
+    async with results(empty) as user:
+        await user.press("down", "i", "escape")
+        assert user.view == "methods"
 
 
 async def test_a_broken_params_file_is_said(empty: Path) -> None:
     (empty / "params.yaml").write_text("pretrain: [", encoding="utf-8")
     async with results(empty, read=False) as user:
-        text = text_of(user.screen.query_one(MethodsPane).query_one(".empty", Static))
-        assert "params.yaml" in text
+        await until(user.pilot, lambda: "params.yaml" in str(user.models.nothing))
+        assert "params.yaml" in screen_text(user.app)
 
 
 @pytest.mark.slow
@@ -283,9 +321,9 @@ async def test_a_new_evaluation_is_shown_without_a_key(project: Path) -> None:
     shutil.move(folder, project / "later")
     async with results(project) as user:
         await user.press("a")  # it began with the sweep
-        assert user.screen.query_one(MethodsPane).has_class("-empty")
+        assert not user.models.shown
         shutil.move(project / "later", folder)
-        await until(user.pilot, lambda: "forgot least" in user.title(MethodsPane))
+        await until(user.pilot, lambda: "forgot least" in user.title("methods"))
 
 
 @pytest.mark.slow
@@ -293,11 +331,10 @@ async def test_a_project_that_only_sweeps_begins_with_its_sweep(project: Path) -
     shutil.rmtree(project / "artifacts/evaluation")
     async with results(project) as user:
         assert user.view == "sweep"
-        pane = user.screen.query_one(SweepPane)
-        assert {trial.name for trial in pane.rows} == {"rank-1", "rank-2"}
-        assert pane.pointed is not None and pane.pointed.best
-        assert "rank ─▶" in user.drawn(PlotsPane)
-        pane.point("rank-2")
+        assert {trial.name for trial in user.trials.rows} == {"rank-1", "rank-2"}
+        assert user.trials.pointed is not None and user.trials.pointed.best
+        await until(user.pilot, lambda: "rank →" in screen_text(user.app))
+        user.trials.point("rank-2")
         await user.press("c", "o")
         assert user.asked == [
             (
@@ -312,13 +349,13 @@ async def test_a_project_that_only_sweeps_begins_with_its_sweep(project: Path) -
 async def test_an_adapter_of_a_sweep_is_evaluated(project: Path) -> None:
     async with results(project) as user:
         await user.press("w")
-        pane = user.screen.query_one(SweepPane)
-        pane.point("rank-2")
-        assert all(trial.kept is None for trial in pane.rows)
+        table = user.trials
+        table.point("rank-2")
+        assert all(trial.kept is None for trial in table.rows)
         await user.press("E")
-        await until(user.pilot, lambda: any(trial.kept is not None for trial in pane.rows), 120)
-        assert [trial.name for trial in pane.rows if trial.kept is not None] == ["rank-2"]
-        assert "kept" in [column.title for column in pane.columns]
+        await until(user.pilot, lambda: any(trial.kept is not None for trial in table.rows), 120)
+        assert [trial.name for trial in table.rows if trial.kept is not None] == ["rank-2"]
+        assert "kept" in [column.title for column in table.columns]
 
 
 async def test_a_sweep_of_several_keys_has_a_plot_for_each(empty: Path) -> None:
@@ -340,29 +377,25 @@ async def test_a_sweep_of_several_keys_has_a_plot_for_each(empty: Path) -> None:
     (empty / "artifacts/sweep").mkdir(parents=True)
     write_json(empty / "artifacts/sweep/sweep.json", rows)
     async with results(empty) as user:
-        drawn = user.drawn(PlotsPane)
-        assert [
-            title in drawn
-            for title in ("divergence from the base ─▶", "rank ─▶", "target_modules ─▶")
-        ] == [True] * 3
-        assert "attention" in drawn
-        assert [trial.front for trial in user.screen.query_one(SweepPane).rows] == [
-            True,
-            True,
-            True,
-        ]
+        await user.press("w")
+        plots = [plotted(plot) for plot in user.pane("plots").query(Plot)]
+        keys = ["divergence from the base", "rank", "target_modules"]
+        assert [f"{key} →" in plot for key, plot in zip(keys, plots, strict=True)] == [True] * 3
+        assert "attention" in plots[-1]
+        assert [trial.front for trial in user.trials.rows] == [True] * 3
 
 
 @pytest.mark.slow
 async def test_the_report_is_read_and_searched(brief: Path) -> None:
     async with results(brief) as user:
         await user.press("r")
-        page = user.screen.query_one("#report", PagesView).query_one(PagePane).page
+        page = user.screen.reports.page
         await until(user.pilot, lambda: "What was learned, what was forgotten" in page.plain)
         assert "▣ Loss curves and trainable parameters (f shows it)" in page.plain
         await user.press("enter", "slash", *"tasks", "enter", "n")
         assert "Tasks" in page.plain.splitlines()[page.matches[0]]
-        assert page.scroll_offset.y in page.matches
+        assert page.found in page.matches and page.has_focus
+        assert 0 <= page.found - page.scroll_offset.y < page.page_height
         await user.press("f")
         assert user.view == "figures"
 
@@ -375,26 +408,16 @@ async def test_what_an_extension_measured_is_read_with_its_pictures_and_numbers(
     make(project, PROBES)
     async with results(project) as user:
         await user.press("r")
-        view = user.screen.query_one(PagesView)
-        assert titles(view) == [
-            "Comparison",
-            "All probes",
-            "Probe of norm",
-            "Probe of size",
-        ]
-        view.point("probe_size")
-        page = view.query_one(PagePane).page
-        await until(user.pilot, lambda: "The size is 0.12." in page.plain)
+        assert titles(user) == ["Comparison", "All probes", "Probe of norm", "Probe of size"]
+        user.screen.reports.point("probe_size")
+        await until(user.pilot, lambda: "The size is 0.12." in user.page)
         await user.press("f")
-        pane = user.screen.query_one(PicturePane)
-        await until(
-            user.pilot,
-            lambda: pane.picture is not None and pane.picture.key == "probes/size/picture",
-        )
-        await until(user.pilot, lambda: len(pane.query("HalfcellImage")) == 1)
-        await user.press("o")
-        numbers = (await screen_opens(user.pilot, PageReader)).query_one("MarkdownPage")
-        await until(user.pilot, lambda: "Shares of words" in numbers.plain)  # type: ignore[attr-defined]
+        pointed = user.screen.figures.table.pointed
+        assert pointed is not None and pointed.key == "probes/size/picture"
+        await until(user.pilot, lambda: len(user.pane("figure").query("HalfcellImage")) == 1)
+        await user.press("tab", "o")
+        await screen_opens(user.pilot, Reader)
+        await until(user.pilot, lambda: "Shares of words" in reader_text(user))
 
 
 async def test_a_stage_of_a_group_that_did_not_run_says_so(
@@ -403,9 +426,8 @@ async def test_a_stage_of_a_group_that_did_not_run_says_so(
     add_probes(empty, monkeypatch)
     async with results(empty) as user:
         await user.press("r")
-        view = user.screen.query_one(PagesView)
-        assert titles(view) == ["Probe of norm", "Probe of size"]
-        await until(user.pilot, lambda: "not measured yet. Press R" in text_after(user))
+        assert titles(user) == ["Probe of norm", "Probe of size"]
+        await until(user.pilot, lambda: "not measured yet. Press R" in user.page)
 
 
 async def test_another_screen_can_ask_for_a_report_a_figure_or_a_method(
@@ -416,16 +438,15 @@ async def test_another_screen_can_ask_for_a_report_a_figure_or_a_method(
     async with results(project) as user:
         user.screen.open_with(report="probe_size")
         assert user.view == "report"
-        await until(user.pilot, lambda: "The size is 0.12." in text_after(user))
+        await until(user.pilot, lambda: "The size is 0.12." in user.page)
         user.screen.open_with(figure="overview/shares")
         assert user.view == "figures"
-        pane = user.screen.query_one(PicturePane)
-        await until(user.pilot, lambda: pane.picture is not None and pane.picture.title == "Shares")
+        await until(user.pilot, lambda: "Shares" in user.title("figure"))
         user.screen.open_with(method="full")
-        methods = user.screen.query_one(MethodsPane)
-        await until(
-            user.pilot, lambda: methods.pointed is not None and methods.pointed.name == "full"
-        )
+        assert user.view == "methods"
+        assert user.models.pointed is not None and user.models.pointed.name == "full"
+        user.screen.open_with(view="sweep")
+        assert user.view == "sweep"
 
 
 @pytest.mark.slow
@@ -433,22 +454,19 @@ async def test_a_damaged_picture_is_said(project: Path) -> None:
     (project / "artifacts/evaluation/finetuning_comparison.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     async with results(project) as user:
         await user.press("f")
-        caption = user.screen.query_one("#caption", Static)
-        await until(
-            user.pilot, lambda: "finetuning_comparison.png cannot be shown" in text_of(caption)
-        )
+        await until(user.pilot, lambda: "comparison.png cannot be shown" in user.caption)
 
 
 @pytest.mark.slow
 async def test_pictures_can_be_drawn_in_other_ways(brief: Path) -> None:
     async with results(brief) as user:
         await user.press("f")
-        pane = user.screen.query_one(PicturePane)
-        await until(user.pilot, lambda: len(pane.query("#picture > *")) == 1)
-        before = pane.kind
-        await user.press("p", "p", "p")
-        await until(user.pilot, lambda: len(pane.query("HalfcellImage")) == 1)
-        assert pane.kind == before
+        figures = user.screen.figures
+        await until(user.pilot, lambda: len(figures.query("#picture > *")) == 1)
+        before = figures.kind
+        await user.press("tab", "p", "p", "p")
+        await until(user.pilot, lambda: len(figures.query("HalfcellImage")) == 1)
+        assert figures.kind == before
 
 
 @pytest.mark.parametrize(
@@ -465,7 +483,6 @@ async def test_every_view_at_every_size(brief: Path, size: tuple[int, int]) -> N
 @pytest.mark.slow
 async def test_a_click_on_a_view_shows_it(brief: Path) -> None:
     async with results(brief) as user:
-        await user.pilot.click(Views, offset=(20, 0))
+        await user.pilot.click("#views", offset=(20, 0))
         await user.pilot.pause()
         assert user.view == "sweep"
-        assert user.screen.query_one("#report", PagesView).query_one(ListPane) is not None

@@ -12,6 +12,7 @@ from pipeline.errors import UserError
 from tests.helpers.pilot import screen_opens, until
 from tests.helpers.projects import new_project
 from tui.app import Workbench
+from tui.panes.text import Text
 from tui.registry import SCREENS, WELCOME
 from tui.screens.welcome import new
 from tui.screens.welcome.new import Creation, NewProject
@@ -93,9 +94,9 @@ async def test_a_new_project_is_asked_for_and_made(nothing: Path, asked: list[li
         await pilot.press("n")
         await until(pilot, lambda: isinstance(app.focused, Input))
         await pilot.press("ctrl+u", *"run", "down", *"org/base", "enter")
-        assert "org/base needs data to train on" in str(
-            app.screen.query_one(".wrong", Static).content
-        )
+        dialog = app.screen
+        assert isinstance(dialog, NewProject)
+        assert "org/base needs data to train on" in str(dialog.wrong.content)
         assert asked == []
         await pilot.press("down", *"a.csv, b.csv", "down", *"lora,full", "enter")
         await until(
@@ -114,7 +115,7 @@ async def test_a_new_project_is_asked_for_and_made(nothing: Path, asked: list[li
                 "lora,full",
             ]
         ]
-        report = str(app.screen.query_one(Static).content)
+        report = app.screen.query_one(Text).plain
         assert "rank  8" in report and "Next" not in report
 
 

@@ -1,0 +1,624 @@
+"""Fields with a value each, checked while one types: lines of one text, and one input, which lies over
+the value that is typed.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+from textual import on
+from textual.binding import Binding, BindingType
+from textual.containers import VerticalScroll
+from textual.content import Content
+from textual.events import Click, Key
+from textual.geometry import Region
+from textual.message import Message
+from textual.suggester import SuggestFromList
+from textual.widget import Widget
+from textual.widgets import Input, Static
+
+from tui.panes.fields import Field, counting, doubling, format_value, to_yaml_value
+from tui.panes.lines import MOVE_KEYS, MUTED
+from tui.panes.table import fitted
+
+MAX_LABELS = 24  # cells of the column of labels
+LEFT = 2  # cells of the signs, before the labels
+NOTED = 12  # cells of a value that a note follows
+INDENT = 4  # cells before what is said below a line
+PAGE = 10  # lines
+MOST_MATCHES = 9
+LIT = "$block-cursor-foreground on $block-cursor-background"
+
+
+class ValueInput(Input):
+    """Lies over the value of the line that the cursor is on."""
+
+    def __init__(self) -> None:
+        super().__init__(compact=True)
+        self.field, self.display = Field(""), False
+
+    def refresh(
+        self, *regions: Region, repaint: bool = True, layout: bool = False, recompose: bool = False
+    ) -> Self:
+        """Skip the layout of the whole screen that Input does at every key: its size is given."""
+        layout = layout and not self.is_mounted
+        return super().refresh(*regions, repaint=repaint, layout=layout, recompose=recompose)
+
+    def edit(self, field: Field, text: str) -> None:
+        """Show the text of a field, all of it selected."""
+        self.field, self.placeholder, self.suggester = field, field.placeholder, None
+        if field.choices:
+            self.suggester = SuggestFromList(field.choices, case_sensitive=False)
+        with self.prevent(Input.Changed):
+            self.value = text
+        self.action_select_all()
+
+    def put(self, text: str) -> None:
+        self.value, self.cursor_position = text, len(text)
+
+    async def _on_key(self, event: Key) -> None:
+        if self.field.step in (counting, doubling) and event.character in ("+", "-"):
+            event.prevent_default()  # they are keys of the form
+
+
+class Form(VerticalScroll):
+    """A line for each field, and below it what the field means, or what is wrong with it.
+
+    `always`: the field that the cursor is on is typed in, and each keeps what was typed. Else Enter
+    opens a field, Enter again posts `Submitted`, whose receiver writes the value and calls `close`;
+    Esc keeps the value as it was; where nothing is open, letters are the screen's.
+    """
+
+    DEFAULT_CSS = """
+    Form {
+        height: 1fr; scrollbar-gutter: stable; scrollbar-size-vertical: 1; background: transparent;
+        & > Static { height: auto; width: 1fr; text-wrap: nowrap; }
+        & > ValueInput { position: absolute; width: 6; height: 1; background: $boost; }
+    }
+    """
+    BINDINGS: ClassVar[list[BindingType]] = [
+        *MOVE_KEYS,
+        Binding("tab", "tab(1)", "Next field", show=False),
+        Binding("shift+tab", "tab(-1)", "Field before", show=False),
+        Binding("right", "sideways(1)", "Unfold, or the next value", show=False),
+        Binding("left", "sideways(-1)", "Fold, or the value before", show=False),
+        Binding("plus", "step(1)", "Next value", show=False),
+        Binding("minus", "step(-1)", "Value before", show=False),
+        Binding("space", "fold", "Fold or unfold the group", show=False),
+        Binding("enter,e", "open", "Edit", show=False),
+        Binding("escape", "close", "keep as it was", id="form.keep"),
+        Binding("ctrl+b", "reset", "Back to the field's default", show=False),
+    ]
+
+    @dataclass
+    class About(Message):
+        form: "Form"
+
+        @property
+        def control(self) -> "Form":
+            return self.form
+
+    class Changed(About):
+        """What is typed has changed: in a field, or in any number of them by `fill`."""
+
+    @dataclass
+    class Submitted(About):
+        """Enter was pressed in a field; unless it is `always` typed in, with a valid value that is
+        another than it had.
+        """
+
+        key: str
+        text: str
+
+    @dataclass
+    class Lost(About):
+        """A field was closed because something else is shown; what was typed is not written."""
+
+        key: str
+        text: str
+        unsaved: str  # both, as `unsaved` says them
+
+    def __init__(
+        self,
+        fields: Iterable[Field] = (),
+        values: Mapping[str, Any] | None = None,
+        *,
+        always: bool = False,
+        nothing: str = "",
+        id: str | None = None,  # as Textual names it
+    ) -> None:
+        super().__init__(id=id)
+        self.can_focus = True
+        self.always, self.nothing = always, nothing
+        self.fields: dict[str, Field] = {}
+        self.given: dict[str, Any] = {}  # key → its value before one typed
+        self.key = ""  # of the line that the cursor is on
+        self.unfolded = set[str]()
+        self.needle = ""
+        self.input = ValueInput()
+        self.texts: dict[str, str] = {}  # key → as typed
+        self._limit: Collection[str] | None = None
+        self._problems: Mapping[str, str] = {}
+        self._matches: list[tuple[str, str]] = []
+        self._match = 0
+        # How it is drawn
+        self._text = Static()
+        self._tops: dict[str, int] = {}  # key → number of its line
+        self._labels = self._height = self._below = 0
+        self._take(fields, values)
+
+    def compose(self) -> Iterable[Widget]:
+        yield self._text
+        yield self.input
+
+    def on_mount(self) -> None:
+        if self.always:
+            self._edit()
+        self._go_to(self.key)
+
+    # What is shown
+
+    def show(
+        self,
+        fields: Iterable[Field],
+        values: Mapping[str, Any] | None = None,
+        *,
+        again: bool = False,
+    ) -> None:
+        """Show these fields with their values, else their defaults.
+
+        `again`: they are those of before, so the cursor and what is being typed stay.
+        """
+        fields = list(fields)
+        if not again or all(field.key != self.key for field in fields):
+            self._lose()
+        if not again:
+            self.key = ""
+            self.scroll_home(animate=False)
+        typed = {self.key: self.input.value} if self.is_typing and self.key else {}
+        self._take(fields, values)
+        self.texts |= typed
+        self._go_to(self.key)
+
+    def _take(self, fields: Iterable[Field], values: Mapping[str, Any] | None) -> None:
+        self.fields = {field.key: field for field in fields}
+        self.given = {key: field.default for key, field in self.fields.items()} | dict(values or {})
+        self.texts = {key: format_value(self.given[key]) for key in self.fields}
+
+    def fill(self, values: Mapping[str, Any]) -> None:
+        """Give fields other values; posts one Changed."""
+        self.given |= values
+        self.texts |= {key: format_value(value) for key, value in values.items()}
+        if self.always:
+            self._edit()
+        self._go_to(self.key)
+        self.post_message(self.Changed(self))
+
+    def revert(self) -> None:
+        """All fields as they were given."""
+        self.fill(self.given)
+
+    def limit(self, keys: Collection[str] | None) -> None:
+        """Show only these fields; the others keep their values."""
+        if keys != self._limit:
+            self._limit = keys
+            self._go_to(self.key)
+
+    def annotate(
+        self, problems: Mapping[str, str], placeholders: Mapping[str, str] | None = None
+    ) -> None:
+        """What only the owner knows: what is wrong with fields together, what empty ones stand
+        for.
+        """
+        fields = dict(self.fields)
+        for key, text in (placeholders or {}).items():
+            fields[key] = replace(fields[key], placeholder=text)
+        if (problems, fields) != (self._problems, self.fields):
+            self._problems, self.fields = problems, fields
+            if field := self.field:
+                self.input.placeholder = field.placeholder
+            self._draw()
+
+    def filter(self, text: str) -> None:
+        """Show only fields whose label, value or meaning has `text`, whatever the case."""
+        self.needle = text.casefold()
+        self._go_to(self.key)
+
+    def point(self, key: str) -> bool:
+        """Move the cursor to a field, and unfold its group. False if it is not shown."""
+        if key in self.fields:
+            self.unfolded.add(self.fields[key].group)
+            self._go_to(key)
+        return self.key == key
+
+    # Values
+
+    @property
+    def field(self) -> Field | None:
+        """The field that the cursor is on."""
+        return self.fields.get(self.key)
+
+    @property
+    def is_typing(self) -> bool:
+        """Whether the cursor's field is typed in."""
+        return bool(self.input.display)
+
+    def value(self, key: str) -> Any:
+        return self.fields[key].parse(self.texts[key])
+
+    def edited(self, key: str) -> bool:
+        """Whether the value is another than the given one."""
+        return bool(self.value(key) != to_yaml_value(self.given[key]))
+
+    def problem(self, key: str) -> str:
+        """What is wrong with a value, or ""."""
+        check = self.fields[key].problem
+        return self._problems.get(key) or (check(self.value(key)) if check else "")
+
+    def unsaved(self) -> str:
+        """The field that is open and what was typed: `finetune_lora.rank: 16`; "" if nothing."""
+        field = self.field
+        if field is None or self.always or not self.is_typing or not self.edited(field.key):
+            return ""
+        return f"{field.path or field.key}: {self.texts[field.key]}"
+
+    def put(self, key: str, text: str) -> None:
+        """Give a field another text, as if it was typed."""
+        if key == self.key and self.is_typing:
+            self.input.put(text)
+        else:
+            self.texts[key] = text
+            self._draw()
+            self.post_message(self.Changed(self))
+
+    def step(self, key: str, by: int) -> None:
+        """Give a field the next of its values, or the one before."""
+        self._keep_typed()
+        field = self.fields[key]
+        self.put(key, field.stepped(self.texts[key].strip() or field.placeholder, by))
+
+    # Typing
+
+    def _edit(self) -> None:
+        """Lay the input over the cursor's value; while one chooses, the form has the focus."""
+        field = self.field
+        typed = field is not None and not (self.always and field.kind == "choice")
+        has_focus = self._has_focus
+        if field and typed:
+            self.input.edit(field, self.texts[field.key])
+            self.input.display = True
+        self.can_focus = not (self.always and typed)
+        self.input.can_focus = typed
+        if has_focus:
+            self.screen.set_focus(self.input if typed else self)
+        self.input.display = typed
+
+    def take_focus(self) -> None:
+        """Let the next keys go to the cursor's field."""
+        self.screen.set_focus(self.input if self.is_typing else self)
+
+    @property
+    def _has_focus(self) -> bool:
+        return self.is_attached and self.screen.focused in (self, self.input)
+
+    def _keep_typed(self) -> None:
+        """Keep what is typed: its message may still be on the way."""
+        if self.is_typing and self.texts.get(self.key, self.input.value) != self.input.value:
+            self.texts[self.key] = self.input.value
+            self.post_message(self.Changed(self))
+
+    @on(Input.Changed)
+    def _typed(self, event: Input.Changed) -> None:
+        event.stop()
+        self._keep_typed()
+        self._matches, self._match = [], 0
+        if self.field and self.field.search and self.input.has_focus:
+            found = self.field.search(self.input.value)
+            if [*found] != [self.input.value]:
+                self._matches = list(found.items())[:MOST_MATCHES]
+        self._draw()
+
+    @on(Input.Submitted)
+    def _submitted(self, event: Input.Submitted) -> None:
+        event.stop()
+        self._keep_typed()
+        if self._matches:
+            self._choose(self._match)
+        elif self.always or (self.edited(self.key) and not self.problem(self.key)):
+            self.post_message(self.Submitted(self, self.key, self.input.value))
+        elif not self.edited(self.key):
+            self.close()
+
+    def _choose(self, match: int) -> None:
+        """Take one of the values that were found for what was typed."""
+        text, self._matches = self._matches[match][0], []
+        with self.prevent(Input.Changed):
+            self.input.put(text)
+        self._keep_typed()
+        self._draw()
+        self.post_message(self.Submitted(self, self.key, text))
+
+    def action_open(self) -> None:
+        """Open the cursor's field, or fold or unfold the group."""
+        if self.field is None:
+            self.action_fold()
+        elif self.always:
+            self.post_message(self.Submitted(self, self.key, self.texts[self.key]))
+        else:
+            self._edit()
+            self._draw()
+            self.refresh_bindings()
+
+    def close(self) -> None:
+        """Close the field that is open, with the value that it had."""
+        if self.always or not self.is_typing:
+            return
+        if self.key in self.fields:
+            self.texts[self.key] = format_value(self.given[self.key])
+        if self.input.has_focus:
+            self.screen.set_focus(self)
+        self.input.display = False
+        self._draw()
+        self.refresh_bindings()
+
+    action_close = close
+
+    def _lose(self) -> None:
+        """Close the field because something else is shown."""
+        if unsaved := self.unsaved():
+            self.post_message(self.Lost(self, self.key, self.texts[self.key], unsaved))
+        self.close()
+
+    # The cursor
+
+    def _go_to(self, key: str) -> None:
+        """Move the cursor to a line, else to the one that is now where it was."""
+        if not self.is_attached:
+            return
+        self._keep_typed()
+        stops, before = self._stops(), self.key
+        if key not in stops:
+            at = list(self._tops).index(before) if before in self._tops else 0
+            key = stops[min(at, len(stops) - 1)] if stops else ""
+        if key != before:
+            self._lose()
+            self.key, self._matches = key, []
+            if self.always:
+                self._edit()
+        self._draw()
+        height = min(1 + self._below, max(self.size.height, 1))
+        region = Region(0, self._tops.get(key, 0), 1, height)
+        self.call_after_refresh(self.scroll_to_region, region, animate=False, force=True)
+
+    def _further(self, by: int) -> str:
+        """The key of the line so many below or above."""
+        stops = self._stops()
+        if self.key not in stops:
+            return ""
+        return stops[min(max(stops.index(self.key) + by, 0), len(stops) - 1)]
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Keys without an effect here go on to the screen."""
+        match action:
+            case "tab":
+                by = 1 if parameters == (1,) else -1
+                return self.always and self._further(by) != self.key
+            case "step" | "fold":
+                return self.always == (action == "step")
+            case "close":
+                return self.is_typing and not self.always
+        return super().check_action(action, parameters)
+
+    def action_move(self, by: int) -> None:
+        if self._matches:
+            self._match = (self._match + by) % len(self._matches)
+            self._draw()
+        elif self.is_typing and not self.always:
+            self.action_step(by)
+        else:
+            self._go_to(self._further(by))
+
+    def action_tab(self, by: int) -> None:
+        self._go_to(self._further(by))
+
+    def action_page(self, by: int) -> None:
+        if self.is_typing or self.always:
+            self.action_step(by)
+        else:
+            self.action_move(by * PAGE)
+
+    def action_first(self) -> None:
+        self.action_move(-len(self.fields) * 2)
+
+    def action_last(self) -> None:
+        self.action_move(len(self.fields) * 2)
+
+    def action_step(self, by: int) -> None:
+        if self.field:
+            self.step(self.key, by)
+
+    def action_sideways(self, by: int) -> None:
+        if self.always:
+            self.action_step(by)
+        else:
+            self._fold(by < 0)
+
+    def action_fold(self) -> None:
+        self._fold(self._group in self.unfolded)
+
+    @property
+    def _group(self) -> str:
+        """The group of the line that the cursor is on."""
+        return self.field.group if self.field else self.key[1:-1]
+
+    def _fold(self, folded: bool) -> None:
+        """Fold or unfold the cursor's group; the cursor goes to its head."""
+        if group := self._group:
+            (self.unfolded.discard if folded else self.unfolded.add)(group)
+            self._go_to(head_key(group))
+
+    def action_reset(self) -> None:
+        if field := self.field:
+            self.put(field.key, format_value(field.default))
+
+    def on_click(self, event: Click) -> None:
+        x, y = event.screen_offset - self._text.region.offset
+        if self.is_typing and self.input.region.contains_point(event.screen_offset):
+            return
+        match = y - self._tops.get(self.key, 0) - 1
+        if 0 <= match < len(self._matches):
+            self._choose(match)
+            return
+        before, start = self.key, x - LEFT - self._labels - 1
+        above = [key for key, top in self._tops.items() if top <= y]
+        self._go_to(above[-1] if above else before)
+        if not self.always and self.key == before:
+            self.action_open()
+        elif self.always:
+            self.take_focus()
+            if not self.is_typing and start >= 0:
+                self.action_step(-1 if start < 2 else 1)
+
+    # How it is drawn
+
+    def lines(self) -> list[str]:
+        """Every line as it is drawn."""
+        return [line.rstrip() for line in str(self._text.content).splitlines()]
+
+    def on_descendant_blur(self) -> None:
+        self._matches = []
+        self._draw()
+
+    def _rows(self) -> list[Field | str]:
+        """Fields in no group, then the groups: a name each, and below it, unless folded, fields."""
+        fields = [field for field in self.fields.values() if self._is_shown(field)]
+        rows: list[Field | str] = [field for field in fields if not field.group]
+        for group in dict.fromkeys(field.group for field in fields if field.group):
+            rows.append(group)
+            if self.always or self.needle or group in self.unfolded:
+                rows += [field for field in fields if field.group == group]
+        return rows
+
+    def _is_shown(self, field: Field) -> bool:
+        if self._limit is not None and field.key not in self._limit:
+            return False
+        words = f"{field.title} {field.key} {self.texts[field.key]} {field.meaning}"
+        return self.needle in words.casefold()
+
+    def _stops(self) -> list[str]:
+        """The keys of the lines that the cursor can be on."""
+        rows = self._rows()
+        return [_key(row) for row in rows if isinstance(row, Field) or not self.always]
+
+    def _draw(self) -> None:
+        """Draw all lines: as one text it takes a millisecond."""
+        if not self.is_attached:
+            return
+        width, rows = self.scrollable_content_region.width or 60, self._rows()
+        labels = [_label(row, self.always) for row in rows if isinstance(row, Field)]
+        self._labels = min(MAX_LABELS, max(map(len, labels), default=0), (width + 1) // 2)
+        below, heads = self._said(width), sum(isinstance(row, str) for row in rows)
+        is_roomy = len(rows) + heads + len(below) < self.size.height
+        lines, self._tops = list[Content](), {}
+        for row in rows:
+            if isinstance(row, str) and self.always:
+                lines += [Content(), Content.styled(f" {row}", f"bold {MUTED}")] * is_roomy
+                continue
+            key = _key(row)
+            self._tops[key] = len(lines)
+            line = self._head(row) if isinstance(row, str) else self._line(row, width)
+            if key == self.key and not self.always:
+                style = LIT if self._has_focus else "on $block-cursor-blurred-background"
+                lines += [line.pad_right(width - line.cell_length).stylize(style), *below]
+            else:
+                lines.append(line)
+            if key == self.key:
+                lines += self._match_lines(width)
+        if self.always and below:
+            lines += [Content(), *below]
+        if not rows:
+            lines = [Content.styled(self.nothing, MUTED)]
+        self._text.update(Content("\n").join(lines), layout=len(lines) != self._height)
+        self._height, self._below = len(lines), 0 if self.always else len(below)
+        self.input.styles.offset = (LEFT + self._labels + 1, self._tops.get(self.key, 0))
+        self.input.styles.width = self._room(self.field, width)
+
+    on_resize = on_focus = on_blur = on_descendant_focus = _draw
+
+    def _room(self, field: Field | None, width: int) -> int:
+        """Cells of a value that is typed in."""
+        room = max(width - LEFT - self._labels - 1, 6)
+        return min(room, NOTED) if self.always and field and field.note else room
+
+    def _head(self, group: str) -> Content:
+        members = [field for field in self.fields.values() if field.group == group]
+        sign = "▾" if self.needle or group in self.unfolded else "▸"
+        return Content(f"{sign} {group} ({sum(map(self._is_shown, members))})")
+
+    def _line(self, field: Field, width: int) -> Content:
+        is_here = field.key == self.key
+        is_checked = self.always or (is_here and self.is_typing)
+        bad, style = is_checked and bool(self.problem(field.key)), ""
+        if bad:
+            style = "bold $text-error"
+        elif self.always:
+            style = "bold" if is_here and self._has_focus else MUTED
+        sign = Content.styled("✗", style) if bad else Content.styled(field.sign, "$text-warning")
+        label = fitted(Content(_label(field, self.always)), self._labels).stylize(style)
+        note = field.note if isinstance(field.note, Content) else Content.styled(field.note, MUTED)
+        (value, look), room = self._value(field, is_here), self._room(field, width)
+        if self.always:
+            value = fitted(value, room)
+        elif note:
+            room -= min(note.cell_length, 24) + 1
+        value = value.truncate(max(room, 6), ellipsis=True).stylize(look)
+        parts = fitted(sign, LEFT), label, " ", value, " " * bool(note), note
+        return Content.assemble(*parts).truncate(width, ellipsis=True)
+
+    def _value(self, field: Field, is_here: bool) -> tuple[Content, str]:
+        """The value as it is drawn, and its style."""
+        text, style = self.texts[field.key].replace("\n", "↵"), MUTED if field.quiet else ""
+        if field.kind == "choice" and self.always:
+            chosen = Content(f"‹ {field.names.get(text, text)} ›")
+            return chosen, f"bold {LIT}" if is_here and self._has_focus else ""
+        if not text:
+            text, style = field.placeholder or "–", MUTED
+        return Content(text), f"{style} on $boost" if self.always else style
+
+    def _match_lines(self, width: int) -> Iterable[Content]:
+        for number, (text, about) in enumerate(self._matches):
+            line = Content.assemble(" " * INDENT, f"{text:16} ", (about, MUTED))
+            line = fitted(line, width)
+            yield line.stylize(LIT) if number == self._match else line
+
+    def _said(self, width: int) -> list[Content]:
+        """What is wrong with the cursor's field, what Enter does, what it means."""
+        field, said = self.field, list[Content]()
+        if field is None:
+            return []
+        if self.is_typing and self.edited(field.key):
+            before = format_value(self.given[field.key]) or "it empty"
+            if problem := self.problem(field.key):
+                said.append(Content.styled(f"✗ {problem}", "$text-error"))
+            elif not self.always:
+                name = field.path or field.key
+                said.append(Content(f"Enter writes {name}, Esc keeps {before}."))
+        texts = (field.meaning, " · ".join(filter(None, (field.rule, field.source))))
+        said += [Content.styled(text, MUTED) for text in texts if text]
+        indent = " " * (1 if self.always else INDENT)
+        parts = [part for text in said for part in text.wrap(max(width - len(indent), 16))]
+        return [Content.assemble(indent, part) for part in parts]
+
+
+def head_key(group: str) -> str:
+    """The key of a group's head, which no field has."""
+    return f"({group})"
+
+
+def _key(row: Field | str) -> str:
+    return row.key if isinstance(row, Field) else head_key(row)
+
+
+def _label(field: Field, always: bool) -> str:
+    """Indented below a head that folds."""
+    return f"{'' if always or not field.group else '  '}{field.title}"

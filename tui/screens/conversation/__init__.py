@@ -1,0 +1,1 @@
+"""A conversation with models, which the screens Chat and Models share."""

@@ -1,0 +1,173 @@
+"""Asks the inference process for the answers to a message, one model after the other."""
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from pipeline.errors import UserError
+from pipeline.files.async_worker import WorkerDied
+from pipeline.inference.talk import (
+    FAILED,
+    INTERRUPTED,
+    LOADING,
+    OPEN,
+    READING,
+    STARTING,
+    WAITING,
+    WRITING,
+    Answer,
+    Message,
+)
+from pipeline.views.model_library import Entry
+from tui.services.loaded_models import LoadedModels, Sampling
+from tui.widgets.colors import LOOKS
+
+
+class Session:
+    """The models that are asked, at which strength and sampling.
+
+    `chats`: a model reads the messages before; else each message is a prompt of its own, which is
+    put into the chat template only if `template` says so.
+    """
+
+    def __init__(self, models: LoadedModels, sampling: Sampling, chats: bool) -> None:
+        self.models, self.sampling, self.chats = models, sampling, chats
+        self.strength, self.template = 1.0, chats
+        self.entries: list[Entry] = []
+        self.asked: dict[str, Entry] = {}  # path → model, of all that were chosen so far
+
+    def use(self, entries: Sequence[Entry]) -> None:
+        """Ask these models from now on."""
+        self.entries = list(entries)
+        self.asked.update({str(entry.model.path): entry for entry in entries})
+
+    @property
+    def scales(self) -> bool:
+        """Whether any of the models is an adapter whose strength can be set."""
+        return any(entry.model.scales for entry in self.entries)
+
+    def new_answers(self) -> list[Answer]:
+        answers = []
+        for entry in self.entries:
+            strength = self.strength if entry.model.scales else None
+            answers.append(Answer(str(entry.model.path), entry.label, strength))
+        return answers
+
+    async def write(
+        self, text: str, requests: Sequence[tuple[Answer, list[Message]]]
+    ) -> AsyncGenerator[Answer, None]:
+        """Fill in the answers to a text. Yields an answer whenever it changed.
+
+        The models are loaded first, then comes the table of next tokens of all, which takes a step
+        each. If a model fails, the reason is its answer's `error`. Raises WorkerDied if the process
+        ends. Text that arrived until then, or until the generator was closed, stays.
+        """
+        unfinished, answers = (INTERRUPTED, ""), [answer for answer, _ in requests]
+        try:
+            for answer in answers:
+                if not self.models.is_loaded(self.asked[answer.model]):
+                    answer.state = LOADING if self.models.inference.running else STARTING
+                    yield answer
+                await self._load(answer)
+                yield answer
+            if not self.chats and not all(answer.chat for answer in answers):
+                for answer in answers:  # a template is for all or none: they are compared
+                    answer.chat = False
+            if self.sampling.k:
+                await self.fill_table(text, answers)
+                yield answers[0]
+            for answer, messages in requests:
+                async with aclosing(self._write_one(answer, text, messages)) as changes:
+                    async for _ in changes:
+                        yield answer
+        except WorkerDied:
+            unfinished = (FAILED, "the engine ended")
+            raise
+        finally:  # also when it is cancelled or closed
+            for answer in answers:
+                if answer.unfinished:
+                    answer.state, answer.error = unfinished
+
+    async def _load(self, answer: Answer) -> None:
+        entry = self.asked[answer.model]
+        try:
+            await self.models.load(entry)
+            answer.chat = self.template and self.models.has_chat([entry])
+            answer.state = WAITING
+        except UserError as error:
+            _fail(answer, error)
+
+    async def fill_table(self, text: str, answers: Sequence[Answer]) -> None:
+        """The likeliest next tokens of the models that did not fail."""
+        asked = {answer.model: answer for answer in answers if answer.state != FAILED}
+        if not asked:
+            return
+        strength = {a.model: a.strength for a in asked.values() if a.strength is not None}
+        chat = all(answer.chat for answer in asked.values())
+        result = await self.models.inference.ask(
+            "top_k", models=list(asked), text=text, k=self.sampling.k, strength=strength, chat=chat
+        )
+        for model, facts in result["answers"].items():
+            answer = asked[model]
+            if facts.get("error"):
+                _fail(answer, facts["error"])
+            answer.probabilities = facts.get("of", {})
+            answer.top_k = [(one["token"], one["probability"]) for one in facts.get("top_k", [])]
+
+    async def _write_one(
+        self, answer: Answer, text: str, messages: list[Message]
+    ) -> AsyncGenerator[None, None]:
+        if answer.state == FAILED:
+            return
+        fields: dict[str, Any] = {"model": answer.model, **self.sampling.fields()}
+        fields |= {"messages": messages} if self.chats else {"text": text, "chat": answer.chat}
+        if answer.strength is not None:
+            fields["strength"] = answer.strength
+        answer.state = READING
+        yield
+        try:
+            await self.models.load(self.asked[answer.model])  # another may have taken its place
+            # Closing the stream cancels the request: it must not wait for the garbage collector.
+            async with aclosing(self.models.inference.stream("generate", **fields)) as events:
+                async for event in events:
+                    _take(answer, event)
+                    yield
+        except UserError as error:
+            _fail(answer, error)
+            yield
+
+
+def _take(answer: Answer, event: dict[str, Any]) -> None:
+    match event["event"]:
+        case "prompt":
+            answer.prompt_tokens, answer.window = event["tokens"], event["window"]
+            answer.cut_messages, answer.cut_tokens = event["cut_messages"], event["cut_tokens"]
+            if event["opens_thought"]:  # the template has written the tag
+                answer.text += f"{OPEN}\n"
+        case "token":
+            answer.state = WRITING
+            answer.tokens += 1
+            answer.text += event["text"]
+        case "done":
+            answer.state = event["reason"]
+            answer.tokens_per_second = event["tokens_per_second"]
+
+
+def _fail(answer: Answer, error: UserError | str) -> None:
+    """Say why, with the model's name for its path. Raises the error if the engine ended, which
+    concerns all models.
+    """
+    if isinstance(error, WorkerDied):
+        raise error
+    text = str(error).removeprefix(f"{answer.model} ").replace(answer.model, answer.label)
+    answer.state, answer.error = FAILED, text
+
+
+def method_of(entry: Entry) -> str:
+    """The name of its method in the registry: a variant's own (`prefix`), which its adapter calls
+    otherwise.
+    """
+    if entry.label in LOOKS:
+        return entry.label
+    method = entry.model.method.removesuffix("_tuning")
+    return "lora" if method == "dora" else method

@@ -1,0 +1,208 @@
+"""The plots: one metric large, the others small, what is constant as a number."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from textual import on, work
+from textual.containers import ItemGrid, Vertical
+from textual.content import Content
+from textual.message import Message
+from textual.widget import Widget
+from textual.widgets import Static
+
+from pipeline.views.curves import Runs
+from pipeline.views.series import METRICS
+from tui.panes.pane import Pane
+from tui.panes.plot.plot import Head, Plot
+from tui.panes.plot.scale import Range
+from tui.panes.plot.series import Axis, Line
+from tui.screens.curves.about import CHART, METRIC_PLOTS
+from tui.screens.curves.export import panel
+from tui.screens.curves.lines import Drawn, Window, format_value
+
+SMOOTHINGS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
+WIDTH = 22  # cells of a small plot, at least
+
+
+class Plots(Vertical):
+    """Draws the lines of curves in a window of steps and values that keys and the mouse change.
+
+    A small plot is hidden while its metric is large or constant.
+    """
+
+    class Changed(Message):
+        """The window, its cursor or the large metric is another."""
+
+    def __init__(self, runs: Runs) -> None:
+        super().__init__(id="plots")
+        self.runs, self.window = runs, Window()
+        self.metric = "loss"  # that of the large plot
+        self.lines: Sequence[Drawn] = ()
+        self.chart = Plot(can_zoom=True)
+        self.small = {name: Plot() for name in METRICS}
+        self.constants = Static(id="constants", markup=False)
+
+    def compose(self) -> Iterable[Widget]:
+        yield Pane(CHART, self.chart, id="chart")
+        grid = ItemGrid(*self.small.values(), min_column_width=WIDTH)
+        yield Pane(METRIC_PLOTS, grid, self.constants, id="small")
+
+    @property
+    def steps(self) -> Range:
+        """The visible steps."""
+        return self.window.steps(self.runs)
+
+    # What is drawn
+
+    def show(self, lines: Sequence[Drawn]) -> None:
+        """Draw these lines, the last on top."""
+        self.lines, logged = lines, self.runs.logged()
+        if self.metric not in logged:
+            self.metric = "loss"
+        window, cursor = self.window, self.window.cursor
+        x, y = Axis(range=self.steps), Axis(range=window.y, log=window.log)
+        self.chart.show(partial(self._series, self.metric, True), x, y, cursor=cursor)
+        title = METRICS[self.metric].title
+        self.query_one("#chart", Pane).show_title(" · ".join(self._facts()), title=title)
+
+        small, x, y = self._small_metrics(), replace(x, shown=False), Axis(log=None)
+        heads = {name: self._head(name) for name in logged if name != self.metric}
+        for name, plot in self.small.items():
+            plot.display = name in small
+            if plot.display:
+                series = partial(self._series, name, False)
+                plot.show(series, x, y, cursor=cursor, head=heads[name])
+        numbers = [head for name, head in heads.items() if name not in small]
+        parts = [Content.assemble((head.name, "bold"), f" {head.value}") for head in numbers]
+        text = Content("   ").join(parts)
+        if text != self.constants.content:  # another text lays out the screen
+            self.constants.update(text)
+        self.constants.display = bool(numbers)
+
+    def _series(self, metric: str, labels: bool, columns: int) -> list[Line]:
+        steps, cursor = self.steps, self.window.cursor
+        return [line.line(metric, steps, columns, cursor, labels) for line in self.lines]
+
+    def _small_metrics(self) -> list[str]:
+        """Those that change, but for the large one."""
+        names = (name for name in self.runs.logged() if name != self.metric)
+        return [name for name in names if not self.runs.is_constant(name)]
+
+    def _head(self, metric: str) -> Head:
+        """A metric's name, and its value of the pointed run, else of the uppermost that has one."""
+        step, short = self.window.cursor, METRICS[metric].short
+        loud = (line for line in reversed(self.lines) if not line.quiet)
+        top = next((line for line in loud if line.curve.value(metric, step) is not None), None)
+        return Head(short, format_value(top.curve, metric, step), top.style) if top else Head(short)
+
+    def _facts(self) -> Iterable[str]:
+        """What is drawn, and how; the least important comes last."""
+        yield from self.window.facts(self.steps)
+        is_log = self.chart.drawing.y.log
+        lines = [line for line in self.chart.shown if isinstance(line, Line)]
+        yield "log" if is_log else "linear"
+        if is_log and any(y <= 0 for line in lines for _, y in (*line.points, *line.marks)):
+            yield "without values ≤ 0"
+        if any(line.marks for line in lines):
+            yield "× held out"
+        yield f"smooth {self.runs.smoothing:g}"
+
+    def panels(self) -> list[dict[str, Any]]:
+        """The plots that are visible, at a higher resolution, as `pipeline.stages.charts` takes
+        them.
+        """
+        steps, y = self.steps, self.chart.drawing.y
+        large = panel(self.metric, self.lines, steps, (y.low, y.high), y.log)
+        return [large, *(panel(name, self.lines, steps) for name in self._small_metrics())]
+
+    # What keys and the mouse do
+
+    def set_window(self, **change: Any) -> None:
+        self.window = replace(self.window, **change)
+        self.post_message(self.Changed())
+
+    def offers(self, what: str) -> bool:
+        """Whether a key does something now."""
+        window = self.window
+        if what == "follow":
+            return window.x is not None and not window.following
+        return what != "reset" or window.x is not None or window.y is not None
+
+    @property
+    def can_leave(self) -> bool:
+        return self.window.cursor is not None or self.metric != "loss"
+
+    def leave(self) -> None:
+        """End the step cursor, then bring the loss back."""
+        if self.window.cursor is None:
+            self.enlarge("loss")
+        else:
+            self.set_window(cursor=None)
+
+    def enlarge(self, metric: str) -> None:
+        self.metric = metric
+        self.set_window(y=None, log=None)
+
+    def choose(self, by: int) -> None:
+        """Go to the next small plot."""
+        go = self.screen.focus_next if by > 0 else self.screen.focus_previous
+        go("#small Plot")
+
+    def toggle_log(self) -> None:
+        self.set_window(log=not self.chart.drawing.y.log, y=None)
+
+    def follow(self) -> None:
+        self.set_window(following=True, y=None)
+
+    def reset(self) -> None:
+        self.set_window(x=None, y=None, following=False)
+
+    def sideways(self, direction: int) -> None:
+        """Move the step cursor by a column; at first it is at the last step of the pointed run."""
+        first, last = self.steps
+        start, cursor = last, self.window.cursor
+        if self.lines and self.lines[-1].curve.log.steps:
+            start = self.lines[-1].curve.log.steps[-1]
+        if cursor is not None:
+            column = max(round((last - first) / max(self.chart.drawing.width, 1)), 1)
+            start = cursor + direction * column
+        self.set_window(cursor=min(max(round(start), round(first)), round(last)))
+
+    def step(self, end: int) -> None:
+        """The step cursor to the first or the last step."""
+        self.set_window(cursor=round(self.steps[end]))
+
+    def smooth(self, direction: int) -> None:
+        """Smooth more or less."""
+        index = SMOOTHINGS.index(self.runs.smoothing) + direction
+        # now: the next key may come before the lines are smoothed
+        self.runs.smoothing = SMOOTHINGS[min(max(index, 0), len(SMOOTHINGS) - 1)]
+        self._smooth()
+
+    @work(exclusive=True)
+    async def _smooth(self) -> None:
+        await self.runs.smooth()
+        self.post_message(self.Changed())
+
+    def pan(self, x: float, y: float = 0.0) -> None:
+        self.chart.pan(x, y)
+
+    def zoom(self, x: float, y: float = 1.0) -> None:
+        self.chart.zoom(x, y, self.window.cursor)
+
+    @on(Plot.Moved)
+    def _moved(self, event: Plot.Moved) -> None:
+        """Stay at the new ranges."""
+        shown = self.chart.drawing.y
+        y = self.window.y if event.y == (shown.low, shown.high) else event.y
+        self.set_window(x=event.x, y=y, following=False)
+
+    @on(Plot.Clicked, "#chart Plot")
+    def _clicked(self, event: Plot.Clicked) -> None:
+        self.set_window(cursor=round(event.x))
+
+    @on(Plot.Opened)
+    def _opened(self, event: Plot.Opened) -> None:
+        self.enlarge(next(name for name, plot in self.small.items() if plot is event.plot))

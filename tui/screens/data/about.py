@@ -1,0 +1,75 @@
+"""What the panes of the screen say of themselves."""
+
+from textual.binding import Binding
+
+from tui.panes.pane import About
+
+EDIT = Binding("e", "screen.edit", "edit", id="data.edit")
+FILES = About(
+    "Files",
+    """\
+The data files of the project with what reads them, then other files in `data/`. Enter opens one;
+`o` asks for any other: .txt, .jsonl, .json, .csv, .tsv (also .gz, .zst), .parquet, .arrow, a
+folder of `save_to_disk`, a hub id.
+""",
+    [Binding("o", "screen.open_file", "other file", id="data.open")],
+)
+ROWS = About(
+    "Rows",
+    """\
+Every row of the file: its line or row number, how it begins, and its tokens with the end token.
+
+- **✗** cannot be read or encoded, **!** the check complains about it, **⊣** cut at `max_length`.
+- `/` searches the whole file, whatever the case; `#120` goes to row 120.
+- `e` edits the row into a copy of the file, which stays as it is. `x` writes all rows in another
+  format.
+- `m` checks all rows, which small files are at once. `n`, `N` go from problem to problem.
+""",
+    [
+        EDIT,
+        Binding("n", "screen.problem(1)", "next problem", id="data.next"),
+        Binding("x", "screen.export", "export", id="data.export"),
+    ],
+    filters="filter",
+)
+ROW = About(
+    "Row",
+    """\
+The row as the model reads it: with a tokenizer as its chat template writes it, else its messages.
+
+- **⟦green⟧** is trained on: the model learns to write it, with the end token behind it.
+- Plain text is read, and no loss is computed on it. Dim text is what the template adds.
+- **Struck out** is behind the cut at `max_length`, and never seen. `⊣` marks the place.
+
+Without a model in `artifacts` there are no tokens: the mask is that of the roles.
+""",
+    [EDIT, Binding("y", "screen.copy", "copy", id="data.copy")],
+)
+LENGTHS = About(
+    "Lengths",
+    """\
+How many examples have which length in tokens, the end token included; a preference pair has that
+of its longer answer.
+
+- **▲ max_length** is where examples are cut: red bars lie behind it, and lose the rest of their
+  text.
+- **▲ window** is the length of a training window: longer examples give several, and lose nothing.
+- `m` counts all rows. `lora data check FILE` prints the same.
+""",
+    [Binding("m", "screen.measure", "measure", id="data.measure")],
+)
+PROBLEMS = About(
+    "Problems",
+    """\
+What `lora data check` says of the file: **✗** errors, which spoil a training, then **!** warnings.
+
+Enter goes to the row; `n`, `N` go from one to the next from anywhere on this screen. Of each kind
+the first 50 are listed, all are counted.
+""",
+    [
+        Binding("n", "screen.problem(1)", "next", id="data.next"),
+        Binding("N", "screen.problem(-1)", "previous", id="data.previous"),
+        Binding("m", "screen.measure", "check all", id="data.measure"),
+    ],
+)
+PANES = {"files": FILES, "rows": ROWS, "row": ROW, "lengths": LENGTHS, "problems": PROBLEMS}

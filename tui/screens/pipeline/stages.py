@@ -1,0 +1,172 @@
+"""What is shown of a stage: its sign, what is to say of it, the picture of the DAG."""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+
+from textual.content import Content
+from textual.style import Style
+
+from pipeline.project.logs.run_state import Journal
+from pipeline.project.stage_graph import Stage
+from pipeline.views.stage_tree import URGENCY, dag_picture, short_name
+from pipeline.views.stages import StageState, State
+from tui.panes.plot.plot import sparkline
+from tui.services.pipeline_process import Running
+from tui.widgets.cells import duration
+
+MUTED = "$foreground-muted"
+SIGNS: Mapping[State, tuple[str, str]] = {
+    "missing": ("○", MUTED),
+    "current": ("✓", "$text-success"),
+    "changed": ("●", "$text-warning"),
+    "waits": ("◌", MUTED),
+    "running": ("▶", "bold $text-accent"),
+    "failed": ("✗", "bold $text-error"),
+    "stopped": ("‖", "$text-warning"),
+    "died": ("✗", "bold $text-error"),
+}
+STATES = {"current": "up to date", "missing": "not made yet", "waits": "will run again"}
+NEXT = {  # what to press
+    "missing": "R runs all stages, S this one alone.",
+    "changed": "R runs what changed, S this alone.",
+    "stopped": "S or R resumes from its checkpoint.",
+    "failed": "Mend what it says, then S runs it again.",
+    "died": "S or R resumes from its last checkpoint.",
+}
+ENDED = ("failed", "died", "stopped")  # states that name themselves in the tree
+MAX_NAME = 26  # cells of a name with its lines
+BAR, CURVE = 8, 24  # cells of a progress bar, and of the losses
+LABEL = 5  # cells of the labels of facts
+
+Fact = tuple[str, str, str]  # label, text, style
+
+
+def look_of(state: StageState | None) -> tuple[str, str]:
+    """The sign of a state and its style; a dot while none is known."""
+    if state is None:
+        return "·", MUTED
+    # an evaluation whose models break evaluate.limits
+    return SIGNS["failed" if state.broken else state.state]
+
+
+def counts(states: Iterable[StageState]) -> Content:
+    """`1 ✗ 10 ✓`: how many stages are in which state."""
+    looks = Counter(map(look_of, states))
+    parts = []
+    for look in dict.fromkeys(SIGNS[state] for state in URGENCY):  # two states have one sign
+        if looks[look]:
+            parts.append(Content.styled(f"{looks[look]} {look[0]}", look[1]))
+    return Content(" ").join(parts)
+
+
+# Facts
+
+
+def headline(state: StageState | None) -> Content:
+    """The state, and of a run its progress."""
+    if state is None:
+        return Content.styled("…", MUTED)
+    sign, style = look_of(state)
+    words = STATES.get(state.state, state.state)
+    if state.broken:
+        words = "breaks evaluate.limits"
+    run = state.run
+    if state.state == "running" and run and run.total:
+        left = "" if run.eta is None else f"  {duration(run.eta)} left"
+        words = f"{run.done / run.total:.0%}{left}  {run.done:,}/{run.total:,}"
+    return Content.styled(f"{sign} {words}", style)
+
+
+def facts(state: StageState, running: Running | None, losses: Sequence[float]) -> Iterator[Fact]:
+    """What is to say of a stage, the most important first."""
+    run, is_running = state.run, state.state == "running"
+    reasons = list(state.reasons)
+    style = look_of(state)[1] if state.state in ("failed", "died", "changed") else ""
+    if state.broken:
+        reasons += state.broken.reasons
+        style = look_of(state)[1]
+    if run and run.message and run.message not in reasons and not is_running:
+        reasons.append(f"its last run: {run.message}")
+    for reason in reasons:
+        yield "why", reason, style
+    if state.broken:
+        yield "next", state.broken.next_step, MUTED
+    if state.state in NEXT:
+        yield "next", NEXT[state.state], MUTED
+    if losses:
+        yield "loss", f"{sparkline(losses, CURVE).strip()} {losses[-1]:.4g}", ""
+    if run:
+        yield "run", _started(run, running) if is_running else _ended(run), ""
+        for note in run.notes:
+            yield "note", note.removeprefix(f"{state.stage.name}: "), MUTED
+
+
+def _started(run: Journal, running: Running | None) -> str:
+    """Who started a run, and when. `running`: the pipeline that a workbench started."""
+    if running is None:
+        who = "in a terminal or by another program:"
+    elif running.starter == os.getpid():
+        who = f"here as {running.command},"
+    elif running.starter:
+        who = f"by another workbench, process {running.starter}, as {running.command},"
+    else:  # of a lock that an older version wrote
+        who = f"by a workbench as {running.command},"
+    process = running or run
+    since = datetime.fromtimestamp(process.started)
+    return f"{who} process {process.pid}, since {since:%H:%M:%S}"
+
+
+def _ended(run: Journal) -> str:
+    took = "" if run.seconds is None else f" in {duration(run.seconds)}"
+    verb = "ended" if run.ended else "started"
+    return (
+        f"{run.state}{took}, {verb} {datetime.fromtimestamp(run.ended or run.started):%d %b %H:%M}"
+    )
+
+
+def draw_facts(rows: Iterable[Fact], width: int) -> Iterator[Content]:
+    """Each fact below its label, which is written once."""
+    before = ""
+    for label, text, style in rows:
+        for part in Content.styled(text, style).wrap(max(width - LABEL, 10)):
+            yield Content.assemble(("" if label == before else label).ljust(LABEL), part)
+            before = label
+
+
+# The picture
+
+
+def draw_picture(
+    stages: Mapping[str, Stage],
+    states: Mapping[str, StageState],
+    needs: Mapping[str, Sequence[str]],
+    chosen: str,
+) -> list[Content]:
+    """The DAG of the stages that make models, and a line of those that measure, of a group their
+    signs; a click on a stage ends the dialog with its name.
+    """
+    labels = {}
+    for name, stage in stages.items():
+        sign, style = look_of(states.get(name))
+        text = Content.assemble((f"{sign} ", style), short_name(stage))
+        if name == chosen:
+            text = text.stylize("reverse", 2)
+        labels[name] = text.stylize(Style.from_meta({"@click": f"screen.dismiss({name!r})"}))
+
+    models = [name for name, stage in stages.items() if not stage.is_measurement]
+    among = {name: [need for need in needs[name] if need in models] for name in models}
+    drawing, places = dag_picture({name: labels[name].plain for name in models}, among)
+    lines = [Content.styled(line, MUTED) for line in drawing]
+    for name, (row, column) in places.items():
+        line, label = lines[row], labels[name]
+        lines[row] = line[:column] + label + line[column + len(label) :]
+
+    last = Content("")
+    for name, stage in stages.items():
+        if stage.group:
+            last = (last or Content(f"{stage.group} ")) + labels[name][:2]
+        elif stage.is_measurement:
+            last += Content.assemble(("─▶ ", MUTED), labels[name], " ")
+    return [*lines, last] if last else lines
