@@ -35,13 +35,16 @@ class ValueInput(Input):
 
     def __init__(self) -> None:
         super().__init__(compact=True)
+        self._where: tuple[object, ...] = ()
         self.field, self.display = Field(""), False
 
     def refresh(
         self, *regions: Region, repaint: bool = True, layout: bool = False, recompose: bool = False
     ) -> Self:
-        """Skip the layout of the whole screen that Input does at every key: its size is given."""
-        layout = layout and not self.is_mounted
+        """Skip the layout of the whole screen that Input does at every key: where it is is given."""
+        where = (self.styles.display, self.styles.offset, self.styles.width)
+        layout = layout and (not self.is_mounted or where != self._where)
+        self._where = where
         return super().refresh(*regions, repaint=repaint, layout=layout, recompose=recompose)
 
     def edit(self, field: Field, text: str) -> None:

@@ -28,8 +28,10 @@ async def asked(
 
 
 async def test_what_is_typed_into_each_field_is_returned() -> None:
-    async with asked() as (pilot, _, answers):
-        for text in ("0.7", "5", "0.9", "3", "40"):
+    async with asked() as (pilot, dialog, answers):
+        for line, text in enumerate(("0.7", "5", "0.9", "3", "40")):
+            place = dialog.form.input.region.y - dialog.form.region.y
+            assert place == line, "the input is where the cursor is"
             await pilot.press(*text, "tab")
         await pilot.press("7", "enter")
         assert answers == [Settings(Sampling(0.7, 5, 0.9, 3, 40, 7))]
