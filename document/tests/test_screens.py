@@ -37,7 +37,7 @@ def test_the_tree_of_the_document() -> None:
         "│ ├ evaluate ← scratch, full, freeze, merge, prefix, prompt",
         "│ └ figures ← full, freeze, lora",
         "├ studies",
-        "└ claims ← sweep, evaluate, figures, studies",
+        "└ claims ← sweep, evaluate, studies, figures",
     ]
     assert drawn(True)[12:15] == ["├ studies", "│ ├ intrinsic_dimension", "│ ├ spectrum"]
 

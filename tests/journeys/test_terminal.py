@@ -195,11 +195,11 @@ def test_lora_is_prompted_beside_base_again_after_a_kill(worked: Path) -> None:
     with lora_tui(worked, (120, 40)) as terminal:
         terminal.keys("5")
         terminal.see("expanded", "✓", "engine ready", seconds=60)
-        terminal.keys("p", "Enter")
-        terminal.see("F2–F9 screens")  # the keys are the field's now
+        terminal.keys("Down", "Space", "Down", "Down", "Down", "Down", "Space", "Enter")
+        terminal.see("expanded beside lora", "F2–F9 screens")  # the keys are the field's now
         terminal.type("der wind")
         terminal.keys("Enter")
-        screen = terminal.see("weht", "lora", "merged", "engine ready", seconds=60)
+        screen = terminal.see("weht über das feld", "engine ready", seconds=60)
         assert re.search(r"weht .*\+9\d\.\d", screen), screen
         engine = child(worked)
         os.kill(engine, signal.SIGKILL)
@@ -234,12 +234,13 @@ def test_a_long_generation_is_interrupted_at_once(worked: Path) -> None:
         terminal.type("endless")
         terminal.miss("expanded")
         terminal.keys("Enter", "Space", "t")
-        terminal.see("limit")
+        terminal.see("a whole number from 1 to 10000")
         terminal.keys("Tab", "Tab", "Tab", "Tab")
         terminal.field("limit")
         terminal.type("10000")
         terminal.keys("Enter")
         terminal.see("greedy · 10000 t")
+        terminal.miss("whole number")
         terminal.keys("Enter")
         terminal.see("F2–F9 screens")  # the keys are the field's now
         terminal.type("w1 w2")

@@ -45,7 +45,14 @@ class ValueInput(Input):
         where = (self.styles.display, self.styles.offset, self.styles.width)
         layout = layout and (not self.is_mounted or where != self._where)
         self._where = where
+        if layout and self.is_mounted:
+            self.call_after_refresh(self._show_where)
         return super().refresh(*regions, repaint=repaint, layout=layout, recompose=recompose)
+
+    def _show_where(self) -> None:
+        """Move the terminal's cursor along, by which input methods open their windows."""
+        if self.has_focus:
+            self.app.cursor_position = self.cursor_screen_offset
 
     def edit(self, field: Field, text: str) -> None:
         """Show the text of a field, all of it selected."""

@@ -161,9 +161,15 @@ class Table(Lines, Generic[R]):
         return row is not None and self._key(row) == key
 
     def filter(self, text: str) -> None:
-        """Show only rows with all words of `text`, whatever the case, and the heads above them."""
+        """Show only rows with all words of `text`, whatever the case, and the heads above them,
+        which the cursor passes over.
+        """
         self.needle = text.casefold()
         self._arrange()
+        needles = self.needle.split()
+        if self._above and self.pointed is not None and not self._fits(self.pointed, needles):
+            fitting = (at for at, row in enumerate(self.shown) if self._fits(row, needles))
+            self.go_to(next(fitting, 0))
 
     def sort(self, title: str) -> None:
         """Sort by the column of this title, the same again the other way; "" as they came."""

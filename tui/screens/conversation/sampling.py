@@ -65,7 +65,7 @@ class SamplingDialog(ModalScreen[Settings | None]):
     are None. Returns all once they are valid, or None on Escape.
     """
 
-    AUTO_FOCUS = "TextArea, ValueInput"
+    AUTO_FOCUS = ""
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "dismiss(None)", "Close"),
         Binding("ctrl+s", "use", "Use"),
@@ -104,6 +104,12 @@ class SamplingDialog(ModalScreen[Settings | None]):
                 yield Label("System prompt", markup=False)
                 yield self.system
             yield self.form
+
+    def on_mount(self) -> None:
+        if self._given.system is None:
+            self.form.take_focus()
+        else:
+            self.set_focus(self.system)
 
     @on(Form.Submitted)
     def action_use(self) -> None:
