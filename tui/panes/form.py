@@ -204,10 +204,6 @@ class Form(VerticalScroll):
         self._go_to(self.key)
         self.post_message(self.Changed(self))
 
-    def revert(self) -> None:
-        """All fields as they were given."""
-        self.fill(self.given)
-
     def limit(self, keys: Collection[str] | None) -> None:
         """Show only these fields; the others keep their values."""
         if keys != self._limit:

@@ -1,7 +1,5 @@
 """Texts in cells: bars, intervals, durations, signs of methods."""
 
-from collections.abc import Sequence
-
 from rich.cells import cell_len, set_cell_size
 from textual.content import Content
 from textual.style import Style
@@ -48,15 +46,6 @@ def pad_or_truncate(text: str, width: int) -> str:
         set_cell_size(text, width)
         if cell_len(text) <= width
         else set_cell_size(text, width - 1) + "…"
-    )
-
-
-def cells(values: Sequence[str], widths: Sequence[int]) -> str:
-    """Values padded to columns: right-aligned for a positive width, left-aligned for a negative
-    one.
-    """
-    return " ".join(
-        f"{v:<{-w}}" if w < 0 else f"{v:>{w}}" for v, w in zip(values, widths, strict=True)
     )
 
 

@@ -35,11 +35,6 @@ def look_variables(background: Color) -> dict[str, str]:
     }
 
 
-def method_style(name: str, background: Color) -> str:
-    """A Rich style with the method's colour, readable on `background`."""
-    return readable(Color.parse(method_look(name).color), background).hex
-
-
 def share_style(share: float) -> str:
     """The theme variable for a magnitude of which less is better: a load, a loss of what was
     known.
