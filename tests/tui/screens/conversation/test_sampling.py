@@ -9,6 +9,8 @@ from textual.app import App
 from textual.pilot import Pilot
 from textual.widgets import TextArea
 
+from tests.helpers.pilot import until
+from tui.panes.form import Form
 from tui.screens.conversation.sampling import SamplingDialog, Settings
 from tui.services.loaded_models import Sampling
 
@@ -27,11 +29,14 @@ async def asked(
         yield pilot, dialog, answers
 
 
+async def input_is_on(pilot: Pilot[None], form: Form, line: int) -> None:
+    await until(pilot, lambda: form.input.region.y - form.region.y == line)
+
+
 async def test_what_is_typed_into_each_field_is_returned() -> None:
     async with asked() as (pilot, dialog, answers):
         for line, text in enumerate(("0.7", "5", "0.9", "3", "40")):
-            place = dialog.form.input.region.y - dialog.form.region.y
-            assert place == line, "the input is where the cursor is"
+            await input_is_on(pilot, dialog.form, line)
             await pilot.press(*text, "tab")
         await pilot.press("7", "enter")
         assert answers == [Settings(Sampling(0.7, 5, 0.9, 3, 40, 7))]
