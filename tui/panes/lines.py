@@ -82,10 +82,11 @@ class Lines(ScrollView, can_focus=True):
         """There are so many lines, of at most `width` cells."""
         size = Size(width, lines + self.head_height)
         if size != self.virtual_size:
-            self.virtual_size = size
-            self._refresh_scrollbars()  # Textual does not in a container of the same size
-            # A layout may come between the asking and the setting, and would keep the old height.
-            self.call_after_refresh(self.refresh, layout=True)
+            if self.styles.auto_dimensions:
+                self.virtual_size = size
+            else:  # only the scroll bars move, so the screen needs no layout
+                self.set_reactive(Lines.virtual_size, size)
+            self._scroll_update(size)
         self.refresh()
 
     def show_line(self, number: int, lines: int = 1) -> None:

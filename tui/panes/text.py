@@ -107,8 +107,7 @@ class Text(Lines):
         # What is wrapped has no width of its own, so that other numbers in it lay nothing out again.
         widths = (line.cell_length for line in lines if self._wide)
         self.set_size(max(widths, default=0), len(lines))
-        if self.follows:
-            self.call_after_refresh(self._follow)
+        self._follow()
 
     def line(self, number: int) -> Content:
         line = self._lines[number]
