@@ -1,4 +1,4 @@
-"""What the terminal UI shows of the document's stages: the tree, the picture, reports and figures."""
+"""What the terminal UI shows of the document's stages: the tree, reports and figures."""
 
 from pathlib import Path
 
@@ -7,7 +7,6 @@ from tests.lab_projects import DOCUMENT
 from pipeline.stages.registry import open_project
 from pipeline.views.reports import numbers_of, read_pages, read_pictures
 from pipeline.views.stage_tree import stage_rows
-from tui.screens.pipeline.stages import draw_picture
 
 
 def drawn(unfolded: bool) -> list[str]:
@@ -40,13 +39,6 @@ def test_the_tree_of_the_document() -> None:
         "└ claims ← sweep, evaluate, studies, figures",
     ]
     assert drawn(True)[12:15] == ["├ studies", "│ ├ intrinsic_dimension", "│ ├ spectrum"]
-
-
-def test_the_picture_of_the_pipeline_has_a_row_of_studies() -> None:
-    stages = open_project(DOCUMENT / "params.yaml").readable
-    needs = {name: list(stage.needs) for name, stage in stages.items()}
-    last = draw_picture(stages, {}, needs, "")[-1].plain.rstrip()
-    assert last == "studies · · · · · · · · · · ─▶ · figures ─▶ · claims"
 
 
 def test_reports_and_figures_are_listed_with_their_sections_and_numbers(studied: Path) -> None:

@@ -1,6 +1,4 @@
-"""The DAG of the stages for people: as a tree, each stage below the one that it needs, and as a
-picture.
-"""
+"""The DAG of the stages for people: as a tree, each stage below the one that it needs."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,9 +18,6 @@ URGENCY: Sequence[State] = (
     "missing",
     "current",
 )
-GUTTER = 3  # columns of the picture before a label: bend, arrow, space
-UP, RIGHT, DOWN, LEFT = 1, 2, 4, 8
-BOX = " │─└││┌├─┘─┴┐┤┬┼"  # by the sum of the sides to which a line leaves
 
 Names = Mapping[str, Sequence[str]]  # a stage → others
 
@@ -142,48 +137,3 @@ def _walk(children: Names, parent: str, guides: str) -> Iterator[tuple[str, str]
             branch, below = "└ ", "  "
         yield key, guides + branch
         yield from _walk(children, key, guides + below)
-
-
-def dag_picture(
-    labels: Mapping[str, str], needs: Names
-) -> tuple[list[str], dict[str, tuple[int, int]]]:
-    """The DAG from left to right: the lines of the picture, and row and column of each label.
-
-    An edge runs along the row of what is needed, and turns before the column of what needs it.
-    """
-    nearest = _nearest(needs, _ancestors(needs))
-    depth, columns = dict[str, int](), defaultdict[int, list[str]](list)
-    for name, sources in nearest.items():
-        depth[name] = 1 + max((depth[source] for source in sources), default=-1)
-        columns[depth[name]].append(name)
-    height = max(map(len, columns.values()), default=0)
-
-    places, start = dict[str, tuple[int, int]](), 0
-    for _, names in sorted(columns.items()):
-        for row, name in enumerate(names, (height - len(names)) // 2):
-            is_chain = len(names) == len(nearest[name]) == 1
-            places[name] = (places[nearest[name][0]][0] if is_chain else row), start
-        start += max(len(labels[name]) for name in names) + 1 + GUTTER
-
-    sides = defaultdict[tuple[int, int], int](int)
-    for name, sources in nearest.items():
-        row, column = places[name]
-        bend = column - GUTTER
-        for source in sources:
-            source_row, source_column = places[source]
-            for x in range(source_column + len(labels[source]) + 1, bend):
-                sides[source_row, x] |= LEFT | RIGHT
-            for y in range(*sorted((row, source_row))):
-                sides[y, bend] |= DOWN
-                sides[y + 1, bend] |= UP
-            sides[source_row, bend] |= LEFT
-            sides[row, bend] |= RIGHT
-
-    cells = [[" "] * start for _ in range(height)]
-    for (y, x), side in sides.items():
-        cells[y][x] = BOX[side]
-    for name, (y, x) in places.items():
-        if nearest[name]:
-            cells[y][x - 2] = "▶"
-        cells[y][x : x + len(labels[name])] = labels[name]
-    return ["".join(row).rstrip() for row in cells], places

@@ -1,12 +1,10 @@
-"""The tree and the picture: every stage once; in the tree below what it needs, in the picture to the
-right of it.
-"""
+"""The tree of the stages: every stage once, below what it needs."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.project.logs.run_state import Journal
-from pipeline.views.stage_tree import GROUP, StageRow, dag_picture, short_name, stage_rows
+from pipeline.views.stage_tree import GROUP, StageRow, stage_rows
 from pipeline.views.stages import StageState
 from tests.helpers.stages import NEEDS, PROBES, SHOWN
 
@@ -79,48 +77,3 @@ def test_a_group_stands_for_the_member_that_needs_attention_most() -> None:
     assert group.members == [states[name] for name in PROBES]
     unknown = next(row for row in stage_rows(SHOWN, NEEDS, {}) if row.key == GROUP)
     assert unknown.stage == "probe_norm" and unknown.state is None
-
-
-# The picture
-
-
-def test_the_pipelines_picture_fits_80_columns_and_shows_each_way_once() -> None:
-    labels = {name: f"· {short_name(stage)}" for name, stage in SHOWN.items()}
-    lines, places = dag_picture(labels, NEEDS)
-    assert lines == [
-        "                             ┌▶ · scratch ───────────┐",
-        "                             ├▶ · full ──────────────┤",
-        "                             ├▶ · freeze ────────────┤",
-        "                             ├▶ · lora ────▶ · merge ┤",
-        "· pretrain ─▶ · expand_vocab ┼▶ · prefix ────────────┼▶ · evaluate ┬▶ · overview",
-        "                             ├▶ · prompt ────────────┘             │",
-        "                             ├▶ · sweep ───────────────────────────┤",
-        "                             ├▶ · norm ────────────────────────────┤",
-        "                             └▶ · size ────────────────────────────┘",
-    ]
-    for name, (row, column) in places.items():
-        assert lines[row][column:].startswith(labels[name])
-
-
-def test_one_stage_a_chain_and_none() -> None:
-    labels = {name: name for name in "abc"}
-    assert dag_picture(labels, {"a": ()})[0] == ["a"]
-    assert dag_picture(labels, {"a": (), "b": ("a",), "c": ("a", "b")})[0] == ["a ─▶ b ─▶ c"]
-    assert dag_picture({}, {}) == ([], {})
-
-
-@given(dags())
-def test_no_label_covers_another_and_every_need_has_an_arrow(
-    needs: dict[str, tuple[str, ...]],
-) -> None:
-    labels = {name: f"* {name}" for name in needs}
-    lines, places = dag_picture(labels, needs)
-    cells = set[tuple[int, int]]()
-    for name, (row, column) in places.items():
-        assert lines[row][column:].startswith(labels[name])
-        own = {(row, column + n) for n in range(len(labels[name]))}
-        assert not own & cells
-        cells |= own
-        if needs[name]:
-            assert lines[row][column - 2] == "▶"
-            assert all(places[need][1] < column for need in needs[name])

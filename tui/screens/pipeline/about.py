@@ -14,11 +14,8 @@ was made. At the right: how long the last run took.
 
 The cursor follows the stage that runs, until you move it. **Enter** goes to its params, **S** runs
 this stage alone, **F** again though nothing changed, **R** all that is out of date. **Space** (or
-← →) folds the studies, **v** draws the DAG as a picture, in which a click chooses a stage.""",
-    [
-        Binding("enter", "screen.pane('params')", "params"),
-        Binding("v", "screen.picture", "picture"),
-    ],
+← →) folds the studies.""",
+    [Binding("enter", "screen.pane('params')", "params")],
 )
 FACTS = About(
     "Stage",

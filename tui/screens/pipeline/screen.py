@@ -20,7 +20,6 @@ from pipeline.stages.registry import GRAPH
 from pipeline.views.stage_logs import ALL, StageLogs
 from pipeline.views.stage_tree import stage_rows
 from pipeline.views.stages import StageState
-from tui.dialogs import Reader
 from tui.panes.fields import Field, format_value
 from tui.panes.form import Form
 from tui.panes.pane import Pane
@@ -39,12 +38,6 @@ REST = 0.05  # seconds that the cursor rests before the panes are filled
 SIDE = 72  # columns from which the tree stands beside the other panes
 METRICS = f"{GRAPH.stages['evaluate'].path}/metrics.json"
 TAB_ORDER = ("stages", "params", "log", "metrics")
-
-
-class Picture(Reader):
-    """The DAG as a picture. Returns the stage that was clicked, or None."""
-
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("v", "dismiss", "Close")]
 
 
 class PipelineScreen(WorkbenchScreen):
@@ -75,7 +68,6 @@ and all below, run again."""
         Binding(
             "d", "pane('metrics')", "Metrics since the commit", id="pipeline.metrics", show=False
         ),
-        Binding("v", "picture", "Picture of the DAG", id="pipeline.picture", show=False),
         Binding("tab", "next_pane(1)", "Next pane", show=False),
         Binding("shift+tab", "next_pane(-1)", "Pane before", show=False),
     ]
@@ -286,13 +278,6 @@ and all below, run again."""
         current = self.focused_pane
         at = TAB_ORDER.index(current.id) if current and current.id in TAB_ORDER else -1
         await self.action_pane(TAB_ORDER[(at + by) % len(TAB_ORDER)])
-
-    @work(group="picture")
-    async def action_picture(self) -> None:
-        lines = stages.draw_picture(self.stages, self.states, self.needs, self.chosen)
-        picture = Picture(lambda _: lines, "What needs what")
-        if stage := await self.app.push_screen_wait(picture):
-            self.rows.point(stage)
 
     # Running
 

@@ -1,4 +1,4 @@
-"""What is shown of a stage: its sign, what is to say of it, the picture of the DAG."""
+"""What is shown of a stage: its sign, and what is to say of it."""
 
 import os
 from collections import Counter
@@ -6,11 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 
 from textual.content import Content
-from textual.style import Style
 
 from pipeline.project.logs.run_state import Journal
-from pipeline.project.stage_graph import Stage
-from pipeline.views.stage_tree import URGENCY, dag_picture, short_name
+from pipeline.views.stage_tree import URGENCY
 from pipeline.views.stages import StageState, State
 from tui.panes.plot.plot import sparkline
 from tui.services.pipeline_process import Running
@@ -35,9 +33,7 @@ NEXT = {  # what to press
     "failed": "Mend what it says, then S runs it again.",
     "died": "S or R resumes from its last checkpoint.",
 }
-ENDED = ("failed", "died", "stopped")  # states that name themselves in the tree
-MAX_NAME = 26  # cells of a name with its lines
-BAR, CURVE = 8, 24  # cells of a progress bar, and of the losses
+CURVE = 24  # cells of the losses
 LABEL = 5  # cells of the labels of facts
 
 Fact = tuple[str, str, str]  # label, text, style
@@ -133,40 +129,3 @@ def draw_facts(rows: Iterable[Fact], width: int) -> Iterator[Content]:
         for part in Content.styled(text, style).wrap(max(width - LABEL, 10)):
             yield Content.assemble(("" if label == before else label).ljust(LABEL), part)
             before = label
-
-
-# The picture
-
-
-def draw_picture(
-    stages: Mapping[str, Stage],
-    states: Mapping[str, StageState],
-    needs: Mapping[str, Sequence[str]],
-    chosen: str,
-) -> list[Content]:
-    """The DAG of the stages that make models, and a line of those that measure, of a group their
-    signs; a click on a stage ends the dialog with its name.
-    """
-    labels = {}
-    for name, stage in stages.items():
-        sign, style = look_of(states.get(name))
-        text = Content.assemble((f"{sign} ", style), short_name(stage))
-        if name == chosen:
-            text = text.stylize("reverse", 2)
-        labels[name] = text.stylize(Style.from_meta({"@click": f"screen.dismiss({name!r})"}))
-
-    models = [name for name, stage in stages.items() if not stage.is_measurement]
-    among = {name: [need for need in needs[name] if need in models] for name in models}
-    drawing, places = dag_picture({name: labels[name].plain for name in models}, among)
-    lines = [Content.styled(line, MUTED) for line in drawing]
-    for name, (row, column) in places.items():
-        line, label = lines[row], labels[name]
-        lines[row] = line[:column] + label + line[column + len(label) :]
-
-    last = Content("")
-    for name, stage in stages.items():
-        if stage.group:
-            last = (last or Content(f"{stage.group} ")) + labels[name][:2]
-        elif stage.is_measurement:
-            last += Content.assemble(("─▶ ", MUTED), labels[name], " ")
-    return [*lines, last] if last else lines

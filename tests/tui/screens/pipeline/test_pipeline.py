@@ -16,7 +16,7 @@ from pipeline.evaluation.metrics_diff import metrics_since_commit
 from pipeline.files import artifact
 from pipeline.views.stage_tree import GROUP
 from tests.helpers.extension import add_probes
-from tests.helpers.pilot import screen_opens, until
+from tests.helpers.pilot import until
 from tests.helpers.pipeline_screen import (
     below,
     brief_params,
@@ -35,7 +35,7 @@ from tests.helpers.pipeline_screen import (
 from tests.helpers.projects import METHODS, PIPELINE, load, make, save
 from tui.app import Workbench
 from tui.panes.pane import Pane
-from tui.screens.pipeline.screen import Picture, PipelineScreen
+from tui.screens.pipeline.screen import PipelineScreen
 from tui.widgets.header import Header
 
 SIZES = ((80, 24), (120, 40), (200, 60), (60, 16), (30, 8))
@@ -457,18 +457,6 @@ async def test_all_sizes_show_a_tree_and_a_pane_and_none_over_another(empty: Pat
                 ("?", "escape"),
             ):
                 await pilot.press(*keys)
-
-
-async def test_the_picture_of_the_dag_chooses_a_stage(empty: Path) -> None:
-    async with open_screen(empty) as (pilot, screen):
-        await pilot.press("v")
-        picture = await screen_opens(pilot, Picture)
-        await until(pilot, lambda: "○ pretrain ─▶ ○ expand_vocab" in picture.page.plain)
-        lines = picture.page.plain.splitlines()
-        row = next(number for number, line in enumerate(lines) if "○ merge" in line)
-        place = lines[row].index("merge"), row
-        await pilot.click(picture.page, offset=(place[0] + 3, place[1] + 2))
-        await until(pilot, lambda: title(screen, "facts").startswith("merge "))
 
 
 @pytest.mark.slow

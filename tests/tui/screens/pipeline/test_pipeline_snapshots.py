@@ -105,12 +105,3 @@ def test_a_param_that_is_wrong(snap_compare: Any, empty: Path, theme: str) -> No
         await pilot.press("enter", "0")
 
     assert snap_compare(app, terminal_size=(120, 40), run_before=before)
-
-
-@pytest.mark.usefixtures("every_state")
-def test_the_picture_of_the_dag(snap_compare: Any, empty: Path) -> None:
-    async def before(pilot: Pilot[Any]) -> None:
-        await wait_until_loaded(pilot)
-        await pilot.press("v")
-
-    assert snap_compare(Workbench(empty / "params.yaml"), terminal_size=(80, 24), run_before=before)

@@ -1,4 +1,4 @@
-"""What is said of a stage: in its row, in its facts, in the picture."""
+"""What is said of a stage: in its row, and in its facts."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,6 @@ from tui.screens.pipeline.stages import (
     MUTED,
     SIGNS,
     draw_facts,
-    draw_picture,
     facts,
     look_of,
 )
@@ -138,18 +137,3 @@ def test_facts_are_wrapped_beside_their_label_which_is_written_once() -> None:
         "     long",
         "run  done",
     ]
-
-
-def test_the_picture_has_the_sign_of_each_stage_and_a_click_names_it() -> None:
-    states = {"pretrain": StageState(STAGES["pretrain"], "current")}
-    lines = draw_picture(SHOWN, states, NEEDS, "pretrain")
-    text = "\n".join(line.plain for line in lines)
-    assert "✓ pretrain ─▶ · expand_vocab" in text
-    clicks = [
-        span.style.meta["@click"]
-        for line in lines
-        for span in line.spans
-        if not isinstance(span.style, str) and "@click" in span.style.meta
-    ]
-    assert sorted(clicks) == sorted(f"screen.dismiss('{name}')" for name in SHOWN)
-    assert lines[-1].plain.rstrip() == "probes · · ─▶ · overview"
