@@ -260,7 +260,8 @@ class _Cleaning:
         self.kept -= earlier.keys()
 
     def _leave_out(self, example: Example, reason: str, why: str) -> None:
-        text = " ".join(example.text[: 2 * LONGEST].split())
+        parts = (example.prompt or "", example.completion)
+        text = " ".join(" ".join(part[: 2 * LONGEST] for part in parts).split())
         self._note(reason, Dropped(example.line, why, text[:LONGEST]))
 
     def _note(self, reason: str, dropped: Dropped) -> None:

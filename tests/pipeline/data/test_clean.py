@@ -113,6 +113,11 @@ def test_of_equal_and_nearly_equal_rows_the_first_stays(tmp_path: Path) -> None:
     )
 
 
+def test_a_row_is_shown_with_its_prompt_and_its_answer_apart(tmp_path: Path) -> None:
+    _, done = cleaned(tmp_path, [*GOOD, GOOD[0]], "duplicates")
+    assert done.examples["duplicates"][0].text == "Where is my parcel? It left on Monday."
+
+
 def test_too_long_counts_tokens_as_training_does(tmp_path: Path) -> None:
     encoder = Encoder(tokenizer_with(tmp_path / "model"))
     rows: list[dict[str, Any]] = [*GOOD, {"q": "Why?", "a": "because " * 100}]
