@@ -278,7 +278,7 @@ class Table(Lines, Generic[R]):
         parts = []
         for column, width in self._widths:
             title = column.title
-            if column.title == self.sorted_by:
+            if column.order and column.title == self.sorted_by:
                 title += " ▼" if column.largest_first != self.reverse else " ▲"
             parts.append(fitted(_content(title), width, column.right))
         return Content(" " * GAP).join(parts)
