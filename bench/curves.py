@@ -88,9 +88,8 @@ async def _time_redraws() -> dict[str, float]:
                     found, is_top = log.series["loss"].visible(1, points, columns), log is logs[-1]
                     band = [column[:3] for column in found] if is_top else []
                     plain, style = [(c.x, c.mean) for c in found], look_style(look)
-                    quiet = number < dim
-                    named = "name", "1.0", look.sign, band
-                    lines.append(Line(plain, style, *named, bold=is_top, quiet=quiet))
+                    named = ("", "", "") if number < dim else ("name", "1.0", look.sign)
+                    lines.append(Line(plain, style, *named, band, bold=is_top))
                 return lines
 
             chart.show(series, Axis(range=(1, points)))

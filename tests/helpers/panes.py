@@ -5,11 +5,12 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from textual.app import App
+from textual.geometry import Size
 from textual.message import Message
 from textual.pilot import Pilot
 from textual.widget import Widget
 
-from tests.helpers.pilot import screen_text
+from tests.helpers.pilot import screen_text, until
 from tui.panes.table import Column, Table
 from tui.themes import DARK
 
@@ -63,7 +64,8 @@ class Panes:
 
     async def resize(self, width: int, height: int) -> None:
         await self.pilot.resize_terminal(width, height)
-        await self.pilot.pause()
+        size = Size(width, height)
+        await until(self.pilot, lambda: self.pilot.app.screen._compositor.size == size)
 
     async def click(self, widget: Widget, x: int, y: int) -> None:
         await self.pilot.click(widget, offset=(x, y))

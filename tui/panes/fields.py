@@ -60,11 +60,15 @@ class Field:
             case kind:
                 return _parse_scalar(kind, text)
 
+    @property
+    def steps_by_signs(self) -> bool:
+        """Whether + and − are never typed in it."""
+        return self.kind == "choice" or self.step in (counting, doubling)
+
     def stepped(self, text: str, by: int) -> str:
         """The next value of a choice, or of what steps; else the same."""
-        if self.step:
-            return self.step(text.strip() or self.placeholder, by)
-        return cycling(self.choices)(text.strip(), by) if self.choices else text
+        step = self.step or (cycling(self.choices) if self.choices else None)
+        return step(text.strip() or self.placeholder, by) if step else text
 
 
 class _YamlLoader(yaml.SafeLoader):
@@ -82,10 +86,9 @@ def _parse_scalar(kind: Kind, text: str) -> Any:
         "integer": int,
         "number": float,
     }
-    if kind not in kinds or not text.isascii():
-        return text.strip() if kind in ("text", "choice") else text
+    read = kinds.get(kind, str)
     try:
-        return kinds[kind](text.strip())
+        return read(text.strip()) if text.isascii() else text.strip()
     except (yaml.YAMLError, ValueError):
         return text
 
@@ -104,19 +107,15 @@ def parse_files(text: str) -> Any:
     """A path, or several as a list: each a path, or a mapping such as `{path: a.csv, weight:
     2}`.
     """
-    items = _parse_list(text)
-    for item in items:
-        if isinstance(item, dict) and isinstance(item.get("weight"), str):
-            item["weight"] = _parse_scalar("number", item["weight"])
-    return items if len(items) > 1 or (items and isinstance(items[0], dict)) else text.strip()
+    items = _parse_flow(f"[{text}]", _YamlLoader) or []
+    return (
+        items if len(items) > 1 or any(isinstance(item, dict) for item in items) else text.strip()
+    )
 
 
 def _parse_list(text: str) -> list[Any]:
-    """The items of a YAML list typed without brackets; empty if it is not one."""
-    try:
-        items = yaml.load(f"[{text}]", yaml.BaseLoader)  # reads all scalars as strings
-    except yaml.YAMLError:
-        return []
+    """The items of a YAML list typed without brackets, all as strings; empty if it is not one."""
+    items = _parse_flow(f"[{text}]", yaml.BaseLoader)
     return items if isinstance(items, list) else []
 
 
@@ -124,14 +123,20 @@ def parse_mapping(text: str) -> Any:
     """`v_proj: 8, fc1: 2` or `rank: [1, 2]` as a mapping, `{…}, {…}` as a list of them; any other
     text unchanged.
     """
+    if text.strip().startswith("{"):
+        items = _parse_flow(f"[{text}]", _YamlLoader) or [text]
+        return items[0] if len(items) == 1 else items
+    mapping = _parse_flow(f"{{{text}}}", _YamlLoader)
+    return text if mapping is None else mapping
+
+
+def _parse_flow(text: str, loader: type[Any]) -> Any:
+    """A list or mapping in one line of YAML; None if it is neither."""
     try:
-        if text.strip().startswith("{"):
-            items = yaml.load(f"[{text}]", _YamlLoader)
-            return items[0] if len(items) == 1 else items
-        items = yaml.load(f"{{{text}}}", _YamlLoader)
+        found = yaml.load(text, loader)
     except (yaml.YAMLError, ValueError):
-        return text
-    return items if isinstance(items, dict) else text
+        return None
+    return found if isinstance(found, list | dict) else None
 
 
 def format_value(value: Any) -> str:
@@ -173,7 +178,7 @@ def doubling(text: str, by: int) -> str:
     number = int(text)
     if by > 0:
         return str(1 << number.bit_length())
-    return str(max(1, 1 << max(0, (number - 1).bit_length() - 1)))
+    return str(1 << max(0, (number - 1).bit_length() - 1))
 
 
 def cycling(values: Sequence[str]) -> Step:

@@ -4,21 +4,20 @@ the value that is typed.
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from textual import on
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
 from textual.content import Content
-from textual.events import Click, Key
+from textual.events import Click
 from textual.geometry import Region
-from textual.message import Message
 from textual.suggester import SuggestFromList
 from textual.widget import Widget
 from textual.widgets import Input, Static
 
-from tui.panes.fields import Field, counting, doubling, format_value, to_yaml_value
-from tui.panes.lines import MOVE_KEYS, MUTED
+from tui.panes.fields import Field, format_value, to_yaml_value
+from tui.panes.lines import MOVE_KEYS, MUTED, FromPane
 from tui.panes.table import fitted
 
 MAX_LABELS = 24  # cells of the column of labels
@@ -35,28 +34,11 @@ class ValueInput(Input):
 
     def __init__(self) -> None:
         super().__init__(compact=True)
-        self._where: tuple[object, ...] = ()
-        self.field, self.display = Field(""), False
-
-    def refresh(
-        self, *regions: Region, repaint: bool = True, layout: bool = False, recompose: bool = False
-    ) -> Self:
-        """Skip the layout of the whole screen that Input does at every key: where it is is given."""
-        where = (self.styles.display, self.styles.offset, self.styles.width)
-        layout = layout and (not self.is_mounted or where != self._where)
-        self._where = where
-        if layout and self.is_mounted:
-            self.call_after_refresh(self._show_where)
-        return super().refresh(*regions, repaint=repaint, layout=layout, recompose=recompose)
-
-    def _show_where(self) -> None:
-        """Move the terminal's cursor along, by which input methods open their windows."""
-        if self.has_focus:
-            self.app.cursor_position = self.cursor_screen_offset
+        self.display = False
 
     def edit(self, field: Field, text: str) -> None:
         """Show the text of a field, all of it selected."""
-        self.field, self.placeholder, self.suggester = field, field.placeholder, None
+        self.placeholder, self.suggester = field.placeholder, None
         if field.choices:
             self.suggester = SuggestFromList(field.choices, case_sensitive=False)
         with self.prevent(Input.Changed):
@@ -65,10 +47,6 @@ class ValueInput(Input):
 
     def put(self, text: str) -> None:
         self.value, self.cursor_position = text, len(text)
-
-    async def _on_key(self, event: Key) -> None:
-        if self.field.step in (counting, doubling) and event.character in ("+", "-"):
-            event.prevent_default()  # they are keys of the form
 
 
 class Form(VerticalScroll):
@@ -92,27 +70,19 @@ class Form(VerticalScroll):
         Binding("shift+tab", "tab(-1)", "Field before", show=False),
         Binding("right", "sideways(1)", "Unfold, or the next value", show=False),
         Binding("left", "sideways(-1)", "Fold, or the value before", show=False),
-        Binding("plus", "step(1)", "Next value", show=False),
-        Binding("minus", "step(-1)", "Value before", show=False),
+        Binding("plus", "step(1)", "Next value", show=False, priority=True),
+        Binding("minus", "step(-1)", "Value before", show=False, priority=True),
         Binding("space", "fold", "Fold or unfold the group", show=False),
         Binding("enter,e", "open", "Edit", show=False),
         Binding("escape", "close", "keep as it was", id="form.keep"),
         Binding("ctrl+b", "reset", "Back to the field's default", show=False),
     ]
 
-    @dataclass
-    class About(Message):
-        form: "Form"
-
-        @property
-        def control(self) -> "Form":
-            return self.form
-
-    class Changed(About):
+    class Changed(FromPane):
         """What is typed has changed: in a field, or in any number of them by `fill`."""
 
     @dataclass
-    class Submitted(About):
+    class Submitted(FromPane):
         """Enter was pressed in a field; unless it is `always` typed in, with a valid value that is
         another than it had.
         """
@@ -121,12 +91,10 @@ class Form(VerticalScroll):
         text: str
 
     @dataclass
-    class Lost(About):
+    class Lost(FromPane):
         """A field was closed because something else is shown; what was typed is not written."""
 
-        key: str
-        text: str
-        unsaved: str  # both, as `unsaved` says them
+        unsaved: str  # as `unsaved` says it
 
     def __init__(
         self,
@@ -134,19 +102,18 @@ class Form(VerticalScroll):
         values: Mapping[str, Any] | None = None,
         *,
         always: bool = False,
-        nothing: str = "",
         id: str | None = None,  # as Textual names it
     ) -> None:
         super().__init__(id=id)
         self.can_focus = True
-        self.always, self.nothing = always, nothing
+        self.always = always
         self.fields: dict[str, Field] = {}
         self.given: dict[str, Any] = {}  # key → its value before one typed
+        self.texts: dict[str, str] = {}  # key → as typed
         self.key = ""  # of the line that the cursor is on
         self.unfolded = set[str]()
         self.needle = ""
         self.input = ValueInput()
-        self.texts: dict[str, str] = {}  # key → as typed
         self._limit: Collection[str] | None = None
         self._problems: Mapping[str, str] = {}
         self._matches: list[tuple[str, str]] = []
@@ -154,7 +121,7 @@ class Form(VerticalScroll):
         # How it is drawn
         self._text = Static()
         self._tops: dict[str, int] = {}  # key → number of its line
-        self._labels = self._height = self._below = 0
+        self._labels = self._height = 0
         self._take(fields, values)
 
     def compose(self) -> Iterable[Widget]:
@@ -162,9 +129,7 @@ class Form(VerticalScroll):
         yield self.input
 
     def on_mount(self) -> None:
-        if self.always:
-            self._edit()
-        self._go_to(self.key)
+        self._go_to(self.key, again=True)
 
     # What is shown
 
@@ -185,7 +150,7 @@ class Form(VerticalScroll):
         if not again:
             self.key = ""
             self.scroll_home(animate=False)
-        typed = {self.key: self.input.value} if self.is_typing and self.key else {}
+        typed = {self.key: self.input.value} if self.is_typing else {}
         self._take(fields, values)
         self.texts |= typed
         self._go_to(self.key)
@@ -199,9 +164,7 @@ class Form(VerticalScroll):
         """Give fields other values; posts one Changed."""
         self.given |= values
         self.texts |= {key: format_value(value) for key, value in values.items()}
-        if self.always:
-            self._edit()
-        self._go_to(self.key)
+        self._go_to(self.key, again=True)
         self.post_message(self.Changed(self))
 
     def limit(self, keys: Collection[str] | None) -> None:
@@ -216,14 +179,12 @@ class Form(VerticalScroll):
         """What only the owner knows: what is wrong with fields together, what empty ones stand
         for.
         """
-        fields = dict(self.fields)
+        self._problems = problems
         for key, text in (placeholders or {}).items():
-            fields[key] = replace(fields[key], placeholder=text)
-        if (problems, fields) != (self._problems, self.fields):
-            self._problems, self.fields = problems, fields
-            if field := self.field:
-                self.input.placeholder = field.placeholder
-            self._draw()
+            self.fields[key] = replace(self.fields[key], placeholder=text)
+        if field := self.field:
+            self.input.placeholder = field.placeholder
+        self._draw()
 
     def filter(self, text: str) -> None:
         """Show only fields whose label, value or meaning has `text`, whatever the case."""
@@ -280,32 +241,25 @@ class Form(VerticalScroll):
     def step(self, key: str, by: int) -> None:
         """Give a field the next of its values, or the one before."""
         self._keep_typed()
-        field = self.fields[key]
-        self.put(key, field.stepped(self.texts[key].strip() or field.placeholder, by))
+        self.put(key, self.fields[key].stepped(self.texts[key], by))
 
     # Typing
 
-    def _edit(self) -> None:
-        """Lay the input over the cursor's value; while one chooses, the form has the focus."""
-        field = self.field
-        typed = field is not None and not (self.always and field.kind == "choice")
-        has_focus = self._has_focus
-        if field and typed:
-            self.input.edit(field, self.texts[field.key])
-            self.input.display = True
-        self.can_focus = not (self.always and typed)
-        self.input.can_focus = typed
+    def _type(self, is_open: bool) -> None:
+        """Lay the input over the cursor's value, or take it away."""
+        has_focus = self.has_focus_within
+        if is_open and self.field:
+            self.input.edit(self.field, self.texts[self.key])
+        self.input.display = is_open
+        self.can_focus = not (self.always and is_open)
         if has_focus:
-            self.screen.set_focus(self.input if typed else self)
-        self.input.display = typed
+            self.take_focus()
+        self._draw()
+        self.refresh_bindings()
 
     def take_focus(self) -> None:
         """Let the next keys go to the cursor's field."""
         self.screen.set_focus(self.input if self.is_typing else self)
-
-    @property
-    def _has_focus(self) -> bool:
-        return self.is_attached and self.screen.focused in (self, self.input)
 
     def _keep_typed(self) -> None:
         """Keep what is typed: its message may still be on the way."""
@@ -331,7 +285,7 @@ class Form(VerticalScroll):
         if self._matches:
             self._choose(self._match)
         elif self.always or (self.edited(self.key) and not self.problem(self.key)):
-            self.post_message(self.Submitted(self, self.key, self.input.value))
+            self._submit()
         elif not self.edited(self.key):
             self.close()
 
@@ -342,46 +296,42 @@ class Form(VerticalScroll):
             self.input.put(text)
         self._keep_typed()
         self._draw()
-        self.post_message(self.Submitted(self, self.key, text))
+        self._submit()
+
+    def _submit(self) -> None:
+        self.post_message(self.Submitted(self, self.key, self.texts[self.key]))
 
     def action_open(self) -> None:
         """Open the cursor's field, or fold or unfold the group."""
         if self.field is None:
             self.action_fold()
         elif self.always:
-            self.post_message(self.Submitted(self, self.key, self.texts[self.key]))
+            self._submit()
         else:
-            self._edit()
-            self._draw()
-            self.refresh_bindings()
+            self._type(True)
 
     def close(self) -> None:
         """Close the field that is open, with the value that it had."""
-        if self.always or not self.is_typing:
-            return
-        if self.key in self.fields:
+        if self.is_typing and not self.always:
             self.texts[self.key] = format_value(self.given[self.key])
-        if self.input.has_focus:
-            self.screen.set_focus(self)
-        self.input.display = False
-        self._draw()
-        self.refresh_bindings()
+            self._type(False)
 
     action_close = close
 
     def _lose(self) -> None:
         """Close the field because something else is shown."""
         if unsaved := self.unsaved():
-            self.post_message(self.Lost(self, self.key, self.texts[self.key], unsaved))
+            self.post_message(self.Lost(self, unsaved))
         self.close()
 
     # The cursor
 
-    def _go_to(self, key: str) -> None:
+    def _go_to(self, key: str, again: bool = False) -> None:
         """Move the cursor to a line, else to the one that is now where it was."""
         if not self.is_attached:
             return
-        self._keep_typed()
+        if not again:
+            self._keep_typed()
         stops, before = self._stops(), self.key
         if key not in stops:
             at = list(self._tops).index(before) if before in self._tops else 0
@@ -389,12 +339,21 @@ class Form(VerticalScroll):
         if key != before:
             self._lose()
             self.key, self._matches = key, []
-            if self.always:
-                self._edit()
+        if self.always and (again or key != before):
+            self._type(self.field is not None and self.field.kind != "choice")
         self._draw()
-        height = min(1 + self._below, max(self.size.height, 1))
-        region = Region(0, self._tops.get(key, 0), 1, height)
-        self.call_after_refresh(self.scroll_to_region, region, animate=False, force=True)
+        self.call_after_refresh(self._show_cursor)
+
+    def _show_cursor(self) -> None:
+        """Scroll to the line, and move the terminal's cursor along, by which input methods open
+        their windows.
+        """
+        top = self._tops.get(self.key, 0)
+        following = (each for each in self._tops.values() if each > top)
+        height = min(next(following, self._height) - top, max(self.size.height, 1))
+        self.scroll_to_region(Region(0, top, 1, height), animate=False, force=True)
+        if self.input.has_focus:
+            self.app.cursor_position = self.input.cursor_screen_offset
 
     def _further(self, by: int) -> str:
         """The key of the line so many below or above."""
@@ -409,8 +368,10 @@ class Form(VerticalScroll):
             case "tab":
                 by = 1 if parameters == (1,) else -1
                 return self.always and self._further(by) != self.key
-            case "step" | "fold":
-                return self.always == (action == "step")
+            case "step":
+                return self.always and self.field is not None and self.field.steps_by_signs
+            case "fold":
+                return not self.always
             case "close":
                 return self.is_typing and not self.always
         return super().check_action(action, parameters)
@@ -468,9 +429,9 @@ class Form(VerticalScroll):
             self.put(field.key, format_value(field.default))
 
     def on_click(self, event: Click) -> None:
-        x, y = event.screen_offset - self._text.region.offset
-        if self.is_typing and self.input.region.contains_point(event.screen_offset):
+        if event.widget is self.input:
             return
+        x, y = event.screen_offset - self._text.region.offset
         match = y - self._tops.get(self.key, 0) - 1
         if 0 <= match < len(self._matches):
             self._choose(match)
@@ -478,12 +439,12 @@ class Form(VerticalScroll):
         before, start = self.key, x - LEFT - self._labels - 1
         above = [key for key, top in self._tops.items() if top <= y]
         self._go_to(above[-1] if above else before)
-        if not self.always and self.key == before:
-            self.action_open()
-        elif self.always:
+        if self.always:
             self.take_focus()
             if not self.is_typing and start >= 0:
                 self.action_step(-1 if start < 2 else 1)
+        elif self.key == before:
+            self.action_open()
 
     # How it is drawn
 
@@ -495,15 +456,18 @@ class Form(VerticalScroll):
         self._matches = []
         self._draw()
 
-    def _rows(self) -> list[Field | str]:
-        """Fields in no group, then the groups: a name each, and below it, unless folded, fields."""
+    def _rows(self) -> list[Field]:
+        """Fields in no group, then the groups: a head each, and below it, unless folded, fields."""
         fields = [field for field in self.fields.values() if self._is_shown(field)]
-        rows: list[Field | str] = [field for field in fields if not field.group]
+        rows = [field for field in fields if not field.group]
         for group in dict.fromkeys(field.group for field in fields if field.group):
-            rows.append(group)
-            if self.always or self.needle or group in self.unfolded:
+            rows.append(Field(head_key(group), label=group))
+            if self._is_unfolded(group):
                 rows += [field for field in fields if field.group == group]
         return rows
+
+    def _is_unfolded(self, group: str) -> bool:
+        return self.always or bool(self.needle) or group in self.unfolded
 
     def _is_shown(self, field: Field) -> bool:
         if self._limit is not None and field.key not in self._limit:
@@ -513,39 +477,35 @@ class Form(VerticalScroll):
 
     def _stops(self) -> list[str]:
         """The keys of the lines that the cursor can be on."""
-        rows = self._rows()
-        return [_key(row) for row in rows if isinstance(row, Field) or not self.always]
+        return [row.key for row in self._rows() if row.key in self.fields or not self.always]
 
     def _draw(self) -> None:
         """Draw all lines: as one text it takes a millisecond."""
         if not self.is_attached:
             return
         width, rows = self.scrollable_content_region.width or 60, self._rows()
-        labels = [_label(row, self.always) for row in rows if isinstance(row, Field)]
-        self._labels = min(MAX_LABELS, max(map(len, labels), default=0), (width + 1) // 2)
-        below, heads = self._said(width), sum(isinstance(row, str) for row in rows)
-        is_roomy = len(rows) + heads + len(below) < self.size.height
+        labels = [len(_label(row, self.always)) for row in rows if row.key in self.fields]
+        self._labels = min(MAX_LABELS, max(labels, default=0), (width + 1) // 2)
+        said, heads = self._said(width), len(rows) - len(labels)
+        is_roomy = len(rows) + heads + len(said) < self.size.height
         lines, self._tops = list[Content](), {}
         for row in rows:
-            if isinstance(row, str) and self.always:
-                lines += [Content(), Content.styled(f" {row}", f"bold {MUTED}")] * is_roomy
+            key, is_head = row.key, row.key not in self.fields
+            if is_head and self.always:
+                lines += [Content(), Content.styled(f" {row.title}", f"bold {MUTED}")] * is_roomy
                 continue
-            key = _key(row)
             self._tops[key] = len(lines)
-            line = self._head(row) if isinstance(row, str) else self._line(row, width)
+            lines.append(self._head(row.title) if is_head else self._line(row, width))
             if key == self.key and not self.always:
-                style = LIT if self._has_focus else "on $block-cursor-blurred-background"
-                lines += [line.pad_right(width - line.cell_length).stylize(style), *below]
-            else:
-                lines.append(line)
+                style = LIT if self.has_focus_within else "on $block-cursor-blurred-background"
+                lines[-1] = fitted(lines[-1], width).stylize(style)
+                lines += said
             if key == self.key:
                 lines += self._match_lines(width)
-        if self.always and below:
-            lines += [Content(), *below]
-        if not rows:
-            lines = [Content.styled(self.nothing, MUTED)]
+        if self.always and said:
+            lines += [Content(), *said]
         self._text.update(Content("\n").join(lines), layout=len(lines) != self._height)
-        self._height, self._below = len(lines), 0 if self.always else len(below)
+        self._height = len(lines)
         self.input.styles.offset = (LEFT + self._labels + 1, self._tops.get(self.key, 0))
         self.input.styles.width = self._room(self.field, width)
 
@@ -557,39 +517,37 @@ class Form(VerticalScroll):
         return min(room, NOTED) if self.always and field and field.note else room
 
     def _head(self, group: str) -> Content:
-        members = [field for field in self.fields.values() if field.group == group]
-        sign = "▾" if self.needle or group in self.unfolded else "▸"
-        return Content(f"{sign} {group} ({sum(map(self._is_shown, members))})")
+        shown = filter(self._is_shown, self.fields.values())
+        count = sum(field.group == group for field in shown)
+        return Content(f"{'▾' if self._is_unfolded(group) else '▸'} {group} ({count})")
 
     def _line(self, field: Field, width: int) -> Content:
         is_here = field.key == self.key
         is_checked = self.always or (is_here and self.is_typing)
-        bad, style = is_checked and bool(self.problem(field.key)), ""
-        if bad:
+        sign, style = Content.styled(field.sign, "$text-warning"), ""
+        if self.always:
+            style = "bold" if is_here and self.has_focus_within else MUTED
+        if is_checked and self.problem(field.key):
             style = "bold $text-error"
-        elif self.always:
-            style = "bold" if is_here and self._has_focus else MUTED
-        sign = Content.styled("✗", style) if bad else Content.styled(field.sign, "$text-warning")
+            sign = Content.styled("✗", style)
         label = fitted(Content(_label(field, self.always)), self._labels).stylize(style)
         note = field.note if isinstance(field.note, Content) else Content.styled(field.note, MUTED)
-        (value, look), room = self._value(field, is_here), self._room(field, width)
+        text, look = self._value(field, is_here)
+        value = Content(text)
         if self.always:
-            value = fitted(value, room)
-        elif note:
-            room -= min(note.cell_length, 24) + 1
-        value = value.truncate(max(room, 6), ellipsis=True).stylize(look)
-        parts = fitted(sign, LEFT), label, " ", value, " " * bool(note), note
+            value = fitted(value, self._room(field, width))
+        parts = fitted(sign, LEFT), label, " ", value.stylize(look), " " * bool(note), note
         return Content.assemble(*parts).truncate(width, ellipsis=True)
 
-    def _value(self, field: Field, is_here: bool) -> tuple[Content, str]:
+    def _value(self, field: Field, is_here: bool) -> tuple[str, str]:
         """The value as it is drawn, and its style."""
         text, style = self.texts[field.key].replace("\n", "↵"), MUTED if field.quiet else ""
         if field.kind == "choice" and self.always:
-            chosen = Content(f"‹ {field.names.get(text, text)} ›")
-            return chosen, f"bold {LIT}" if is_here and self._has_focus else ""
+            style = f"bold {LIT}" if is_here and self.has_focus_within else ""
+            return f"‹ {field.names.get(text, text)} ›", style
         if not text:
             text, style = field.placeholder or "–", MUTED
-        return Content(text), f"{style} on $boost" if self.always else style
+        return text, f"{style} on $boost" if self.always else style
 
     def _match_lines(self, width: int) -> Iterable[Content]:
         for number, (text, about) in enumerate(self._matches):
@@ -619,10 +577,6 @@ class Form(VerticalScroll):
 def head_key(group: str) -> str:
     """The key of a group's head, which no field has."""
     return f"({group})"
-
-
-def _key(row: Field | str) -> str:
-    return row.key if isinstance(row, Field) else head_key(row)
 
 
 def _label(field: Field, always: bool) -> str:

@@ -1,23 +1,48 @@
 """A scrolled list of lines of any length, of which only those that are seen are drawn."""
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 from textual.binding import Binding, BindingType
 from textual.content import Content
 from textual.events import Resize
 from textual.geometry import Size
+from textual.message import Message
 from textual.scroll_view import ScrollView
 from textual.selection import Selection
 from textual.strip import Strip
 from textual.style import Style
 from textual.visual import Visual
+from textual.widget import Widget
 
 # In a stylesheet it is $text-muted, which a Content would draw in white.
 MUTED = "$foreground-muted"
 
 
+MOVE_KEYS: tuple[BindingType, ...] = (
+    Binding("down,j", "move(1)", "Down", show=False),
+    Binding("up,k", "move(-1)", "Up", show=False),
+    Binding("pagedown", "page(1)", "Page down", show=False),
+    Binding("pageup", "page(-1)", "Page up", show=False),
+    Binding("home,g", "first", "First", show=False),
+    Binding("end,G", "last", "Last", show=False),
+)
+
+
+@dataclass
+class FromPane(Message):
+    """A message that `on` chooses by the widget that it is from."""
+
+    widget: Widget
+
+    @property
+    def control(self) -> Widget:
+        return self.widget
+
+
 class Lines(ScrollView, can_focus=True):
-    """Subclasses implement `line` and `lay_out`, and call `refresh` when lines look otherwise.
+    """Subclasses implement `line`, `lay_out` and `action_move`, and call `refresh` when lines look
+    otherwise.
 
     With `head_height` 1 the line `head` stays at the top.
     """
@@ -28,16 +53,10 @@ class Lines(ScrollView, can_focus=True):
         & > .lines--head { color: $text-muted; text-style: bold; }
         & > .lines--cursor { background: $block-cursor-blurred-background; }
         &:focus > .lines--cursor { background: $block-cursor-background; color: $block-cursor-foreground; }
-        & > .lines--match { background: $warning-muted; }
-        & > .lines--found { background: $warning; color: $background; }
     }
     """
-    COMPONENT_CLASSES: ClassVar[set[str]] = {
-        "lines--head",
-        "lines--cursor",
-        "lines--match",
-        "lines--found",
-    }
+    COMPONENT_CLASSES: ClassVar[set[str]] = {"lines--head", "lines--cursor"}
+    BINDINGS: ClassVar[list[BindingType]] = [*MOVE_KEYS]
     head_height = 0
 
     def lay_out(self) -> None:
@@ -96,6 +115,19 @@ class Lines(ScrollView, can_focus=True):
         if wanted != top and self.scrollable_content_region.height:
             self.scroll_to(y=wanted, animate=False, force=True)
 
+    def action_move(self, by: int) -> None:
+        """Move by so many lines."""
+        raise NotImplementedError
+
+    def action_page(self, by: int) -> None:
+        self.action_move(by * max(self.page_height - 1, 1))
+
+    def action_first(self) -> None:
+        self.action_move(-self.line_count)
+
+    def action_last(self) -> None:
+        self.action_move(self.line_count)
+
     def refresh_number(self, number: int) -> None:
         """Draw a line again."""
         self.refresh_line(number + self.head_height)
@@ -141,13 +173,3 @@ def wrapped(line: Content, width: int) -> list[Content]:
     """A line in lines of at most `width` cells, or of 2 where it is less."""
     line = line.expand_tabs()
     return [line] if line.cell_length <= width else line.wrap(width)
-
-
-MOVE_KEYS: tuple[BindingType, ...] = (
-    Binding("down,j", "move(1)", "Down", show=False),
-    Binding("up,k", "move(-1)", "Up", show=False),
-    Binding("pagedown", "page(1)", "Page down", show=False),
-    Binding("pageup", "page(-1)", "Page up", show=False),
-    Binding("home,g", "first", "First", show=False),
-    Binding("end,G", "last", "Last", show=False),
-)

@@ -17,8 +17,8 @@ class Menu(ModalScreen[str | None]):
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape,q", "dismiss(None)", "Close"),
-        Binding("j", "cursor_down", "Down", show=False),
-        Binding("k", "cursor_up", "Up", show=False),
+        Binding("j", "focused.cursor_down", "Down", show=False),
+        Binding("k", "focused.cursor_up", "Up", show=False),
     ]
 
     def __init__(self, title: str, choices: Mapping[str, str | Content], chosen: str = "") -> None:
@@ -34,17 +34,8 @@ class Menu(ModalScreen[str | None]):
 
     def on_mount(self) -> None:
         if self._chosen in self._choices:
-            self._list.highlighted = list(self._choices).index(self._chosen)
-
-    @property
-    def _list(self) -> OptionList:
-        return self.query_one(OptionList)
-
-    def action_cursor_down(self) -> None:
-        self._list.action_cursor_down()
-
-    def action_cursor_up(self) -> None:
-        self._list.action_cursor_up()
+            chosen = list(self._choices).index(self._chosen)
+            self.query_one(OptionList).highlighted = chosen
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
         self.dismiss(event.option_id)

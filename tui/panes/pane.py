@@ -6,15 +6,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from rich.cells import cell_len
 from textual import on
 from textual.binding import Binding, BindingsMap
 from textual.containers import Vertical
 from textual.content import Content
 from textual.events import Resize
-from textual.message import Message
 from textual.widget import Widget
 from textual.widgets import Input
+
+from tui.panes.lines import FromPane
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,10 @@ class Pane(Vertical):
     """
 
     @dataclass
-    class Filtered(Message):
+    class Filtered(FromPane):
         """What the pane is narrowed to has changed, and nothing in it has a filter of its own."""
 
-        pane: "Pane"
         text: str
-
-        @property
-        def control(self) -> "Pane":
-            return self.pane
 
     def __init__(
         self,
@@ -100,25 +95,23 @@ class Pane(Vertical):
 
     def show_keys(self) -> None:
         """Show the keys in the border, as many as its width holds."""
-        shown, used, before = list[Content](), 0, self.actions_in_border
-        self.actions_in_border = set()
-        for action, key, label in self._keys():
-            used += cell_len(f"{key} {label}  ")
-            if used > self.size.width - 2:
+        keys = [
+            (binding.action, self.app.get_key_display(binding), binding.description.lower())
+            for binding in self.about.keys
+            if binding.show
+        ]
+        if self.filter_field:
+            keys.append(("filter", "/", self.about.filters))
+        line, before, self.actions_in_border = Content(), self.actions_in_border, set()
+        for action, key, label in keys:
+            shown = Content.assemble("  " * bool(line), (key, "bold"), f" {label}")
+            if line.cell_length + shown.cell_length > self.size.width - 4:
                 break
-            shown.append(Content.assemble((key, "bold"), f" {label}"))
+            line += shown
             self.actions_in_border.add(action)
-        self.border_subtitle = Content("  ").join(shown)
+        self.border_subtitle = line
         if self.actions_in_border != before:
             self.screen.refresh_bindings()  # the line at the bottom leaves them out
-
-    def _keys(self) -> Iterable[tuple[str, str, str]]:
-        """Action, key and label of the keys that the border shows."""
-        for binding in self.about.keys:
-            if binding.show:
-                yield binding.action, self.app.get_key_display(binding), binding.description.lower()
-        if self.filter_field:
-            yield "filter", "/", self.about.filters
 
     def show_title(self, *facts: Content | str, title: str = "") -> None:
         """Show the title, and facts after it: `Runs  3 of 9`."""

@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, ClassVar, Generic, TypeVar
 
+from textual import work
 from textual.binding import Binding, BindingType
 from textual.content import Content
 from textual.events import Click
-from textual.message import Message
 
-from tui.panes.lines import MOVE_KEYS, MUTED, Lines, wrapped
+from tui.panes.lines import MUTED, FromPane, Lines, wrapped
 from tui.panes.menu import Menu
 
 R = TypeVar("R")
@@ -51,7 +52,6 @@ class Table(Lines, Generic[R]):
     ALLOW_SELECT = False  # a double click would select all
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        *MOVE_KEYS,
         Binding("enter", "open", "Open", show=False),
         Binding("space", "choose", "Choose", show=False),
         Binding("left", "sideways(-1)", "Fold, or to the left", show=False),
@@ -62,15 +62,10 @@ class Table(Lines, Generic[R]):
     ]
 
     @dataclass
-    class Pointed(Message):
+    class Pointed(FromPane):
         """The cursor is on another row, or the row was shown anew."""
 
-        table: "Table[Any]"
         row: Any
-
-        @property
-        def control(self) -> "Table[Any]":
-            return self.table
 
     class Opened(Pointed):
         """Enter was pressed on a row, or it was clicked where the cursor is."""
@@ -92,7 +87,8 @@ class Table(Lines, Generic[R]):
         id: str | None = None,  # as Textual names it
     ) -> None:
         super().__init__(id=id)
-        self._key, self._columns, self._above = key, columns, parent
+        self._key, self._columns = key, columns
+        self._folds, self._above = parent is not None, parent or (lambda _: None)
         self._words = words or self._shown_words
         self.nothing = nothing  # a sentence in place of no rows
         self.head_height, self._sideways = int(titles), sideways
@@ -127,7 +123,10 @@ class Table(Lines, Generic[R]):
     @property
     def pointed(self) -> R | None:
         """The row that the cursor is on."""
-        return self.shown[self.cursor] if self.cursor < len(self.shown) else None
+        return self._row(self.cursor)
+
+    def _row(self, line: int) -> R | None:
+        return self.shown[line] if line < len(self.shown) else None
 
     @property
     def columns(self) -> Sequence[Column[R]]:
@@ -140,7 +139,7 @@ class Table(Lines, Generic[R]):
 
     def point(self, key: Hashable) -> bool:
         """Move the cursor to a row, and unfold what it is in. False if there is none."""
-        if self.folded and self._above:
+        if self.folded:
             parents = (self._above(row) for row in self.rows if self._key(row) == key)
             self.folded.discard(next(parents, None))
             self._arrange()
@@ -151,14 +150,11 @@ class Table(Lines, Generic[R]):
 
     def _line_of(self, key: Hashable) -> int | None:
         """The line of the row with this key."""
-        if self._has_key(self.cursor, key):
-            return self.cursor
-        lines = (number for number in range(len(self.shown)) if self._has_key(number, key))
-        return next(lines, None)
-
-    def _has_key(self, line: int, key: Hashable) -> bool:
-        row = self.shown[line] if line < len(self.shown) else None
-        return row is not None and self._key(row) == key
+        for line in chain([self.cursor], range(len(self.shown))):
+            row = self._row(line)
+            if row is not None and self._key(row) == key:
+                return line
+        return None
 
     def filter(self, text: str) -> None:
         """Show only rows with all words of `text`, whatever the case, and the heads above them,
@@ -167,7 +163,7 @@ class Table(Lines, Generic[R]):
         self.needle = text.casefold()
         self._arrange()
         needles = self.needle.split()
-        if self._above and self.pointed is not None and not self._fits(self.pointed, needles):
+        if self.pointed is not None and not self._fits(self.pointed, needles):
             fitting = (at for at, row in enumerate(self.shown) if self._fits(row, needles))
             self.go_to(next(fitting, 0))
 
@@ -179,12 +175,11 @@ class Table(Lines, Generic[R]):
 
     def _arrange(self, line: int | None = None) -> None:
         """Find the rows to show; the cursor stays on its row, or goes to a line."""
-        before, at = self.pointed, self.cursor if line is None else line
+        before, at = self.pointed, line
         self.shown = self._shown_rows()
         if line is None and before is not None:
-            found = self._line_of(self._key(before))
-            at = at if found is None else found
-        at = min(max(at, 0), max(len(self.shown) - 1, 0))
+            at = self._line_of(self._key(before))
+        at = self._nearest(self.cursor if at is None else at)
         has_moved, self.cursor = at != self.cursor, at
         self._measure()
         if has_moved:
@@ -192,36 +187,42 @@ class Table(Lines, Generic[R]):
         if self.pointed is not self._told:
             self._tell()
 
+    def _nearest(self, line: int) -> int:
+        """A line, or the first or last."""
+        return max(min(line, len(self.shown) - 1), 0)
+
     def _tell(self) -> None:
-        """Post the row that the cursor is on, unless it is not read yet."""
         self._told = self.pointed
-        if self._told is not None:
-            self.post_message(self.Pointed(self, self._told))
+        self._post(self.Pointed)
+
+    def _post(self, kind: type[Pointed]) -> None:
+        """Post a message about the row that the cursor is on, unless it is not read yet."""
+        if self.pointed is not None:
+            self.post_message(kind(self, self.pointed))
 
     def _shown_rows(self) -> Sequence[R]:
-        rows, parent, needles = self.rows, self._above, self.needle.split()
+        rows, key, above, needles = self.rows, self._key, self._above, self.needle.split()
         columns = (column for column in self._columns if column.order)
         column = next((column for column in columns if column.title == self.sorted_by), None)
         if needles or column:
             rows = [row for row in rows if row is not None]
         if needles:
             fitting = [row for row in rows if self._fits(row, needles)]
-            keys = {self._key(row) for row in fitting}
-            if parent:
-                keys |= {parent(row) for row in fitting}
-            rows = [row for row in rows if self._key(row) in keys]
-        elif self.folded and parent and not column:
-            rows = [row for row in rows if parent(row) not in self.folded]
-        if column is None:
-            return rows
-        if parent:
-            heads = {parent(row) for row in self.rows}
-            rows = [row for row in rows if self._key(row) not in heads]
-        return sorted_rows(rows, column, self.reverse)
+            keys = {each(row) for each in (key, above) for row in fitting}
+            rows = [row for row in rows if key(row) in keys]
+        elif self.folded and not column:
+            rows = [row for row in rows if above(row) not in self.folded]
+        if column:
+            heads = self._heads()
+            rows = sorted_rows([row for row in rows if key(row) not in heads], column, self.reverse)
+        return rows
+
+    def _heads(self) -> set[Hashable]:
+        """The keys of rows that others are folded below."""
+        return {self._above(row) for row in self.rows if row is not None}
 
     def _fits(self, row: R, needles: Sequence[str]) -> bool:
-        words = self._words(row).casefold()
-        return all(needle in words for needle in needles)
+        return all(needle in self._words(row).casefold() for needle in needles)
 
     def _shown_words(self, row: R) -> str:
         return "\n".join(str(column.cell(row)) for column in self._columns)
@@ -234,36 +235,36 @@ class Table(Lines, Generic[R]):
 
     def _measure(self) -> None:
         """Choose the columns that there is room for, and their widths."""
-        wanted = {column: self._width_of(column) for column in self._columns}
+        widest = {column: column.width or self._widest(column) for column in self._columns}
         room, widths = self.width + GAP, dict[Column[R], int]()
         for column in sorted(self._columns, key=lambda column: column.rank):
-            is_open = column.fills and not column.width
-            width = min(wanted[column], LEAST) if is_open else wanted[column]
+            width = min(widest[column], LEAST) if column.fills else widest[column]
             if column.rank and room < width + GAP:
                 break
             widths[column] = width
             room -= width + GAP
         for column, width in widths.items():
             if column.fills:
-                more = room if column.width else min(wanted[column] - width, room)
-                # rather cut short than moved sideways, unless nothing of it would be seen
-                widths[column] += more if width + more >= LEAST // 2 else 0
-                room -= more
+                more = room if column.width else min(widest[column] - width, room)
+                widths[column] += max(more, 0)
+                room -= max(more, 0)
         self._widths = [(column, widths[column]) for column in self._columns if column in widths]
+        self._set_lines()
+
+    def _set_lines(self) -> None:
+        """Find the lines: the rows, or a sentence in place of them."""
         nothing = self.nothing
         if isinstance(nothing, str):
             nothing = Content.styled(nothing, MUTED)
         self._sentence = wrapped(nothing, max(self.width, LEAST)) if nothing else []
-        total = sum(width + GAP for _, width in self._widths) - GAP
         if self.shown:
-            self.set_size(max(total, 0), len(self.shown))
+            total = sum(width + GAP for _, width in self._widths)
+            self.set_size(max(total - GAP, 0), len(self.shown))
         else:
             self.set_size(0, len(self._sentence))
 
-    def _width_of(self, column: Column[R]) -> int:
-        """Cells of a column: as many as it wants, or as its widest text has."""
-        if column.width:
-            return column.width
+    def _widest(self, column: Column[R]) -> int:
+        """Cells of the widest text in a column."""
         rows = self.shown
         if len(rows) > 2 * MEASURED:
             rows = [*rows[:MEASURED], *rows[-MEASURED:]]
@@ -305,7 +306,7 @@ class Table(Lines, Generic[R]):
 
     def go_to(self, line: int) -> None:
         """Move the cursor to a line."""
-        line = min(max(line, 0), max(len(self.shown) - 1, 0))
+        line = self._nearest(line)
         if line == self.cursor:
             return
         self.refresh_number(self.cursor)
@@ -317,36 +318,22 @@ class Table(Lines, Generic[R]):
     def action_move(self, by: int) -> None:
         self.go_to(self.cursor + by)
 
-    def action_page(self, by: int) -> None:
-        self.go_to(self.cursor + by * max(self.page_height - 1, 1))
-
-    def action_first(self) -> None:
-        self.go_to(0)
-
-    def action_last(self) -> None:
-        self.go_to(len(self.shown) - 1)
-
     def action_open(self) -> None:
-        if self.pointed is not None:
-            self.post_message(self.Opened(self, self.pointed))
+        self._post(self.Opened)
 
     def action_choose(self) -> None:
-        if self.pointed is not None:
-            self.post_message(self.Chosen(self, self.pointed))
+        self._post(self.Chosen)
 
     def fold(self, key: Hashable, folded: bool) -> None:
         """Fold or unfold what is below a row; the cursor goes to that row."""
-        line = self._line_of(key)
-        if folded and line is not None:
-            self.go_to(line)
+        line = self._line_of(key) if folded else None
         (self.folded.add if folded else self.folded.discard)(key)
-        self._arrange()
+        self._arrange(line)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Keys without an effect here go on to the screen."""
         if action == "sideways":
-            wide = self.virtual_size.width > self.width
-            return self._sideways and (self._above is not None or wide)
+            return self._sideways and (self._folds or self.virtual_size.width > self.width)
         if action in ("sort", "sort_beside"):
             return any(column.order for column in self._columns)
         return super().check_action(action, parameters)
@@ -354,23 +341,21 @@ class Table(Lines, Generic[R]):
     def action_sideways(self, by: int) -> None:
         """Fold or unfold the row, or what it is in; a table without folds scrolls."""
         row = self.pointed
-        if self._above is None:
+        if not self._folds:
             self.scroll_relative(x=by * 8, animate=False)
         elif row is not None and not self.sorted_by:
-            heads = {self._above(each) for each in self.rows}
-            key = self._key(row) if self._key(row) in heads else self._above(row)
-            if key is not None and (key in self.folded) != (by < 0):
+            key = self._key(row) if self._key(row) in self._heads() else self._above(row)
+            if key is not None:
                 self.fold(key, by < 0)
 
-    def action_sort(self) -> None:
+    @work
+    async def action_sort(self) -> None:
         choices = {UNSORTED: "as they came"}
         for column in self._columns:
             if column.order:
                 again = "  (again: the other way)" if column.title == self.sorted_by else ""
                 choices[column.title] = f"{column.title}{again}"
-        self.app.push_screen(Menu("Sort by", choices, self.sorted_by), self._sort_chosen)
-
-    def _sort_chosen(self, title: str | None) -> None:
+        title = await self.app.push_screen_wait(Menu("Sort by", choices, self.sorted_by))
         if title is not None:
             self.sort(title)
 
@@ -380,7 +365,6 @@ class Table(Lines, Generic[R]):
         at = titles.index(self.sorted_by) if self.sorted_by in titles else 0
         if not self.sorted_by and self._favourite and self._favourite in titles:
             at = titles.index(self._favourite) - by
-        self.sorted_by, self.reverse = UNSORTED, False
         self.sort(titles[(at + by) % len(titles)])
 
     def on_click(self, event: Click) -> None:
@@ -405,10 +389,9 @@ class Table(Lines, Generic[R]):
 def sorted_rows(rows: Sequence[R], column: Column[R], reverse: bool) -> list[R]:
     """Sorted by a column's order, or with `reverse` the other way; without a value last in both."""
     assert column.order
-    values = [(column.order(row), row) for row in rows]
-    known = [pair for pair in values if _is_value(pair[0])]
-    known.sort(key=lambda pair: pair[0], reverse=column.largest_first != reverse)
-    return [row for _, row in known] + [row for value, row in values if not _is_value(value)]
+    known = [row for row in rows if _is_value(column.order(row))]
+    others = [row for row in rows if not _is_value(column.order(row))]
+    return sorted(known, key=column.order, reverse=column.largest_first != reverse) + others
 
 
 def _is_value(value: Any) -> bool:

@@ -1,17 +1,15 @@
 """A text of any length: laid out for the width, searched, followed as it grows, copied."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 from textual import work
 from textual.binding import Binding, BindingType
 from textual.content import Content
-from textual.message import Message
 from textual.reactive import reactive
 from textual.scrollbar import ScrollTo
 
-from tui.panes.lines import MOVE_KEYS, Lines, wrapped
+from tui.panes.lines import FromPane, Lines, wrapped
 
 Draw = Callable[[int], Iterable[Content]]  # the lines of a text for so many cells
 
@@ -23,21 +21,13 @@ class Text(Lines):
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        *MOVE_KEYS,
         Binding("n", "match(1)", "Next match", show=False),
         Binding("N", "match(-1)", "Match before", show=False),
     ]
     follows: reactive[bool] = reactive(False)
 
-    @dataclass
-    class Moved(Message):
+    class Moved(FromPane):
         """Another match is shown, something else is searched, or it begins or ends to follow."""
-
-        text: "Text"
-
-        @property
-        def control(self) -> "Text":
-            return self.text
 
     def __init__(
         self,
@@ -107,7 +97,8 @@ class Text(Lines):
         # What is wrapped has no width of its own, so that other numbers in it lay nothing out again.
         widths = (line.cell_length for line in lines if self._wide)
         self.set_size(max(widths, default=0), len(lines))
-        self._follow()
+        if self.follows:
+            self.watch_follows()
 
     def line(self, number: int) -> Content:
         line = self._lines[number]
@@ -163,20 +154,10 @@ class Text(Lines):
 
     # Movement: lines that come and go scroll too, so only what the user does ends or begins to follow
 
-    def _scroll(self, lines: int) -> None:
-        if lines < 0:
-            self.follows = False
-        self.scroll_relative(y=lines, animate=False)
-
     def action_move(self, by: int) -> None:
-        self._scroll(by)
-
-    def action_page(self, by: int) -> None:
-        self._scroll(by * self.page_height)
-
-    def action_first(self) -> None:
-        self.follows = False
-        self.scroll_to(y=0, animate=False)
+        if by < 0:
+            self.follows = False
+        self.scroll_relative(y=by, animate=False)
 
     def action_last(self) -> None:
         self.follows = self._grows
@@ -185,13 +166,10 @@ class Text(Lines):
     def _show_end(self) -> None:
         self.scroll_end(animate=False, immediate=True, x_axis=False)
 
-    def _follow(self) -> None:
+    def watch_follows(self) -> None:
         if self.follows:  # still
             self._show_end()
         self.post_message(self.Moved(self))
-
-    def watch_follows(self) -> None:
-        self._follow()
 
     def on_mouse_scroll_up(self) -> None:
         self.follows = False

@@ -72,8 +72,8 @@ def test_anything_fits_any_size(
         first,
         Line(line, bold=True, band=band, flat=line[0] if line else None, stray=True),
         Bars(lambda width: [(value, "") for value in (values * width)[:width]]),
-        Rule(x=values[0] if values else None, label="here"),
-        Rule(y=values[-1] if values else None, label="a limit"),
+        Rule(x=values[0] if values else nan, label="here"),
+        Rule(y=values[-1] if values else nan),
     ]
     for at, value in points:
         interval = (value, at)
@@ -98,7 +98,6 @@ def test_names_of_any_characters_keep_the_rows_exactly_as_wide(text: str) -> Non
     series: list[Series] = [
         Line(falling(), label=text, value=text, sign="■"),
         Rule(x=50, label=text),
-        Rule(y=5, label=text),
         Point(30, 5, "●", text),
         Point(60, 5, "●", text),
     ]
@@ -190,7 +189,7 @@ def test_signs_tell_lines_apart_without_colors() -> None:
 
 def test_a_band_is_as_high_as_what_was_smoothed() -> None:
     def dots(band: list[tuple[float, float, float]]) -> int:
-        rows = drawn([Line([(0, 0), (9, 9)], quiet=True), Line([], band=band)])
+        rows = drawn([Line([(0, 0), (9, 9)]), Line([], band=band)])
         return sum("⠀" < char <= "⣿" for row in rows for char in row)
 
     assert dots([(float(x), 2, 7) for x in range(9)]) > dots([]) + 50
@@ -324,10 +323,9 @@ def test_labels_below_never_overlap(places: list[float], width: int) -> None:
     assert set(rest) <= {*known}, "a tick is whole or left out"
 
 
-def test_a_limit_is_a_line_across_with_its_label() -> None:
-    axis = Axis(range=(0, 1))
-    row = next(row for row in drawn([Rule(y=0.5, label="limit")], y=axis) if "limit" in row)
-    assert row.count("╌") > 40 and "╌limit╌" in row
+def test_a_limit_is_a_line_across() -> None:
+    rows = drawn([Rule(y=0.5)], y=Axis(range=(0, 1)))
+    assert [row.count("╌") > 40 for row in rows if "╌" in row] == [True]
 
 
 # Axes

@@ -41,7 +41,7 @@ async def test_it_is_drawn_for_its_size_again_when_that_changes() -> None:
         assert len(user.messages(Plot.Drawn)) == 1
         await user.resize(40, 8)
         assert "■ lora 0.1" in text(user)
-        assert [drawn.plot for drawn in user.messages(Plot.Drawn)] == [plot]
+        assert [drawn.control for drawn in user.messages(Plot.Drawn)] == [plot]
 
 
 async def test_series_are_asked_for_as_many_points_as_can_be_told_apart() -> None:

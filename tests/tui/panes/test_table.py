@@ -273,12 +273,13 @@ async def test_a_column_is_sorted_by_its_key_its_menu_or_its_title_again_the_oth
 
 
 async def test_a_column_without_order_is_not_sorted_by_and_s_goes_on_to_the_screen() -> None:
-    table = Table[int](key=lambda row: row, columns=[Column("row", str)])
+    table = Table[int](key=lambda row: row, columns=[Column("row", str), Column("", str)])
     table.show([2, 1])
     async with mounted(table) as user:
+        assert user.lines[0].split() == ["row"]
         await user.click(table, 0, 0)
         await user.press("s", "greater_than_sign")
-        assert table.texts() == ["2", "1"]
+        assert table.texts() == ["2   2", "1   1"]
         assert len(user.pilot.app.screen_stack) == 1
         assert table.check_action("sort", ()) is False
 

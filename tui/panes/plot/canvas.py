@@ -1,5 +1,6 @@
-"""Cells that are written one by one and read as rows of styled text."""
+"""Cells that are drawn and written one by one, and read as rows of styled text."""
 
+from collections.abc import Iterable
 from itertools import groupby
 from unicodedata import normalize
 
@@ -7,45 +8,61 @@ from rich.cells import cell_len
 from textual.content import Content
 
 BLANK = (" ", "")
-HALF = ("", "")  # the right half of a wide character
+HALF = ""  # the right half of a wide character
 
 
 class Canvas:
-    """`width` × `height` cells: the last that is written is seen."""
+    """`width` × `height` cells. What is drawn last is seen; texts stay whole."""
+
+    left = top = 0  # of a part, in the whole
 
     def __init__(self, width: int, height: int) -> None:
         self.width, self.height = width, height
         self._cells: dict[tuple[int, int], tuple[str, str]] = {}
+        self._texts = set[tuple[int, int]]()  # the cells of texts
 
-    def put(self, x: int, y: int, char: str, style: str) -> None:
-        """Write a character that is a cell wide: a plot writes thousands."""
+    def part(self, left: int, top: int, width: int, height: int) -> "Canvas":
+        """Some of its cells as a canvas of their own."""
+        part = Canvas(width, height)
+        part.left, part.top = left, top
+        part._cells, part._texts = self._cells, self._texts
+        return part
+
+    def put(self, x: float, y: float, char: str, style: str) -> None:
+        """Draw a character that is a cell wide; at NaN it is nowhere."""
         if 0 <= x < self.width and 0 <= y < self.height:
-            self._clear_halves(x, y, 1)
-            self._cells[x, y] = char, style
+            cell = self.left + int(x), self.top + int(y)
+            if cell not in self._texts:
+                self._cells[cell] = char, style
 
     def write(self, x: int, y: int, text: str, style: str) -> None:
         """Characters without a width, such as controls, are left out."""
         for char in normalize("NFC", text):
             wide = cell_len(char)
-            if wide and 0 <= y < self.height and 0 <= x <= self.width - wide:
-                self._clear_halves(x, y, wide)
-                self._cells[x, y] = char, style
-                if wide == 2:
-                    self._cells[x + 1, y] = HALF
+            if self.is_free(x, y, wide):
+                for number, part in enumerate((char, HALF)[:wide]):
+                    cell = self.left + x + number, self.top + y
+                    self._cells[cell] = part, style
+                    self._texts.add(cell)
             x += wide
 
-    def _clear_halves(self, x: int, y: int, wide: int) -> None:
-        """Blank what is left of wide characters of which a part is written over."""
-        if self._cells.get((x, y)) == HALF:
-            self._cells[x - 1, y] = BLANK
-        if self._cells.get((x + wide, y)) == HALF:
-            self._cells[x + wide, y] = BLANK
+    def write_free(
+        self, choices: Iterable[tuple[int, int, str]], style: str, margin: int = 1
+    ) -> None:
+        """Write the first text that no other is in the way of: x, y and the text.
 
-    def free(self, x: int, y: int, width: int, margin: int = 0) -> bool:
-        """Whether nothing is written there, nor in `margin` cells on each side."""
+        A margin on each side stays empty, so that two texts do not read as one.
+        """
+        for x, y, text in choices:
+            if self.is_free(x, y, cell_len(text), margin):
+                self.write(x, y, text, style)
+                return
+
+    def is_free(self, x: int, y: int, width: int, margin: int = 0) -> bool:
+        """Whether no text is there, nor in `margin` cells on each side."""
         inside = 0 <= y < self.height and 0 <= x <= self.width - width
-        around = range(x - margin, x + width + margin)
-        return inside and not any((at, y) in self._cells for at in around)
+        around = range(self.left + x - margin, self.left + x + width + margin)
+        return inside and all((at, self.top + y) not in self._texts for at in around)
 
     def rows(self) -> list[Content]:
         rows = []

@@ -4,7 +4,7 @@ labels that never overlap, bars, rules.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from math import isnan
+from math import ceil, inf, isfinite, isnan, nan
 from typing import NamedTuple, TypeVar
 
 from rich.cells import cell_len
@@ -15,7 +15,7 @@ from tui.panes.plot.raster import braille
 from tui.panes.plot.series import XY, Axis, Bars, Line, Point, Rule, Scale, Series
 from tui.widgets.cells import pad_or_truncate
 
-EVALUATED, FLAT, GRID, RULE, MARK, UNKNOWN = "×", "»", "┈", "│", "▲", "·"
+EVALUATED, FLAT, GRID, LEVEL, RULE, MARK, UNKNOWN = "×", "»", "┈", "╌", "│", "▲", "·"
 EIGHTHS = " ▁▂▃▄▅▆▇█"
 ROWS_PER_TICK, CELLS_PER_TICK = 3, 10  # at least between two ticks
 # of the width, for the labels at line ends; cells, or there are none
@@ -24,7 +24,7 @@ MARK_EVERY = 3  # cells between two marks, at least
 # cells between two signs on a line; of it, from one line's to the next one's
 SIGN_EVERY, PHASE = 18, 0.37
 INSET = 2  # cells between the edge and the first and the last point
-NEAR = 3  # rows that a label may be away from its point
+AROUND = (-1, 1, -2, 2, -3, 3)  # rows in which a label may be, from its point's
 NO_Y_AXIS, NO_X_AXIS = 20, 3  # cells and rows up to which there is no room for an axis
 TICK, FAINT, CURSOR = "$foreground 65%", "$foreground 18%", "$accent"
 S = TypeVar("S")
@@ -60,40 +60,41 @@ def draw(
 
     `signs`: also along the lines, for a terminal without colours.
     """
-    points, bars = _of(Point, series), _of(Bars, series)
-    x = x_axis.fitted(_x_values(series), margin=bool(points))
-    ends = list(_ends(_of(Line, series), x))
-    right = _room_of_labels(ends, width)
-    canvas = Canvas(width, height)
-    lines, rules = _of(Line, series), _of(Rule, series)
+    lines, points = _of(Line, series), _of(Point, series)
+    bars, rules = _of(Bars, series), _of(Rule, series)
     if cursor is not None:
         rules.append(Rule(cursor, style=CURSOR))
+    x = x_axis.fitted((x for x, _ in _values(lines, points)), margin=bool(points))
+    ends = _ends(lines, x)
+    right = _room_of_labels(ends, width)
     top = int(bool(y_axis.title and y_axis.shown and height > 1))
     bottom = int(x_axis.shown and height > NO_X_AXIS)
     rows = max(height - top - bottom, 1)
-    has_ticks = y_axis.shown and width > NO_Y_AXIS
+    # a stray line counts only where all are
+    heights = [y for _, y in _values([line for line in lines if not line.stray] or lines, points)]
     left, y_ticks = 0, list[tuple[float, str]]()
     for _ in range(1 + bool(bars)):  # bars are as many as the labels leave columns
-        heights = _heights(bars, max(width - left - right, 1))
-        y = y_axis.fitted([*_y_values(series), *heights], margin=not bars)
-        y_ticks = y.ticks(max(rows // ROWS_PER_TICK, 3)) if has_ticks else []
-        left = max((cell_len(label) for _, label in y_ticks), default=-1) + 1
+        tops = _tops(bars, max(width - left - right, 1))
+        y = y_axis.fitted([*heights, *tops], margin=not bars)
+        if y_axis.shown and width > NO_Y_AXIS:
+            y_ticks = y.ticks(max(rows // ROWS_PER_TICK, 3))
+            left = max((cell_len(label) for _, label in y_ticks), default=-1) + 1
     x_title = f"  {x_axis.title} →" if x_axis.title and bottom else ""
     y_title = f"{' ' * left}↑ {y_axis.title}" if top else ""
-    start = max(width - cell_len(x_title), 0)
     # beside the other title, or in a row of its own below
-    is_apart = x_title != "" and (not top or cell_len(y_title) > start)
+    is_apart = x_title != "" and cell_len(x_title + y_title) > width * top
     rows = max(rows - is_apart, 1)
-    inset = INSET if points else 0
-    area = _Area(canvas, x, y, left, top, max(width - left - right, 1), rows, inset)
 
-    area.grid(y_ticks)
-    canvas.write(0, 0, y_title, TICK)
-    canvas.write(start, height - 1 if is_apart else 0, x_title, TICK)
+    whole = Canvas(width, height)
+    whole.write(0, 0, y_title, TICK)
+    whole.write(max(width - cell_len(x_title), 0), (height - 1) * is_apart, x_title, TICK)
+    canvas = whole.part(left, top, max(width - left - right, 1), rows)
+    area = _Area(canvas, x, y, bool(points))
+    area.grid(whole, y_ticks)
     if bottom:
-        area.below(rules)
+        area.below(whole, rules)
     for rule in rules:
-        area.level(rule)
+        area.level(rule.y, LEVEL, rule.style)
     for each in bars:
         area.bars(each)
     for line in lines:
@@ -101,49 +102,43 @@ def draw(
     for rule in rules:
         area.rule(rule)
     for line in lines:
-        area.line(line)
+        area.dots(line.points, line.style, line.bold)
     for number, line in enumerate(lines):
-        area.marks(line, number if signs else None)
+        area.marks(line)
+        if signs:
+            area.signs(line, number)
     if right:
-        area.write_ends(ends, right)
+        area.write_ends(whole, ends, right)
     area.points(points)
-    return Drawing(canvas.rows(), x, y, left, area.width)
+    return Drawing(whole.rows(), x, y, left, canvas.width)
 
 
 def _of(kind: type[S], series: Iterable[object]) -> list[S]:
     return [each for each in series if isinstance(each, kind)]
 
 
-def _x_values(series: Sequence[Series]) -> Iterator[float]:
-    for line in _of(Line, series):
-        for points in (line.points, line.marks):
-            yield from (x for x, _ in (*points[:1], *points[-1:]))
-    yield from (point.x for point in _of(Point, series))
+def _values(lines: Iterable[Line], points: Iterable[Point]) -> list[XY]:
+    """What the axes must hold."""
+    found = [(point.x, point.y) for point in points]
+    for line in lines:
+        found += [*line.points, *line.marks]
+    return found
 
 
-def _y_values(series: Sequence[Series]) -> Iterator[float]:
-    """What the range of y must hold; a stray line counts only where all are."""
-    lines = _of(Line, series)
-    for line in [line for line in lines if not line.stray] or lines:
-        yield from (y for _, y in line.points)
-        yield from (y for _, y in line.marks)
-    yield from (point.y for point in _of(Point, series))
-
-
-def _heights(bars: Iterable[Bars], width: int) -> Iterator[float]:
+def _tops(bars: Iterable[Bars], width: int) -> Iterator[float]:
     for each in bars:
         yield 0.0
         yield from (value for value, _ in each.columns(width) if value is not None)
 
 
-def _ends(lines: Iterable[Line], x: Scale) -> Iterator[tuple[XY, Line]]:
+def _ends(lines: Iterable[Line], x: Scale) -> list[tuple[XY, Line]]:
     """The last visible point of each line that has a label."""
+    found = []
     for line in lines:
-        if not line.quiet and (line.label or line.sign):
-            every = (point for points in (line.points, line.marks) for point in reversed(points))
-            inside = (point for point in every if x.low <= point[0] <= x.high)
-            if end := next(inside, None):
-                yield end, line
+        points = (*line.marks, *line.points) if line.label or line.sign else ()
+        inside = [point for point in points if x.low <= point[0] <= x.high]
+        found += [(point, line) for point in inside[-1:]]
+    return found
 
 
 def _room_of_labels(ends: Sequence[tuple[XY, Line]], width: int) -> int:
@@ -154,224 +149,178 @@ def _room_of_labels(ends: Sequence[tuple[XY, Line]], width: int) -> int:
 
 @dataclass(frozen=True)
 class _Area:
-    """The part of the canvas in which series are drawn; positions are in cells from its top left."""
+    """The part of the canvas in which series are drawn. Places are in cells from its top left, and
+    NaN for what has none.
+    """
 
     canvas: Canvas
     x: Scale
     y: Scale
-    left: int
-    top: int
-    width: int
-    height: int
-    inset: int
+    has_points: bool
 
-    def _across(self, x: float) -> float | None:
-        """The column of an x, in cells; None if it has no place on the scale."""
-        share = self.x.share(x)
-        if share is None or not abs(share) < 1e6:
-            return None
-        if self.inset:  # a sign at the edge reads as a part of it
-            edge = self.inset if self.width > 10 * self.inset else 0
-            return edge + share * (self.width - 1 - 2 * edge)
+    def _cells(self, share: float, size: int, edge: int) -> float:
+        if not abs(share) < 1e6:
+            return nan
+        if self.has_points:  # a sign is in the middle of its cell, and the last is in the area
+            return edge + 0.5 + share * (size - 1 - 2 * edge)
         # A hair less than the area, so that the last x is in it.
-        return share * (self.width - 1e-6)
+        return share * (size - 1e-6)
 
-    def _down(self, y: float) -> float | None:
-        """The row of a y, in cells; None if it has no place on the scale."""
-        share = self.y.share(y)
-        if share is None or not abs(share) < 1e6:
-            return None
-        return (1 - share) * (self.height - 1 if self.inset else self.height - 1e-6)
+    def _across(self, x: float) -> float:
+        width = self.canvas.width
+        # a sign at the edge reads as a part of it
+        return self._cells(self.x.share(x), width, INSET if width > 10 * INSET else 0)
 
-    def _place(self, point: XY) -> XY | None:
-        """Where a point is, in cells."""
-        across, down = self._across(point[0]), self._down(point[1])
-        return None if across is None or down is None else (across, down)
+    def _down(self, y: float) -> float:
+        return self._cells(1 - self.y.share(y), self.canvas.height, 0)
+
+    def _place(self, point: XY) -> XY:
+        return self._across(point[0]), self._down(point[1])
 
     def _places(self, points: Iterable[XY]) -> list[XY]:
-        return [place for point in points if (place := self._place(point))]
+        return [place for place in map(self._place, points) if isfinite(sum(place))]
 
-    def _put(self, x: float, y: float, char: str, style: str) -> None:
-        if 0 <= x < self.width and 0 <= y < self.height:
-            self.canvas.put(self.left + int(x), self.top + int(y), char, style)
-
-    def grid(self, ticks: Iterable[tuple[float, str]]) -> None:
-        for value, label in ticks:
+    def grid(self, whole: Canvas, ticks: Sequence[tuple[float, str]]) -> None:
+        for value, label in reversed(ticks):
+            self.level(value, GRID, FAINT)
             down = self._down(value)
-            row = self.top + (self._cell(down) if down is not None else -1)
-            if self.top <= row < self.top + self.height:
-                self.canvas.write(self.left, row, GRID * self.width, FAINT)
-                self.canvas.write(0, row, label.rjust(self.left - 1), TICK)
+            if 0 <= down < self.canvas.height:
+                label = label.rjust(self.canvas.left - 1)
+                whole.write(0, self.canvas.top + int(down), label, TICK)
 
-    def _cell(self, at: float) -> int:
-        """Signs are in the middle of cells, dots at their edges."""
-        return round(at) if self.inset else int(at)
+    def level(self, y: float, char: str, style: str) -> None:
+        """A line across."""
+        for column in range(self.canvas.width):
+            self.canvas.put(column, self._down(y), char, style)
 
-    def below(self, rules: Sequence[Rule]) -> None:
+    def rule(self, rule: Rule) -> None:
+        for row in range(self.canvas.height):
+            self.canvas.put(self._across(rule.x), row, RULE, rule.style)
+
+    def below(self, whole: Canvas, rules: Sequence[Rule]) -> None:
         """The row below: the labels of rules, then the ticks that have room."""
-        row = Canvas(self.canvas.width, 1)
-        y = self.top + self.height
+        left, y = self.canvas.left, self.canvas.top + self.canvas.height
         for rule in rules:
-            across = None if rule.x is None else self._across(rule.x)
-            if across is not None and rule.label:
-                start, choices = self.left + int(across), list[tuple[int, str]]()
+            across = self._across(rule.x)
+            if rule.label and not isnan(across):
+                start, choices = left + int(across), list[tuple[int, int, str]]()
                 for label in (rule.label, rule.label.split()[-1]):
-                    right, left = f"{MARK} {label}", f"{label} {MARK}"
-                    sides = [(start - cell_len(left) + 1, left), (start, right)]
-                    # the first tick has a short label, the last one mostly a long one
-                    choices += sides if across > cell_len(left) else sides[::-1]
-                self._write_free(row, y, [*choices, (start, MARK)], rule.style)
-        for value, label in self.x.ticks(max(self.width // CELLS_PER_TICK, 2)):
-            across = self._across(value)
-            if across is not None and 0 <= across <= self.width:
-                start = self.left + self._cell(across) - cell_len(label) // 2
-                start = min(max(start, 0), self.canvas.width - cell_len(label))
-                self._write_free(row, y, [(start, label)], TICK)
-
-    def _write_free(
-        self, row: Canvas, y: int, choices: Iterable[tuple[int, str]], style: str
-    ) -> None:
-        """Write the first of the texts below the area that has room where it is to begin."""
-        for x, text in choices:
-            if x >= 0 and row.free(max(x - 1, 0), 0, cell_len(text) + (x > 0)):
-                row.write(x, 0, text, style)
-                self.canvas.write(x, y, text, style)
-                return
+                    before = f"{label} {MARK}"
+                    choices.append((start - cell_len(before) + 1, y, before))
+                    choices.append((start, y, f"{MARK} {label}"))
+                whole.write_free([*choices, (start, y, MARK)], rule.style)
+        for value, label in self.x.ticks(max(self.canvas.width // CELLS_PER_TICK, 2)):
+            across, wide = self._across(value), cell_len(label)
+            if 0 <= across <= self.canvas.width:
+                start = min(max(left + int(across) - wide // 2, 0), whole.width - wide)
+                whole.write_free([(start, y, label)], TICK)
 
     def bars(self, bars: Bars) -> None:
-        columns = bars.columns(self.width)[-self.width :]
-        for x, (value, style) in enumerate(columns, self.width - len(columns)):
-            share = self.y.share(value) if value else None
-            if value is None and self.canvas.free(self.left + x, self.top + self.height - 1, 1):
-                self._put(x, self.height - 1, UNKNOWN, FAINT)
-            if share is None or isnan(share):
-                continue
-            eighths = max(round(min(max(share, 0.0), 1.0) * 8 * self.height), 1)
-            for row in range(self.height):
-                part = min(max(eighths - 8 * row, 0), 8)
-                if part:
-                    self._put(x, self.height - 1 - row, EIGHTHS[part], style)
+        width, height = self.canvas.width, self.canvas.height
+        columns = bars.columns(width)[-width:]
+        for x, (value, style) in enumerate(columns, width - len(columns)):
+            share, eighths = self.y.share(value or nan), 0
+            if value is None:
+                self.canvas.put(x, height - 1, UNKNOWN, FAINT)
+            if not isnan(share):
+                eighths = max(round(min(max(share, 0.0), 1.0) * 8 * height), 1)
+            for row in range(ceil(eighths / 8)):
+                part = EIGHTHS[min(eighths - 8 * row, 8)]
+                self.canvas.put(x, height - 1 - row, part, style)
 
     def band(self, line: Line) -> None:
         edges = [(at, value) for at, low, high in line.band for value in (low, high)]
-        self._dots(self._places(edges), line.band_style, False)
+        self.dots(edges, line.band_style)
 
-    def rule(self, rule: Rule) -> None:
-        across = None if rule.x is None else self._across(rule.x)
-        if across is not None:
-            for row in range(self.height):
-                self._put(across, row, RULE, rule.style or FAINT)
+    def dots(self, points: Iterable[XY], style: str, bold: bool = False) -> None:
+        """A line of dots."""
+        for (x, y), char in self._braille(points, bold):
+            self.canvas.put(x, y, char, style)
 
-    def level(self, rule: Rule) -> None:
-        down = None if rule.y is None else self._down(rule.y)
-        if down is not None:
-            label = pad_or_truncate(rule.label, min(cell_len(rule.label), self.width - 1))
-            for start, text in ((0, "╌" * self.width), (1, label)):
-                self.canvas.write(
-                    self.left + start, self.top + int(down), text, rule.style or FAINT
-                )
+    def _braille(self, points: Iterable[XY], bold: bool) -> Iterable[tuple[tuple[int, int], str]]:
+        width, height = self.canvas.width, self.canvas.height
+        return braille(self._places(points), width, height, bold).items()
 
-    def line(self, line: Line) -> None:
-        self._dots(self._places(line.points), line.style, line.bold)
-
-    def _dots(self, places: Sequence[XY], style: str, bold: bool) -> None:
-        for (x, y), char in braille(places, self.width, self.height, bold).items():
-            self._put(x, y, char, style)
-
-    def marks(self, line: Line, number: int | None) -> None:
+    def marks(self, line: Line) -> None:
         """× on single measurements that are not too close to the one before, on a line of dots; »
-        where it is flat; with a number, signs at other columns than those of the other lines.
+        where it is flat.
         """
-        bold, places = f"bold {line.style}", self._places(line.marks)
-        for (x, y), char in braille(places, self.width, self.height).items():
+        bold, before = f"bold {line.style}", -inf
+        for (x, y), char in self._braille(line.marks, False):
             if x % 3 == 1:
-                self._put(x, y, char, line.style)
-        before = -float(MARK_EVERY)
-        for across, down in places:
+                self.canvas.put(x, y, char, line.style)
+        for across, down in self._places(line.marks):
             if across - before >= MARK_EVERY:
-                self._put(across, down, EVALUATED, bold)
+                self.canvas.put(across, down, EVALUATED, bold)
                 before = across
-        if number is not None and line.sign and not line.quiet and line.points:
-            points = self._places(line.points)
-            for turn in range(self.width // SIGN_EVERY + 1):
-                wanted = SIGN_EVERY * (turn + (number * PHASE + 0.3) % 1)
-                if points and points[0][0] <= wanted <= points[-1][0]:
-                    nearest = min(points, key=lambda point: abs(point[0] - wanted))
-                    self._put(*nearest, line.sign, bold)
-        if line.flat and (place := self._place(line.flat)):
-            self._put(*place, FLAT, bold)
+        if line.flat:
+            self.canvas.put(*self._place(line.flat), FLAT, bold)
 
-    def write_ends(self, ends: Sequence[tuple[XY, Line]], room: int) -> None:
-        """Sign, label and value of each line beside its end, in a row each."""
-        places = [(self._place(point) or (0.0, 0.0), line) for point, line in ends]
-        wanted = [(place[1], line) for place, line in places]
-        for row, line in _spread(wanted, self.height):
-            width = room - 2 - cell_len(line.value)
-            name = ""
-            if width > 0:
-                name = pad_or_truncate(f"{line.sign} {line.label}".strip(), width)
+    def signs(self, line: Line, number: int) -> None:
+        """The sign along the line, at other columns than those of the other lines."""
+        points = self._places(line.points) if line.sign else []
+        first = int(SIGN_EVERY * ((number * PHASE + 0.3) % 1))
+        for wanted in range(first, self.canvas.width, SIGN_EVERY):
+            if points and points[0][0] <= wanted <= points[-1][0]:
+                nearest = min(points, key=lambda point: abs(point[0] - wanted))
+                self.canvas.put(*nearest, line.sign, f"bold {line.style}")
+
+    def write_ends(self, whole: Canvas, ends: Sequence[tuple[XY, Line]], room: int) -> None:
+        """Sign, label and value of each line beside its end, in a row each: as close to its own as
+        the others allow. Where rows do not suffice the last lines' stay.
+        """
+        height, row = self.canvas.height, -1
+        places = [(max(0.0, self._down(point[1])), line) for point, line in ends[-height:]]
+        places.sort(key=lambda place: place[0])
+        for number, (down, line) in enumerate(places):
+            last = height - len(places) + number
+            row = min(max(int(min(down, height)), row + 1), last)
+            width = max(room - 2 - cell_len(line.value), 1)
+            name = pad_or_truncate(f"{line.sign} {line.label}".strip(), width)
             style = f"bold {line.style}" if line.bold else line.style
-            start = self.canvas.width - room + 1
-            self.canvas.write(start, self.top + row, f"{name} {line.value}", style)
+            start = whole.width - room + 1
+            whole.write(start, self.canvas.top + row, f"{name} {line.value}", style)
 
     def points(self, points: Sequence[Point]) -> None:
         """Signs, then labels, then intervals where they leave room. Those in the same cell share
         the first one's sign, and a label.
         """
-        written = Canvas(self.width, self.height)
         cells: dict[tuple[int, int], list[Point]] = {}
         for point in points:
-            x, y = self._place((point.x, point.y)) or (-1.0, -1.0)
-            if written.free(round(x), round(y), 1):  # in the area
-                cells.setdefault((round(x), round(y)), []).append(point)
+            x, y = self._place((point.x, point.y))
+            if 0 <= x < self.canvas.width and 0 <= y < self.canvas.height:
+                cells.setdefault((int(x), int(y)), []).append(point)
         for (x, y), (first, *_) in cells.items():
-            self._write_point(written, x, y, first.sign, first.style)
+            self.canvas.write(x, y, first.sign, first.style)
         for (x, y), shared in cells.items():
             label = ", ".join(point.label for point in shared if point.label)
-            if label:
-                self._write_label(written, x, y, label, shared[0])
-        for point in points:
-            self._write_intervals(written, point)
+            style = f"{shared[0].style} reverse" if shared[0].pointed else shared[0].style
+            self.canvas.write_free(_beside(x, y, label), style)
+        for (x, y), shared in cells.items():
+            for point in shared:
+                self._intervals(x, y, point)
 
-    def _write_point(self, written: Canvas, x: int, y: int, text: str, style: str) -> None:
-        written.write(x, y, text, style)
-        self.canvas.write(self.left + x, self.top + y, text, style)
-
-    def _write_label(self, written: Canvas, x: int, y: int, label: str, point: Point) -> None:
-        """Right of the point, left of it, then in the rows around it."""
-        wide, style = cell_len(label), f"{point.style} reverse" if point.pointed else point.style
-        for away in sorted(range(-NEAR, NEAR + 1), key=lambda away: (abs(away), away > 0)):
-            beside = (x + 1, x - wide // 2, x - wide) if away else (x + 2, x - 1 - wide)
-            for start in beside:
-                # a cell on each side stays empty, so that two labels do not read as one
-                if written.free(start, y + away, wide, 1):
-                    self._write_point(written, start, y + away, label, style)
-                    return
-
-    def _write_intervals(self, written: Canvas, point: Point) -> None:
-        place, style = self._place((point.x, point.y)), f"{point.style} dim"
-        if place is None:
-            return
-        column, row = round(place[0]), round(place[1])
-        for values, across in ((point.x_range, True), (point.y_range, False)):
-            if values is None:
-                continue
-            ends = [(end, point.y) if across else (point.x, end) for end in values]
-            reached = [end[not across] for end in (place, *self._places(ends))]
-            size = self.width if across else self.height
-            for at in range(max(round(min(reached)), 0), min(round(max(reached)) + 1, size)):
-                x, y = (at, row) if across else (column, at)
-                if written.free(x, y, 1):
-                    self._write_point(written, x, y, "─" if across else "│", style)
+    def _intervals(self, x: int, y: int, point: Point) -> None:
+        style = f"{point.style} dim"
+        across = [x, *map(self._across, point.x_range or ())]
+        for column in _between(across, self.canvas.width):
+            self.canvas.write_free([(column, y, "─")], style, margin=0)
+        down = [y, *map(self._down, point.y_range or ())]
+        for row in _between(down, self.canvas.height):
+            self.canvas.write_free([(x, row, "│")], style, margin=0)
 
 
-def _spread(wanted: list[tuple[float, S]], rows: int) -> list[tuple[int, S]]:
-    """A row for each label, as close to its own as the others allow; where rows do not suffice the
-    last lines' stay.
-    """
-    wanted = sorted(wanted[-rows:], key=lambda end: end[0])
-    at: list[int] = []
-    for number, (row, _) in enumerate(wanted):
-        first, last = (at[-1] + 1 if at else 0), rows - len(wanted) + number
-        at.append(min(max(int(min(row, rows)), first), last))
-    return [(row, line) for row, (_, line) in zip(at, wanted, strict=True)]
+def _between(ends: Iterable[float], size: int) -> range:
+    """The cells from the least to the greatest that has a place."""
+    known = [int(end) for end in ends if not isnan(end)]
+    return range(max(min(known), 0), min(max(known) + 1, size))
+
+
+def _beside(x: int, y: int, label: str) -> Iterator[tuple[int, int, str]]:
+    """Right of a point, left of it, then in the rows around it."""
+    wide = cell_len(label)
+    for start in (x + 2, x - 1 - wide):
+        yield start, y, label
+    for away in AROUND:
+        for start in (x + 1, x - wide // 2, x - wide):
+            yield start, y + away, label

@@ -3,18 +3,17 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import isfinite
+from math import isfinite, nan
 from typing import Any, ClassVar
 
 from rich.cells import cell_len
 from textual.binding import Binding, BindingType
 from textual.content import Content
 from textual.events import Click, MouseDown, MouseMove, MouseScrollDown, MouseScrollUp, MouseUp
-from textual.message import Message
 from textual.widget import Widget
 
-from tui.panes.lines import MUTED
-from tui.panes.plot.drawing import EIGHTHS, Drawing, draw
+from tui.panes.lines import MUTED, FromPane
+from tui.panes.plot.drawing import EIGHTHS, draw
 from tui.panes.plot.scale import Range, is_drawable
 from tui.panes.plot.series import Axis, Line, Series
 from tui.widgets.cells import pad_or_truncate
@@ -45,49 +44,25 @@ class Plot(Widget, can_focus=True):
     """
 
     @dataclass
-    class Moved(Message):
+    class Moved(FromPane):
         """The user zoomed or panned to these ranges; `y` is in exponents of ten on a logarithmic
         scale.
         """
 
-        plot: "Plot"
         x: Range
         y: Range
 
-        @property
-        def control(self) -> "Plot":
-            return self.plot
-
     @dataclass
-    class Clicked(Message):
+    class Clicked(FromPane):
         """The user clicked at this x."""
 
-        plot: "Plot"
         x: float
 
-        @property
-        def control(self) -> "Plot":
-            return self.plot
-
-    @dataclass
-    class Opened(Message):
+    class Opened(FromPane):
         """Enter or a click on a plot with a head."""
 
-        plot: "Plot"
-
-        @property
-        def control(self) -> "Plot":
-            return self.plot
-
-    @dataclass
-    class Drawn(Message):
+    class Drawn(FromPane):
         """It was drawn for another size."""
-
-        plot: "Plot"
-
-        @property
-        def control(self) -> "Plot":
-            return self.plot
 
     def __init__(self, *, can_zoom: bool = False, **options: Any) -> None:
         super().__init__(**options)
@@ -97,7 +72,7 @@ class Plot(Widget, can_focus=True):
         self.shown: Sequence[Series] = ()
         self._how: dict[str, Any] = {}
         self._head: Head | None = None
-        self._pressed = self._dragged = False
+        self._dragged = False
         self._empty = ""
 
     def show(
@@ -143,53 +118,37 @@ class Plot(Widget, can_focus=True):
         self.post_message(self.Drawn(self))
 
     def render(self) -> Content:
-        width, height = self.content_size
         if not self.shown:
             return Content.styled(self._empty, MUTED)
         if self._head is None:
             return Content("\n").join(self.drawing.rows)
-        if height - 1 < LOW:
-            return self._sparkline(self._head, width)
-        return Content("\n").join([self._head_line(self._head, width), *self.drawing.rows])
+        return Content("\n").join([self._head_line(self._head), *self.drawing.rows])
 
-    def _head_line(self, head: Head, width: int) -> Content:
-        room = max(width - cell_len(head.value) - 1, 0)
+    def _head_line(self, head: Head) -> Content:
+        """`grad norm ▇▅▃▁ 0.31`; the sparkline only where nothing is drawn below."""
+        room = max(self.content_size.width - cell_len(head.value) - 1, 0)
         name = pad_or_truncate(head.name, min(cell_len(head.name), room))
-        gap = " " * (room - cell_len(name) + 1)
+        room -= cell_len(name)
+        rest = Content.assemble(" " * (room + 1), (head.value, head.style))
+        if not self.drawing.rows:
+            lines = [each for each in self.shown if isinstance(each, Line)]
+            values = [value for line in lines[-1:] for _, value in line.points]
+            text = f" {sparkline(values, room - 1)} {head.value}"
+            rest = Content.styled(text, head.style)
         style = "bold reverse" if self.has_focus else "bold"
-        return Content.assemble((name, style), gap, (head.value, head.style))
-
-    def _sparkline(self, head: Head, width: int) -> Content:
-        """`grad norm ▇▅▃▁ 0.31`"""
-        lines = [each for each in self.shown if isinstance(each, Line) and each.points]
-        values = [value for _, value in lines[-1].points] if lines else []
-        room = max(width - cell_len(f"{head.name}  {head.value}"), 0)
-        style = "bold reverse" if self.has_focus else "bold"
-        text = f" {sparkline(values, room)} {head.value}"
-        return Content.assemble((head.name, style), (text, head.style))
-
-    def on_focus(self) -> None:
-        self.refresh()
-
-    def on_blur(self) -> None:
-        self.refresh()
+        return Content.assemble((name, style), rest)
 
     # Zoom and pan
 
     def zoom(self, x: float, y: float = 1.0, centre: float | None = None) -> None:
         """Scale the ranges, about `centre` or the middle."""
         old = self.drawing
-        self._move(_scaled(_range(old, "x"), centre, x), _scaled(_range(old, "y"), None, y))
+        self.post_message(self.Moved(self, old.x.zoomed(x, centre), old.y.zoomed(y)))
 
     def pan(self, x: float, y: float = 0.0) -> None:
         """Shift the ranges right by `x` and up by `y`, as shares of what is visible."""
-        self._move(_shifted(_range(self.drawing, "x"), x), _shifted(_range(self.drawing, "y"), y))
-
-    def _move(self, x: Range, y: Range) -> None:
-        """Post the new ranges; one that cannot be drawn stays as it is."""
-        before = _range(self.drawing, "x"), _range(self.drawing, "y")
-        ranges = [new if is_drawable(new) else old for new, old in zip((x, y), before, strict=True)]
-        self.post_message(self.Moved(self, ranges[0], ranges[1]))
+        old = self.drawing
+        self.post_message(self.Moved(self, old.x.panned(x), old.y.panned(y)))
 
     def on_mouse_scroll_up(self, event: MouseScrollUp) -> None:
         self._wheel(event, ZOOM)
@@ -203,18 +162,18 @@ class Plot(Widget, can_focus=True):
             self.zoom(factor, centre=self.drawing.x_at(event.x))
 
     def on_mouse_down(self, _: MouseDown) -> None:
-        self._pressed, self._dragged = True, False
+        self._dragged = False
         self.capture_mouse()
 
     def on_mouse_move(self, event: MouseMove) -> None:
         """While the button is down: the point under the pointer stays under it."""
-        if self._pressed and self.can_zoom and (event.delta_x or event.delta_y):
+        is_pressed = self.app.mouse_captured is self
+        if is_pressed and self.can_zoom and (event.delta_x or event.delta_y):
             self._dragged = True
             rows = max(len(self.drawing.rows) - 1, 1)
             self.pan(-event.delta_x / self.drawing.width, event.delta_y / rows)
 
     def on_mouse_up(self, _: MouseUp) -> None:
-        self._pressed = False
         self.release_mouse()
 
     def on_click(self, event: Click) -> None:
@@ -236,37 +195,17 @@ def sparkline(values: Sequence[float], width: int) -> str:
     blank. Fewer values than columns are not stretched.
     """
     count = min(len(values), width)
-    edges = [len(values) * n // count for n in range(count + 1)] if count else []
-    parts = [values[start:end] for start, end in pairwise(edges)]
-    means = [_mean(part) for part in parts]
-    known = [mean for mean in means if mean is not None]
-    low, high = min(known, default=0.0), max(known, default=1.0)
-    is_flat = not is_drawable((low, high))
-    marks = []
+    edges = [len(values) * n // max(count, 1) for n in range(count + 1)]
+    means = [_mean(values[start:end]) for start, end in pairwise(edges)]
+    known = [mean for mean in means if isfinite(mean)]
+    low, high = min(known, default=0.0), max(known, default=0.0)
+    row = ""
     for mean in means:
-        share = 0.0 if mean is None or is_flat else (mean - low) / (high - low)
-        marks.append(" " if mean is None else EIGHTHS[1 + round(share * 7)])
-    return "".join(marks).rjust(width)
+        share = (mean - low) / (high - low) if is_drawable((low, high)) else 0.0
+        row += EIGHTHS[1 + round(share * 7)] if isfinite(mean) else " "
+    return row.rjust(width)
 
 
-def _mean(values: Sequence[float]) -> float | None:
+def _mean(values: Sequence[float]) -> float:
     finite = [value for value in values if isfinite(value)]
-    return sum(value / len(finite) for value in finite) if finite else None
-
-
-def _range(drawing: Drawing, axis: str) -> Range:
-    scale = getattr(drawing, axis)
-    return scale.low, scale.high
-
-
-def _scaled(range_: Range, centre: float | None, factor: float) -> Range:
-    if factor == 1:  # the same, and not only nearly
-        return range_
-    middle = sum(range_) / 2 if centre is None else centre
-    low, high = (middle + (end - middle) * factor for end in range_)
-    return low, high
-
-
-def _shifted(range_: Range, part: float) -> Range:
-    by = (range_[1] - range_[0]) * part
-    return range_[0] + by, range_[1] + by
+    return sum(value / len(finite) for value in finite) if finite else nan

@@ -7,9 +7,6 @@ ACROSS, DOWN = 2, 4
 BLANK = 0x2800  # the braille character without dots; its code plus the bits is a character
 # Unicode bits of the left and right column of dots, from the top
 _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
-_SPANS = [
-    [[sum(half[top : end + 1]) for end in range(DOWN)] for top in range(DOWN)] for half in _DOTS
-]
 Span = tuple[int, int]  # smallest and largest y, in dots
 
 
@@ -45,24 +42,6 @@ def spans(points: Iterable[tuple[float, float]], width: int) -> dict[int, Span]:
     return covered
 
 
-def cells(covered: dict[int, Span], height: int) -> dict[tuple[int, int], str]:
-    """Cell (x, y) → the character with these dots; what lies above or below `height` rows is
-    clipped.
-    """
-    bits: dict[tuple[int, int], int] = {}
-    bottom = height * DOWN - 1
-    for column, (low, high) in covered.items():
-        if low > bottom or high < 0:
-            continue
-        top, end = max(low, 0), min(high, bottom)
-        parts, x = _SPANS[column % ACROSS], column // ACROSS
-        first, last = top // DOWN, end // DOWN
-        for y in range(first, last + 1):
-            part = parts[top % DOWN if y == first else 0][end % DOWN if y == last else DOWN - 1]
-            bits[x, y] = bits.get((x, y), 0) | part
-    return {cell: chr(BLANK | dots) for cell, dots in bits.items()}
-
-
 def braille(
     points: Sequence[tuple[float, float]], width: int, height: int, bold: bool = False
 ) -> dict[tuple[int, int], str]:
@@ -70,7 +49,11 @@ def braille(
 
     A `bold` line is a dot higher.
     """
-    covered = spans(points, width)
-    if bold:
-        covered = {column: (low, high + 1) for column, (low, high) in covered.items()}
-    return cells(covered, height)
+    bits: dict[tuple[int, int], int] = {}
+    for column, (low, high) in spans(points, width).items():
+        top, end = max(low, 0), min(high + bold, height * DOWN - 1)
+        for y in range(top // DOWN, end // DOWN + 1):
+            cell = column // ACROSS, y
+            dots = _DOTS[column % ACROSS][max(top - y * DOWN, 0) : end - y * DOWN + 1]
+            bits[cell] = bits.get(cell, 0) | sum(dots)
+    return {cell: chr(BLANK | dots) for cell, dots in bits.items()}

@@ -18,18 +18,12 @@ def fit(values: Iterable[float], log: bool = False) -> Range:
 
     (0, 1) if there is no such value.
     """
-    low = high = None
-    for value in values:
-        if log:
-            if not 0 < value < float("inf"):
-                continue
-            value = log10(value)
-        elif not isfinite(value):
-            continue
-        low = value if low is None or value < low else low
-        high = value if high is None or value > high else high
-    if low is None or high is None:
+    known = [value for value in values if isfinite(value)]
+    if log:
+        known = [log10(value) for value in known if value > 0]
+    if not known:
         return 0.0, 1.0
+    low, high = min(known), max(known)
     margin = 0.5 if log else max(abs(high) * 0.1, SMALLEST)
     if is_drawable((low, high)):
         margin = (high - low) * MARGIN
@@ -80,9 +74,9 @@ def ticks(range_: Range, most: int, log: bool = False) -> list[tuple[float, str]
 
 def number(value: float) -> str:
     """1,200 · 0.05 · 2.5e-05 · 1.2M: at most four digits that count."""
-    if abs(value) >= 1e6 and isfinite(value):
+    if abs(value) >= 1e6:
         return f"{value / 1e6:.4g}M" if abs(value) < 1e10 else f"{value:.3g}"
-    return f"{value:,.0f}" if isfinite(value) and value == int(value) else f"{value:.4g}"
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
 
 
 def _nice(step: float) -> float:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from math import ceil, floor, isfinite, log10
+from math import ceil, floor, isfinite, log10, nan
 
 from tui.panes.plot.scale import Range, fit, is_drawable, power_of_ten, spans_decade, ticks
 
@@ -55,18 +55,31 @@ class Scale:
     high: float
     log: bool
 
-    def share(self, value: float) -> float | None:
-        """Where a value is drawn, from 0 at the left or below to 1; None if it has no place."""
+    def share(self, value: float) -> float:
+        """Where a value is drawn, from 0 at the left or below to 1; NaN if it has no place."""
         if self.log:
-            if value <= 0:
-                return None
-            value = log10(value)
+            value = log10(value) if value > 0 else nan
         share = (value - self.low) / (self.high - self.low)
         return 1 - share if self.axis.falls else share
 
     def value_at(self, share: float) -> float:
         """The value, or its exponent of ten, that is drawn at a share of the length."""
         return self.low + (self.high - self.low) * (1 - share if self.axis.falls else share)
+
+    def zoomed(self, factor: float, centre: float | None = None) -> Range:
+        """The range scaled about a value, or about the middle."""
+        middle = (self.low + self.high) / 2 if centre is None else centre
+        # With a factor of 1 the same, and not only nearly.
+        return self._range(*(end + (middle - end) * (1 - factor) for end in (self.low, self.high)))
+
+    def panned(self, part: float) -> Range:
+        """The range shifted by a part of its length."""
+        by = (self.high - self.low) * part
+        return self._range(self.low + by, self.high + by)
+
+    def _range(self, low: float, high: float) -> Range:
+        """A range; what cannot be drawn stays as it is."""
+        return (low, high) if is_drawable((low, high)) else (self.low, self.high)
 
     def ticks(self, most: int) -> list[tuple[float, str]]:
         """At most `most` values to write at the axis, with their labels."""
@@ -88,8 +101,7 @@ class Line:
 
     `band`: x, low, high of what was smoothed, as a faint background. `marks`: single measurements,
     as × on a line of dots. `flat`: a point marked ». `sign`, `label` and `value` are written beside
-    the end. A `bold` line is two dots high, a `quiet` one has neither label nor sign, and a `stray`
-    one does not affect the range of y.
+    the end. A `bold` line is two dots high, and a `stray` one does not affect the range of y.
     """
 
     points: Sequence[XY]
@@ -102,7 +114,6 @@ class Line:
     marks: Sequence[XY] = ()
     flat: XY | None = None
     bold: bool = False
-    quiet: bool = False
     stray: bool = False
 
 
@@ -131,10 +142,10 @@ class Bars:
 
 @dataclass(frozen=True)
 class Rule:
-    """A line across the plot at an x, or at a y below bars; an x's label is written below it."""
+    """A line across the plot at an x, with a label below it, or at a y, below bars."""
 
-    x: float | None = None
-    y: float | None = None
+    x: float = nan
+    y: float = nan
     label: str = ""
     style: str = ""
 

@@ -44,7 +44,7 @@ class Drawn:
             stray=curve.outcome == DIVERGED,
         )
         if self.quiet:
-            return replace(line, style=f"{self.style} {QUIET}", quiet=True)
+            return replace(line, style=f"{self.style} {QUIET}", sign="")
         if held_out := METRICS[metric].held_out:
             marks = [(column.x, column.mean) for column in self.columns(held_out, x, count)]
             line = replace(line, marks=marks)

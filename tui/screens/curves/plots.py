@@ -205,4 +205,4 @@ class Plots(Vertical):
 
     @on(Plot.Opened)
     def _opened(self, event: Plot.Opened) -> None:
-        self.enlarge(next(name for name, plot in self.small.items() if plot is event.plot))
+        self.enlarge(next(name for name, plot in self.small.items() if plot is event.control))
