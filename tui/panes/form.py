@@ -187,9 +187,13 @@ class Form(VerticalScroll):
         self._draw()
 
     def filter(self, text: str) -> None:
-        """Show only fields whose label, value or meaning has `text`, whatever the case."""
+        """Show only fields whose label, value or meaning has `text`, whatever the case; the cursor is
+        on one of them, not on a group's head.
+        """
         self.needle = text.casefold()
-        self._go_to(self.key)
+        found = [key for key in self._stops() if key in self.fields]
+        is_found = not text or not found or self.key in found
+        self._go_to(self.key if is_found else found[0])
 
     def point(self, key: str) -> bool:
         """Move the cursor to a field, and unfold its group. False if it is not shown."""

@@ -232,6 +232,7 @@ async def test_groups_fold_and_the_filter_looks_into_all() -> None:
         await pilot.press("left")
         form.filter("STEPS")
         assert [line.split()[0] for line in form.lines()[:2]] == ["▾", "optimizer"]
+        assert form.key == "optimizer", "Enter edits what was found"
         form.filter("nowhere")
         assert form.lines() == [] or form.lines() == [""]
         form.filter("")
