@@ -10,7 +10,7 @@ CPU_SHARE = 0.02  # of a core for drawing a live chart, since training needs the
 MAX_DELAY = 1.5  # seconds after which it is drawn anyway
 
 
-class Reader:
+class LogReader:
     """`is_stale`: a file may have changed since the last reading. `is_urgent`: the user waits."""
 
     def __init__(self, runs: Runs) -> None:
