@@ -95,10 +95,9 @@ class Window:
 
     def steps(self, runs: Runs) -> Range:
         """The visible steps: all, the window's, or as many up to the newest step."""
-        steps = [
-            step for curve in runs.curves for step in (*curve.log.steps[:1], *curve.log.steps[-1:])
-        ]
-        first, last = min(steps, default=0.0), max(steps, default=1.0)
+        logs = [curve.log.steps for curve in runs.curves]
+        ends = [end for steps in logs for end in (*steps[:1], *steps[-1:])]
+        first, last = min(ends, default=0.0), max(ends, default=1.0)
         if self.x is None:
             return (first, last) if first < last else (first - 1, last + 1)
         return (last - (self.x[1] - self.x[0]), last) if self.following else self.x

@@ -101,12 +101,8 @@ class Plots(Vertical):
     def _facts(self) -> Iterable[str]:
         """What is drawn, and how; the least important comes last."""
         yield from self.window.facts(self.steps)
-        is_log = self.chart.drawing.y.log
-        lines = [line for line in self.chart.shown if isinstance(line, Line)]
-        yield "log" if is_log else "linear"
-        if is_log and any(y <= 0 for line in lines for _, y in (*line.points, *line.marks)):
-            yield "without values ≤ 0"
-        if any(line.marks for line in lines):
+        yield "log" if self.chart.drawing.y.log else "linear"
+        if any(isinstance(line, Line) and line.marks for line in self.chart.shown):
             yield "× held out"
         yield f"smooth {self.runs.smoothing:g}"
 
@@ -127,10 +123,8 @@ class Plots(Vertical):
 
     def offers(self, what: str) -> bool:
         """Whether a key does something now."""
-        x, y = self.window.x, self.window.y
-        if what == "follow":
-            return x is not None and not self.window.following
-        return what != "reset" or (x, y) != (None, None)
+        is_moved = (self.window.x, self.window.y) != (None, None)
+        return is_moved or what not in ("reset", "follow")
 
     @property
     def can_leave(self) -> bool:
@@ -165,11 +159,11 @@ class Plots(Vertical):
         """Move the step cursor by a column; at first it is at the last step of the pointed run."""
         (first, last), cursor = self.steps, self.window.cursor
         if cursor is None:
-            pointed = [line.curve.log.steps[-1:] for line in self.lines[-1:]]
-            cursor = next((steps[0] for steps in pointed if steps), last)
+            ends = [line.curve.log.steps[-1:] for line in self.lines[-1:]]
+            [cursor] = next(filter(None, ends), [last])
         else:
-            width = max(self.chart.drawing.width, 1)
-            cursor += direction * max(round((last - first) / width), 1)
+            column = (last - first) / max(self.chart.drawing.width, 1)
+            cursor += direction * max(round(column), 1)
         self.set_window(cursor=min(max(round(cursor), round(first)), round(last)))
 
     def step(self, end: int) -> None:

@@ -1,7 +1,9 @@
 """The curves screen: what every run logs over its steps, live."""
 
+import asyncio
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from time import monotonic
 from typing import Any, ClassVar
 
 from textual import on, work
@@ -20,12 +22,12 @@ from tui.screens.base import HUGE, TALL, WIDE, WorkbenchScreen
 from tui.screens.curves import about, export, words
 from tui.screens.curves.lines import best_of, drawn
 from tui.screens.curves.plots import Plots
-from tui.screens.curves.reading import LogReader
 from tui.screens.curves.words import Row
 
 EMPTY = "No runs yet. R runs the pipeline; each training stage then has its curve here."
 SMOOTHING = 0.9  # initial
 FIRST = "lora"  # the method whose newest run is looked at first
+DELAY = 1.0  # seconds between two drawings of runs that grow: training needs the processor
 # from 76 columns on there is room for the list beside the chart, from 32 rows on for small plots
 WIDTHS = [(0, "-tiny"), (76, "-narrow"), (WIDE, "-wide"), (HUGE, "-huge")]
 HEIGHTS = [(0, "-short"), (TALL, "-low"), (32, "-high")]
@@ -47,8 +49,9 @@ class CurvesScreen(WorkbenchScreen):
         super().__init__()
         self.runs = Runs(self.workbench.root, self.workbench.params_path, SMOOTHING)
         self._wanted = ""  # a run that another screen asked for, until it is found
+        self.is_reading = self.is_stale = False  # a file may have changed since it was read
+        self._next_reading = 0.0
         self._answers: bool | None = None  # whether they are shown, if the user has said so
-        self.reader = LogReader(self.runs)
         # They are attributes, as messages can arrive while the screen closes.
         self.plots, self.details, self.answers = Plots(self.runs), Text(), Text()
         self.table = Table[Row](
@@ -77,32 +80,38 @@ class CurvesScreen(WorkbenchScreen):
         return self.runs.files(self.workbench.project_watch.project)
 
     def files_changed(self) -> None:
-        self.reader.is_stale = True
+        self.is_stale = True
         self._read()
 
     project_changed = files_changed
 
     def tick(self) -> None:
         """What was not due is by now; a run whose process was killed changes no file."""
-        if self.reader.is_stale or any(view.alive for view in self.runs.views.values()):
+        if self.is_stale or any(view.alive for view in self.runs.views.values()):
             self._read()
 
     @work
     async def _read(self) -> None:
         """Read what has changed, if it is time, and show it."""
-        if not self.is_current or self.reader.is_reading:
+        if not self.is_current or self.is_reading:
             return
-        is_first, states = not self.table.rows, self.workbench.project_watch.states.items()
-        if await self.reader.read((name, state.state) for name, state in states):
-            self._show()
-        if is_first:
-            self._point_first()
+        self.is_reading, states = True, self.workbench.project_watch.states.items()
+        self.is_stale, now = False, [(name, state.state) for name, state in states]
+        found = await asyncio.to_thread(self.runs.look, now)
+        if found or monotonic() >= self._next_reading:
+            self._next_reading = monotonic() + DELAY
+            changed = [await view.read() for view in self.runs.on]
+            if found or any(changed):
+                self._show()
+        else:
+            self.is_stale = True
+        self.is_reading = False
         self._find_wanted()
 
     def _read_now(self) -> None:
         """Draw, and read a run that is on now at once."""
         self._show()
-        self.reader.is_urgent = True
+        self._next_reading = 0.0
         self.files_changed()
 
     def open_with(self, run: str = "", **_: Any) -> None:
@@ -115,18 +124,11 @@ class CurvesScreen(WorkbenchScreen):
     def _find_wanted(self) -> None:
         """Point to the run that another screen asked for, once it is found."""
         name, _, adapter = self._wanted.partition("/")
-        view = self.runs.find(name)
-        if view and name:
+        if name and (view := self.runs.find(name)):
             self._wanted = ""
             self.runs.switch(view, True)
             self._read_now()
             self.table.point(view.curves[adapter].key if adapter in view.curves else view.key)
-
-    def _point_first(self) -> None:
-        """The cursor begins on what is running, else on the newest run of LoRA."""
-        running = (view for view in self.runs.views.values() if view.alive)
-        if view := next(running, self.runs.find(FIRST)):
-            self.table.point(view.key)
 
     # What is shown
 
@@ -135,11 +137,15 @@ class CurvesScreen(WorkbenchScreen):
 
     def _show(self) -> None:
         """Show everything."""
-        views = self.runs.views
+        views, before = self.runs.views, {row.key for row in self.table.rows}
         self.set_class(not views, "-empty")
         self.table.nothing = EMPTY
-        self.table.folded |= views.keys() - {row.key for row in self.table.rows}
+        self.table.folded |= views.keys() - before
         self.table.show(words.rows(views.values()))
+        if not before:  # what is running, else the newest run of LoRA
+            running = (view for view in views.values() if view.alive)
+            first = next(running, self.runs.find(FIRST))
+            self.table.point(first and first.key)
         facts = f"{len(self.runs.on)} of {len(views)} on · loss, kept"
         self.query_one("#runs", Pane).show_title(facts)
         self.draw()
@@ -193,11 +199,9 @@ class CurvesScreen(WorkbenchScreen):
         """All that is known of the run, with its settings."""
         if curve := best_of(self.table.pointed):
             settings = [f"{key}  {value}" for key, value in curve.view.run.params.items()]
-            facts = [
-                *words.details(curve, self.plots.window.cursor),
-                *map(Content, ["", *settings]),
-            ]
-            self.app.push_screen(Reader(lambda _: facts, "Run"))
+            facts = words.details(curve, self.plots.window.cursor)
+            lines = [*facts, *map(Content, ["", *settings])]
+            self.app.push_screen(Reader(lambda _: lines, "Run"))
 
     def action_stage(self) -> None:
         """The stage that the run is of."""

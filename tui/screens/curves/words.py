@@ -17,7 +17,6 @@ from tui.widgets.colors import look_style
 
 Row = RunView | Curve  # an adapter of a sweep is a curve
 DIED = "the process died (no error recorded). Run again to resume from the last checkpoint"
-MAX_NAMES = 2  # adapters named in a list of those that ended
 SIGNS = {  # and their styles
     "running": ("▶", "$accent"),
     "stopped": ("‖", "$warning"),
@@ -151,9 +150,8 @@ def _sweep(view: RunView) -> Iterator[str]:
         yield f"best {view.best.name}: {name} {loss:.4g}"
     for outcome in ENDS:
         names = [curve.name for curve in view.curves.values() if curve.outcome == outcome]
-        more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
         if names:
-            yield f"{len(names)} {outcome}: {', '.join(names[:MAX_NAMES])}{more}"
+            yield f"{len(names)} {outcome}: {', '.join(names)}"
 
 
 def answers(lines: Sequence[Drawn], step: float | None) -> Content:

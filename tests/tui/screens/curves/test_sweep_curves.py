@@ -173,7 +173,7 @@ async def test_a_diverged_adapter_is_named_and_does_not_affect_the_axis(empty: P
 async def test_where_all_diverged_the_last_to_do_so_is_still_drawn(empty: Path) -> None:
     write_sweep(empty, FOUR, dict.fromkeys(FOUR, ("diverged", 9)), "failed")
     async with open_curves(empty) as (_, screen):
-        assert "4 diverged: rank-1, rank-2 and 2 more" in details_text(screen)
+        assert "4 diverged: rank-1, rank-2, rank-4, rank-8" in details_text(screen)
         assert "best" not in details_text(screen)
         assert ranges(screen)[1][1] > 1
 
