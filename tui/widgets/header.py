@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from itertools import product
 
 from textual.app import RenderResult
 from textual.content import Content
@@ -37,9 +38,8 @@ class Header(Widget):
     def render(self) -> RenderResult:
         text, short, style = self.state
         width = self.size.width
-        choices = (("label", "  ", text), ("short", " ", text), ("short", " ", short))
-        for kind, gap, state in (*choices, ("digit", " ", text), ("digit", " ", short)):
-            line = self._screens(kind, gap)
+        for kind, state in product(("label", "short", "digit"), (text, short)):
+            line = self._screens(kind)
             if line.cell_length + len(state) + 2 <= width:
                 break
         end = Content.styled(state, style)
@@ -50,7 +50,7 @@ class Header(Widget):
         space = width - line.cell_length - end.cell_length - 1
         return line + " " * max(space, 0) + end
 
-    def _screens(self, kind: str, gap: str) -> Content:
+    def _screens(self, kind: str) -> Content:
         """The screens with their keys: with their label, a shorter one, or the number alone."""
         parts = []
         for number, (name, entry) in enumerate(SCREENS.items(), 1):
@@ -59,7 +59,8 @@ class Header(Widget):
             text = f"{number} {label}" if kind != "digit" or is_current else f"{number}"
             content = Content.from_markup(f"[@click=\"app.switch_mode('{name}')\"]{text}[/]")
             parts.append(content.stylize("reverse bold" * is_current))
-        return Content.styled(NAME, "bold $accent") + Content(gap).join(parts)
+        gap = Content("  " if kind == "label" else " ")
+        return Content.styled(NAME, "bold $accent") + gap.join(parts)
 
 
 def describe_state(states: Sequence[StageState], started: bool, problem: str) -> State:

@@ -1,10 +1,8 @@
 """Export what is shown: a chart, drawn by another process, or the numbers as CSV."""
 
-import asyncio
-import csv
 import json
+import subprocess
 from collections.abc import Iterable
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +10,8 @@ from pipeline.errors import UserError
 from pipeline.files.artifact import write_file
 from pipeline.files.home import expand
 from pipeline.files.worker import python_module
-from pipeline.project.logs.run_log import COLUMNS, OPTIONAL, read_steps
 from pipeline.project.logs.runs import Run
+from pipeline.views.runs import steps_csv
 from pipeline.views.series import METRICS
 from tui.app import Workbench
 from tui.dialogs import Ask, PathScreen
@@ -60,40 +58,24 @@ async def ask_path(workbench: Workbench) -> Path | None:
     return path
 
 
-async def save(path: Path, runs: Iterable[Run], panels: list[dict[str, Any]], title: str) -> None:
-    """Write the numbers of the runs, or the panels, as the suffix of `path` says. Raises UserError
-    and OSError.
+def save(path: Path, runs: Iterable[Run], panels: list[dict[str, Any]], title: str) -> None:
+    """Write the numbers of the runs, or the panels, as the suffix of `path` says; in a thread, as it
+    takes long. Raises UserError and OSError.
     """
     if path.suffix == ".csv":
-        contents = await asyncio.to_thread(csv_text, runs)
+        contents = steps_csv(runs)
     else:
-        contents = await render_chart({"format": path.suffix[1:], "title": title, "panels": panels})
-    await asyncio.to_thread(write_file, path, [contents], durable=True)
+        contents = render_chart({"format": path.suffix[1:], "title": title, "panels": panels})
+    write_file(path, [contents], durable=True)
 
 
-async def render_chart(chart: dict[str, Any]) -> bytes:
+def render_chart(chart: dict[str, Any]) -> bytes:
     """The chart as the bytes of an image file. Raises UserError if the drawing process fails."""
-    pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(
-        *python_module("pipeline.stages.charts"), stdin=pipe, stdout=pipe, stderr=pipe
-    )
-    out, errors = await process.communicate(json.dumps(chart).encode())
-    if process.returncode:
-        _, _, reason = errors.decode(errors="replace").strip().rpartition("\n")
+    command, text = python_module("pipeline.stages.charts"), json.dumps(chart).encode()
+    done = subprocess.run(command, input=text, capture_output=True, check=False)
+    if done.returncode:
+        *_, reason = done.stderr.decode(errors="replace").splitlines() or ["it says no more"]
         raise UserError(
-            f"The chart could not be drawn: {reason or process.returncode}. Export CSV instead, or "
-            "run `lora doctor`."
+            f"The chart could not be drawn: {reason}. Export CSV instead, or run `lora doctor`."
         )
-    return out
-
-
-def csv_text(runs: Iterable[Run]) -> bytes:
-    """Every step of each curve of the runs."""
-    text = StringIO()
-    rows = csv.DictWriter(text, ("run", *COLUMNS, *OPTIONAL), lineterminator="\n")
-    rows.writeheader()
-    for run in runs:
-        for files in run.curves:
-            label = run.curve_label(files.name)
-            rows.writerows({"run": label, **vars(step)} for step in read_steps(files.loss))
-    return text.getvalue().encode()
+    return done.stdout

@@ -42,7 +42,7 @@ class Plots(Vertical):
         self.lines: Sequence[Drawn] = ()
         self.chart = Plot(can_zoom=True)
         self.pan = self.chart.pan
-        self.small = {name: Plot() for name in METRICS}
+        self.small = {name: Plot(name=name) for name in METRICS}
         self.constants = Static(id="constants", markup=False)
 
     def compose(self) -> Iterable[Widget]:
@@ -93,10 +93,12 @@ class Plots(Vertical):
 
     def _head(self, metric: str) -> Head:
         """A metric's name, and its value of the pointed run, else of the uppermost that has one."""
-        values = [(line.value(metric, self.window.cursor), line.style) for line in self.lines]
-        loud = (value for value, line in zip(values, self.lines, strict=True) if not line.quiet)
-        known = [value for value in loud if value[0]]
-        return Head(METRICS[metric].short, *(known or [("", "")])[-1])
+        short = METRICS[metric].short
+        for line in reversed(self.lines):
+            value = "" if line.quiet else line.value(metric, self.window.cursor)
+            if value:
+                return Head(short, value, line.style)
+        return Head(short)
 
     def _facts(self) -> Iterable[str]:
         """What is drawn, and how; the least important comes last."""
@@ -123,12 +125,10 @@ class Plots(Vertical):
 
     def offers(self, what: str) -> bool:
         """Whether a key does something now."""
+        if what == "leave":
+            return self.window.cursor is not None or self.metric != "loss"
         is_moved = (self.window.x, self.window.y) != (None, None)
         return is_moved or what not in ("reset", "follow")
-
-    @property
-    def can_leave(self) -> bool:
-        return self.window.cursor is not None or self.metric != "loss"
 
     def leave(self) -> None:
         """End the step cursor, then bring the loss back."""
@@ -198,4 +198,4 @@ class Plots(Vertical):
 
     @on(Plot.Opened)
     def _opened(self, event: Plot.Opened) -> None:
-        self.enlarge(next(name for name, plot in self.small.items() if plot is event.plot))
+        self.enlarge(event.plot.name or "loss")

@@ -95,18 +95,25 @@ class CurvesScreen(WorkbenchScreen):
         """Read what has changed, if it is time, and show it."""
         if not self.is_current or self.is_reading:
             return
-        self.is_reading, states = True, self.workbench.project_watch.states.items()
-        self.is_stale, now = False, [(name, state.state) for name, state in states]
-        found = await asyncio.to_thread(self.runs.look, now)
-        if found or monotonic() >= self._next_reading:
-            self._next_reading = monotonic() + DELAY
-            changed = [await view.read() for view in self.runs.on]
-            if found or any(changed):
+        self.is_reading, self.is_stale = True, False
+        try:
+            if await self._has_changed():
                 self._show()
-        else:
-            self.is_stale = True
-        self.is_reading = False
+        finally:
+            self.is_reading = False
         self._find_wanted()
+
+    async def _has_changed(self) -> bool:
+        """Read runs, and what those that are on logged, if it is time: whether that is to be drawn."""
+        states = self.workbench.project_watch.states.items()
+        now = [(name, state.state) for name, state in states]
+        found = await asyncio.to_thread(self.runs.look, now)
+        if not found and monotonic() < self._next_reading:
+            self.is_stale = True
+            return False
+        self._next_reading = monotonic() + DELAY
+        changed = [await view.read() for view in self.runs.on]
+        return found or any(changed)
 
     def _read_now(self) -> None:
         """Draw, and read a run that is on now at once."""
@@ -221,7 +228,7 @@ class CurvesScreen(WorkbenchScreen):
     # Keys
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        if action == "leave" and self.plots.can_leave:
+        if action == "leave" and self.plots.offers("leave"):
             return True
         if action == "answers":
             return self._has_answers()
@@ -253,9 +260,8 @@ class CurvesScreen(WorkbenchScreen):
             return
         with self.workbench.errors_shown():
             if path := await export.ask_path(self.workbench):
-                runs, title = (
-                    [view.run for view in self.runs.on],
-                    f"smoothing {self.runs.smoothing:g}",
-                )
-                await export.save(path, runs, self.plots.panels(), title)
+                runs = [view.run for view in self.runs.on]
+                title = f"smoothing {self.runs.smoothing:g}"
+                panels = self.plots.panels()
+                await asyncio.to_thread(export.save, path, runs, panels, title)
                 self.workbench.log_message(f"Exported to {path}.")

@@ -2,15 +2,12 @@
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import datetime
-from math import isfinite
 
 from textual.content import Content
 
 from pipeline.data.answers.match import match
-from pipeline.files.text import in_units
-from pipeline.project.logs.run_log import DIVERGED, STOPPED
-from pipeline.views.curves import Curve, RunView
-from pipeline.views.series import HELD_OUT, METRICS, three_digits
+from pipeline.views.curves import ENDS, Curve, RunView, in_words
+from pipeline.views.series import three_digits
 from tui.screens.curves.lines import Drawn
 from tui.widgets.cells import LEVELS, duration
 from tui.widgets.colors import look_style
@@ -25,7 +22,6 @@ SIGNS = {  # and their styles
     "finished": ("", ""),
 }
 OFF = "·"  # in place of the sign of a run that is not drawn
-ENDS = {DIVERGED: "diverged", STOPPED: "stopped"}
 
 
 def rows(views: Iterable[RunView]) -> list[Row]:
@@ -98,60 +94,10 @@ def details(curve: Curve, step: float | None) -> Iterator[Content]:
     yield Content.assemble(state, f"{when} · {done:,}{of_all} steps")
     if (left := view.seconds_left) is not None:
         yield Content.styled(f"{duration(left)} left", "bold")
-    yield from map(Content, (*_values(curve, step), *_run(view)))
+    yield from map(Content, in_words(curve, step))
     message = view.journal.message if view.journal else ""
     if message or view.state == "died":
         yield Content.styled(message or DIED, style)
-
-
-def _values(curve: Curve, at: float | None) -> Iterator[str]:
-    """The values at a step, or the newest; the small plots have the others."""
-    log, steps, flat = curve.log, curve.log.steps, curve.flat()
-    if at is None and steps:
-        at = steps[-1]
-    if at is None or not steps or not steps[0] <= at <= steps[-1]:
-        yield "nothing is logged there"
-        return
-    index = log.index_at(at) or 0
-    step, loss = steps[index], log.series["loss"]
-    note = f" · » flat from epoch {flat[0]:.0f}" if flat else ""
-    yield f"epoch {log.columns['epoch'][index]:.0f}{note}"
-    yield f"loss {loss.y[index]:.4g} at step {step:,.0f}"
-    yield f"smoothed {loss.smooth[index]:.4g}"
-    for name, held_out in HELD_OUT.items():
-        value = log.series[held_out].value_at(step)
-        if value is not None:
-            yield f"held-out {METRICS[name].short} {value:.4g}"
-
-
-def _run(view: RunView) -> Iterator[str]:
-    """What it kept, how the adapters of a sweep ended, memory and pace, and what is odd."""
-    if view.kept is not None:
-        yield f"kept {view.kept:.0%} of the old answers"
-    if view.run.sweeps:
-        yield from _sweep(view)
-    cost = view.timed.cost
-    for last in [*cost.recent][-1:]:
-        sizes = {"memory": last.measured, "predicted": last.predicted, "process": last.resident}
-        yield ", ".join(f"{name} {in_units(size)}" for name, size in sizes.items() if size)
-    rate = cost.series["tokens_per_second"].smooth
-    if rate and isfinite(rate[-1]):
-        adapters = sum(not curve.outcome for curve in view.curves.values())
-        yield f"{f'{adapters} × ' if adapters > 1 else ''}{rate[-1]:,.0f} tokens/s"
-    if view.change:
-        yield f"log {view.change} since it was opened"
-    if skipped := sum(curve.skipped for curve in view.curves.values()):
-        yield f"{skipped:,} foreign lines skipped"
-
-
-def _sweep(view: RunView) -> Iterator[str]:
-    name, loss = view.best.loss
-    if loss is not None and view.best.outcome != DIVERGED:
-        yield f"best {view.best.name}: {name} {loss:.4g}"
-    for outcome in ENDS:
-        names = [curve.name for curve in view.curves.values() if curve.outcome == outcome]
-        if names:
-            yield f"{len(names)} {outcome}: {', '.join(names)}"
 
 
 def answers(lines: Sequence[Drawn], step: float | None) -> Content:

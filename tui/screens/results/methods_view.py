@@ -46,7 +46,7 @@ class MethodsView(View):
         verdict = Content.styled(found.verdict, "bold $error" if broken else "bold $success")
         self.titled("methods", verdict, f"{BEST} forgot least: {least.name}" if least else "")
         if is_first and least:
-            self.point(least.name)
+            self.table.point(least.name)
 
     @on(Table.Pointed)
     def pointed(self, event: Table.Pointed) -> None:

@@ -47,11 +47,9 @@ class ReportsView(View):
     def pointed(self, event: Table.Pointed) -> None:
         page, variables = event.row, self.app.theme_variables
         again = self.query_one("#report", Pane).title == page.title
-
-        def draw(width: int) -> Iterable[Content]:
-            return markdown(_text(page), variables)(width)
-
-        self.page.show(draw, again=again, slowly=True)
+        self.page.show(
+            lambda width: markdown(_text(page), variables)(width), again=again, slowly=True
+        )
         self.titled("report", page.about, title=page.title)
 
 
@@ -77,10 +75,10 @@ class FiguresView(View):
         yield self.pane("figures", self.table)
         yield self.pane("figure", VerticalScroll(self.caption, self.holder))
 
-    def point(self, key: str) -> None:
-        """Also at the first picture of a stage, by its output folder."""
+    def point(self, folder: str) -> None:
+        """Move the cursor to the first picture of a stage, by its output folder."""
         keys = (picture.key for picture in self.table.rows)
-        self.table.point(next((each for each in keys if f"{each}/".startswith(f"{key}/")), None))
+        self.table.point(next((key for key in keys if key.startswith(f"{folder}/")), None))
 
     @on(Table.Pointed)
     def pointed(self, event: Table.Pointed) -> None:

@@ -43,7 +43,7 @@ class SweepView(View):
         found, is_first = self.found, not self.table.rows
         self.table.show(found.trials, list(columns(found)))
         if is_first:
-            self.point(next((trial.name for trial in found.trials if trial.best), ""))
+            self.table.point(next((trial.name for trial in found.trials if trial.best), ""))
         edge = f"best at the edge: {', '.join(found.edges)}" if found.edges else ""
         loss = "held-out loss" if found.held_out else "training loss: no data is held out"
         self.titled("sweep", edge, f"{len(found.trials)} adapters", loss)

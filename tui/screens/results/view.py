@@ -46,7 +46,3 @@ class View(Horizontal):
     def show_found(self) -> None:
         """Fill the table."""
         self.table.show(self.found)
-
-    def point(self, key: str) -> None:
-        """Move the cursor to a row, if it is there."""
-        self.table.point(key)

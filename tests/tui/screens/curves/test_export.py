@@ -51,7 +51,6 @@ async def test_csv_has_the_optional_columns_of_the_runs_that_have_them(three_run
     }
 
 
-@pytest.mark.usefixtures("forked_processes")
 @pytest.mark.slow
 async def test_an_exported_picture_has_the_evaluations_and_the_small_plots_too(
     three_runs: Path,
@@ -65,10 +64,9 @@ async def test_an_exported_picture_has_the_evaluations_and_the_small_plots_too(
             "Divergence from the base, nats/token",
             "Gradient norm",
         )
-        assert (await export.render_chart(picture(screen))).count(b"<use") > 10
+        assert export.render_chart(picture(screen)).count(b"<use") > 10
 
 
-@pytest.mark.usefixtures("forked_processes")
 @pytest.mark.parametrize(
     ("kind", "start"), [("svg", b"<?xml"), ("png", b"\x89PNG")], ids=["svg", "png"]
 )
@@ -94,7 +92,6 @@ async def test_the_picture_is_what_is_on_the_screen(three_runs: Path) -> None:
         assert all(curve["flat"] for curve in loss["curves"])
 
 
-@pytest.mark.usefixtures("forked_processes")
 @pytest.mark.slow
 async def test_what_exists_is_replaced_after_a_question(
     three_runs: Path,

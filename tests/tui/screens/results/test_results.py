@@ -408,7 +408,7 @@ async def test_what_an_extension_measured_is_read_with_its_pictures_and_numbers(
     async with results(project) as user:
         await user.press("r")
         assert titles(user) == ["Comparison", "All probes", "Probe of norm", "Probe of size"]
-        user.screen.reports.point("probe_size")
+        user.screen.reports.table.point("probe_size")
         await until(user.pilot, lambda: "The size is 0.12." in user.page)
         await user.press("f")
         pointed = user.screen.figures.table.pointed
