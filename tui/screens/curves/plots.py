@@ -159,8 +159,8 @@ class Plots(Vertical):
         """Move the step cursor by a column; at first it is at the last step of the pointed run."""
         (first, last), cursor = self.steps, self.window.cursor
         if cursor is None:
-            ends = [line.curve.log.steps[-1:] for line in self.lines[-1:]]
-            [cursor] = next(filter(None, ends), [last])
+            steps = self.lines[-1].curve.log.steps if self.lines else ()
+            cursor = steps[-1] if steps else last
         else:
             column = (last - first) / max(self.chart.drawing.width, 1)
             cursor += direction * max(round(column), 1)

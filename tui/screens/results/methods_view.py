@@ -51,9 +51,10 @@ class MethodsView(View):
     @on(Table.Pointed)
     def pointed(self, event: Table.Pointed) -> None:
         method, found = event.row, self.found
-        self.titled("model", title=method.stage.title)
-        self.details.show(lambda _: methods.details(method, found))
-        self._draw()
+        if self.table.rows:  # still
+            self.titled("model", title=method.stage.title)
+            self.details.show(lambda _: methods.details(method, found))
+            self._draw()
 
     def _draw(self) -> None:
         (x, *_), (y, *_) = self._measures("x"), self._measures("y")

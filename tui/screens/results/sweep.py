@@ -54,8 +54,9 @@ class SweepView(View):
 
     @on(Table.Pointed)
     def pointed(self, event: Table.Pointed) -> None:
-        for key, plot in self.plots.items():
-            plot.show(*plotted(self.found, key, event.row), empty=NOTHING)
+        if self.table.rows:  # still
+            for key, plot in self.plots.items():
+                plot.show(*plotted(self.found, key, event.row), empty=NOTHING)
 
 
 def columns(sweep: Sweep) -> Iterator[Column[Trial]]:
