@@ -30,7 +30,7 @@ def draw(picture: Mapping[str, Any]) -> bytes:
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for axis, panel in zip(axes, panels, strict=True):
         _draw_panel(axis, panel)
-    axes[0].set(xlim=picture["x"], title=picture["title"])
+    axes[0].set(xlim=panels[0]["x"], title=picture["title"])
     axes[0].legend(fontsize="small")
     axes[-1].set(xlabel="step")
     file = BytesIO()
@@ -43,9 +43,11 @@ def draw(picture: Mapping[str, Any]) -> bytes:
 
 
 def _draw_panel(axis: Any, panel: Mapping[str, Any]) -> None:
-    for curve in (curve for curve in panel["curves"] if curve["dim"]):
-        axis.plot(curve["x"], curve["mean"], color=curve["color"], alpha=0.5, linewidth=0.8)
-    for number, curve in enumerate(curve for curve in panel["curves"] if not curve["dim"]):
+    curves = [curve for curve in panel["curves"] if curve["columns"]]
+    for curve in (curve for curve in curves if not curve["label"]):
+        x, _, _, mean = zip(*curve["columns"], strict=True)
+        axis.plot(x, mean, color=curve["color"], alpha=0.5, linewidth=0.8)
+    for number, curve in enumerate(curve for curve in curves if curve["label"]):
         _draw_curve(axis, curve, number)
     axis.set(ylabel=panel["title"], yscale="log" if panel["log"] else "linear")
     if panel["y"]:
@@ -55,10 +57,10 @@ def _draw_panel(axis: Any, panel: Mapping[str, Any]) -> None:
 
 def _draw_curve(axis: Any, curve: Mapping[str, Any], number: int) -> None:
     """Raw and smoothed values, evaluations, and a stroke where the curve becomes flat."""
-    x, mean, color = curve["x"], curve["mean"], curve["color"]
+    color, (x, low, high, mean) = curve["color"], zip(*curve["columns"], strict=True)
     marker = MARKERS.get(curve["sign"], "o")  # an extension's sign may be any
     label = curve["label"].replace("$", r"\$")  # a formula would begin there
-    raw = [value for pair in zip(curve["low"], curve["high"], strict=True) for value in pair]
+    raw = [value for pair in zip(low, high, strict=True) for value in pair]
     axis.plot([value for value in x for _ in range(2)], raw, color=color, alpha=0.3, linewidth=0.6)
     axis.plot(
         x,
@@ -71,11 +73,12 @@ def _draw_curve(axis: Any, curve: Mapping[str, Any], number: int) -> None:
         markevery=(0.05 + 0.03 * number, 0.15),
         linewidth=1.6,
     )
-    if curve["held_out"]["x"]:
-        at, loss = curve["held_out"]["x"], curve["held_out"]["y"]
-        axis.plot(at, loss, ":", marker="x", color=color, label=f"{label}, held out")
+    if curve["marks"]:
+        at, held_out = zip(*curve["marks"], strict=True)
+        axis.plot(at, held_out, ":", marker="x", color=color, label=f"{label}, held out")
     if curve["flat"]:
-        axis.plot(*curve["flat"], marker="|", markersize=16, markeredgewidth=2, color=color)
+        flat = {"marker": "|", "markersize": 16, "markeredgewidth": 2}
+        axis.plot(*curve["flat"], **flat, color=color, label=f"{label}, flat from here")
 
 
 def main() -> None:

@@ -2,13 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from math import isfinite
 from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.files.artifact import MANIFEST
 from pipeline.files.file_tail import Change, FileTail, file_stamp
+from pipeline.files.text import in_units
 from pipeline.inference.catalog import measured
 from pipeline.project.logs import run_state
 from pipeline.project.logs.run_log import (
@@ -30,6 +31,7 @@ from pipeline.views.looks import assign_looks
 from pipeline.views.runs import discover_runs, stamp
 from pipeline.views.series import COST, HELD_OUT, METRICS, MIN_STEPS, Cost, Log, Series
 
+ENDS = {DIVERGED: "diverged", STOPPED: "stopped"}
 STATES = {"done": "finished", "stopped": "stopped", "failed": "failed"}
 # seconds, and steps at the usual pace, without a new step after which no end is foretold
 STALLED = 30.0, 10.0
@@ -215,7 +217,7 @@ class RunView:
             self._outcomes_stamp, outcomes = now, read_run_outcomes(self.run.log_folder)
             for name, curve in self.curves.items():
                 outcome = outcomes.get(name, "")
-                curve.outcome = outcome if outcome in (DIVERGED, STOPPED) else ""
+                curve.outcome = outcome if outcome in ENDS else ""
             self._select_best()
         return before != self._condition
 
@@ -393,3 +395,61 @@ def _kept(root: Path, project: Project | None) -> dict[str, float]:
         if isinstance(share, int | float) and 0 <= share <= 1:
             shares[digest] = float(share)
     return shares
+
+
+def in_words(curve: Curve, step: float | None) -> Iterator[str]:
+    """What is known of a run, or of an adapter of a sweep, in a line each: values at a step, or the
+    newest; what it kept, how adapters ended, memory and pace, and what is odd.
+    """
+    yield from _values(curve, step)
+    yield from _run(curve.view)
+
+
+def _values(curve: Curve, at: float | None) -> Iterator[str]:
+    """The values at a step, or the newest; the small plots have the others."""
+    log, steps, flat = curve.log, curve.log.steps, curve.flat()
+    if at is None and steps:
+        at = steps[-1]
+    if at is None or not steps or not steps[0] <= at <= steps[-1]:
+        yield "nothing is logged there"
+        return
+    index = log.index_at(at) or 0
+    step, loss = steps[index], log.series["loss"]
+    note = f" · » flat from epoch {flat[0]:.0f}" if flat else ""
+    yield f"epoch {log.columns['epoch'][index]:.0f}{note}"
+    yield f"loss {loss.y[index]:.4g} at step {step:,.0f}"
+    yield f"smoothed {loss.smooth[index]:.4g}"
+    for name, held_out in HELD_OUT.items():
+        value = log.series[held_out].value_at(step)
+        if value is not None:
+            yield f"held-out {METRICS[name].short} {value:.4g}"
+
+
+def _run(view: RunView) -> Iterator[str]:
+    """What it kept, how the adapters of a sweep ended, memory and pace, and what is odd."""
+    if view.kept is not None:
+        yield f"kept {view.kept:.0%} of the old answers"
+    if view.run.sweeps:
+        yield from _sweep(view)
+    cost = view.timed.cost
+    for last in [*cost.recent][-1:]:
+        sizes = {"memory": last.measured, "predicted": last.predicted, "process": last.resident}
+        yield ", ".join(f"{name} {in_units(size)}" for name, size in sizes.items() if size)
+    rate = cost.series["tokens_per_second"].smooth
+    if rate and isfinite(rate[-1]):
+        adapters = sum(not curve.outcome for curve in view.curves.values())
+        yield f"{f'{adapters} × ' if adapters > 1 else ''}{rate[-1]:,.0f} tokens/s"
+    if view.change:
+        yield f"log {view.change} since it was opened"
+    if skipped := sum(curve.skipped for curve in view.curves.values()):
+        yield f"{skipped:,} foreign lines skipped"
+
+
+def _sweep(view: RunView) -> Iterator[str]:
+    name, loss = view.best.loss
+    if loss is not None and view.best.outcome != DIVERGED:
+        yield f"best {view.best.name}: {name} {loss:.4g}"
+    for outcome in ENDS:
+        names = [curve.name for curve in view.curves.values() if curve.outcome == outcome]
+        if names:
+            yield f"{len(names)} {outcome}: {', '.join(names)}"

@@ -1,10 +1,12 @@
 """Discovers runs to compare: each training stage's last run, its artifact, those in the cache."""
 
+import csv
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,15 @@ from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.project.cache import SHORT_KEY, cache_key
 from pipeline.project.logs import run_state
-from pipeline.project.logs.run_log import DIVERGED, LOSS, final_loss, read_run_outcomes, read_steps
+from pipeline.project.logs.run_log import (
+    COLUMNS,
+    DIVERGED,
+    LOSS,
+    OPTIONAL,
+    final_loss,
+    read_run_outcomes,
+    read_steps,
+)
 from pipeline.project.logs.run_state import Settings
 from pipeline.project.logs.runs import LogFiles, Run, curves
 from pipeline.project.stage_graph import RUNS, Project, Stage, cache_folder
@@ -40,6 +50,18 @@ def rows(runs: Iterable[Run]) -> Iterator[Row]:
             steps = read_steps(curve.loss)
             label = run.curve_label(curve.name)
             yield Row(run.key[:SHORT_KEY], label, len(steps), final_loss(steps), run.when)
+
+
+def steps_csv(runs: Iterable[Run]) -> bytes:
+    """Every step of each curve of the runs, as CSV."""
+    text = StringIO()
+    rows = csv.DictWriter(text, ("run", *COLUMNS, *OPTIONAL), lineterminator="\n")
+    rows.writeheader()
+    for run in runs:
+        for curve in run.curves:
+            label = run.curve_label(curve.name)
+            rows.writerows({"run": label, **vars(step)} for step in read_steps(curve.loss))
+    return text.getvalue().encode()
 
 
 def choose(runs: Sequence[Run], name: str | None) -> list[Run]:

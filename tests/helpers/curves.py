@@ -37,13 +37,13 @@ async def wait_until_drawn(pilot: Pilot[Any], screen: CurvesScreen) -> None:
     def done() -> bool:
         return (
             bool(screen.runs.stamp)
-            and not screen.reader.is_reading
-            and not screen.reader.is_stale
+            and not screen.is_reading
+            and not screen.is_stale
             and not any(curve.changed() for curve in screen.runs.curves)
         )
 
     # a read that began earlier may miss what was written since
-    await until(pilot, lambda: not screen.reader.is_reading)
+    await until(pilot, lambda: not screen.is_reading)
     screen.files_changed()
     await pilot.pause()
     await until(pilot, done)

@@ -70,7 +70,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tui.services.watch.STEP", 20)
     monkeypatch.setattr("tui.services.watch.STARTED", 50)
     monkeypatch.setattr("tui.services.watch.PAUSE", 0.05)
-    monkeypatch.setattr("tui.screens.curves.reading.MAX_DELAY", 0.0)
+    monkeypatch.setattr("tui.screens.curves.screen.DELAY", 0.0)
 
 
 @pytest.fixture

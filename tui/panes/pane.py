@@ -114,10 +114,10 @@ class Pane(Vertical):
             self.screen.refresh_bindings()  # the line at the bottom leaves them out
 
     def show_title(self, *facts: Content | str, title: str = "") -> None:
-        """Show the title, and facts after it: `Runs  3 of 9`."""
+        """Show the title, and after it the facts that are not empty: `Runs  3 of 9`."""
         self.title, self._facts = title or self.title, facts
         parts = [Content(self.title)]
-        for fact in facts:
+        for fact in (fact for fact in facts if fact):
             parts.append(Content.styled(fact, "not bold") if isinstance(fact, str) else fact)
         if self.filter_text:
             parts.append(Content.styled(f"/{self.filter_text}", "not bold"))

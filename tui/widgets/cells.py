@@ -1,8 +1,9 @@
 """Texts in cells: bars, intervals, durations, signs of methods."""
 
+from math import ceil
+
 from rich.cells import cell_len, set_cell_size
 from textual.content import Content
-from textual.style import Style
 
 from tui.widgets.colors import NO_LOOK, look_style, method_look, share_style
 
@@ -23,30 +24,23 @@ def bar(share: float, width: int) -> str:
 
 def levels(values: list[float]) -> str:
     """A column per value (a sparkline), the largest at full height; zero is the lowest."""
-    top = max(values, default=0.0)
-    return "".join(
-        LEVELS[round(value / top * (len(LEVELS) - 1)) if top > 0 else 0] for value in values
-    )
+    top = max(values, default=0.0) or 1.0
+    return "".join(LEVELS[round(value / top * (len(LEVELS) - 1))] for value in values)
 
 
 def shade(share: float) -> str:
     """A character that is darker the larger `share` (0 to 1) is."""
-    return (
-        SHADES[min(int(share * (len(SHADES) - 1) + 0.999), len(SHADES) - 1)]
-        if share > 0
-        else SHADES[0]
-    )
+    darkest = len(SHADES) - 1
+    return SHADES[min(ceil(share * darkest), darkest)]
 
 
 def pad_or_truncate(text: str, width: int) -> str:
     """`text` in exactly `width` cells (a Chinese character takes two); truncated text ends with
     …
     """
-    return (
-        set_cell_size(text, width)
-        if cell_len(text) <= width
-        else set_cell_size(text, width - 1) + "…"
-    )
+    if cell_len(text) <= width:
+        return set_cell_size(text, width)
+    return set_cell_size(text, width - 1) + "…"
 
 
 def duration(seconds: float) -> str:
@@ -71,10 +65,10 @@ def share_cell(share: float | None, width: int) -> Content:
     return bar_cell(share, width, share_style(1 - share), f"{share:>4.0%}")
 
 
-def interval_strip(low: float, value: float, high: float, width: int = INTERVAL) -> str:
+def interval_strip(low: float, value: float, high: float) -> str:
     """A 95% interval from 0 to 1 in cells: `  ──●────  `."""
-    first, at, last = (round(min(max(n, 0.0), 1.0) * (width - 1)) for n in (low, value, high))
-    cells = ["─" if first <= n <= last else "·" for n in range(width)]
+    first, at, last = (round(min(max(n, 0.0), 1.0) * (INTERVAL - 1)) for n in (low, value, high))
+    cells = ["─" if first <= n <= last else "·" for n in range(INTERVAL)]
     cells[at] = "●"
     return "".join(cells)
 
@@ -83,8 +77,3 @@ def method_sign(name: str) -> tuple[str, str]:
     """The sign of a method and its style; of a base a ring in the text's colour."""
     look = method_look(name)
     return ("○", "$foreground") if look is NO_LOOK else (look.sign, look_style(look))
-
-
-def clickable(text: str, action: str, style: str = "") -> Content:
-    """A text that runs an action when it is clicked."""
-    return Content.styled(text, style).stylize(Style.from_meta({"@click": action}))

@@ -28,10 +28,9 @@ def look_style(look: Look) -> str:
 
 def look_variables(background: Color) -> dict[str, str]:
     """The theme variables that `look_style` names."""
-    colors = {look.color for look in (*LOOKS.values(), NO_LOOK)} | {*OTHERS}
+    looks = (*LOOKS.values(), NO_LOOK, *(Look(color, "") for color in OTHERS))
     return {
-        f"look-{color.lstrip('#')}": readable(Color.parse(color), background).hex
-        for color in colors
+        look_style(look)[1:]: readable(Color.parse(look.color), background).hex for look in looks
     }
 
 
@@ -47,19 +46,18 @@ def share_style(share: float) -> str:
 def readable(color: Color, background: Color) -> Color:
     """`color`, made lighter or darker until its contrast with `background` is at least CONTRAST."""
     towards = Color(255, 255, 255) if background.brightness < 0.5 else Color(0, 0, 0)
-    for part in range(0, 11):
-        blended = color.blend(towards, part / 10)
-        if contrast(blended, background) >= CONTRAST:
-            break
-    return blended
+    blends = (color.blend(towards, part / 10) for part in range(10))
+    return next((each for each in blends if contrast(each, background) >= CONTRAST), towards)
 
 
 def contrast(one: Color, other: Color) -> float:
     """The ratio of two colours' luminances, 1 to 21 (WCAG 2)."""
-    luminances = []
-    for color in (one, other):
-        red, green, blue = (
-            v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in color.normalized
-        )
-        luminances.append(0.2126 * red + 0.7152 * green + 0.0722 * blue)
-    return (max(luminances) + 0.05) / (min(luminances) + 0.05)
+    dark, light = sorted(map(_luminance, (one, other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def _luminance(color: Color) -> float:
+    red, green, blue = (
+        v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in color.normalized
+    )
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from textual.widget import Widget
 
 KINDS = {"blocks": "half blocks", "sixel": "sixel", "kitty": "kitty's protocol"}
-# values of TERM_PROGRAM or of TERMINAL_NAME
-SIXEL_TERMINALS = ("WezTerm", "iTerm.app", "mintty", "contour")
-MAX_BYTES, MAX_PIXELS = 50_000_000, 50_000_000  # of a file that is opened
+SIXEL_PROGRAMS = ("WezTerm", "iTerm.app", "mintty", "contour")  # values of TERM_PROGRAM
+HOSTS = {"TMUX", "TEXTUAL_DRIVER"}  # variables of what passes no pixels on
+MOST = 50_000_000  # bytes, and pixels, of a file that is opened
 # pixels; larger pictures are made smaller once, rather than each time they are drawn
 MAX_SIDE = 2000
 CELL = 10, 20  # pixels, where the terminal does not say
@@ -39,44 +39,29 @@ def kind_of_terminal(environment: Mapping[str, str] = os.environ) -> str:
     blocks.
     """
     term, program = environment.get("TERM", ""), environment.get("TERM_PROGRAM", "")
-    if (
-        "TMUX" in environment
-        or term.startswith(("tmux", "screen"))
-        or "TEXTUAL_DRIVER" in environment
-    ):
+    is_within = term.startswith(("tmux", "screen")) or not HOSTS.isdisjoint(environment)
+    if is_within:
         return "blocks"
     if term in ("xterm-kitty", "xterm-ghostty"):
         return "kitty"
-    if (
-        program in SIXEL_TERMINALS
-        or term.startswith("foot")
-        or term == "mlterm"
-        or "WT_SESSION" in environment
-    ):
-        return "sixel"
-    return "blocks"
+    names = program in SIXEL_PROGRAMS or term.startswith(("foot", "mlterm"))
+    return "sixel" if names or "WT_SESSION" in environment else "blocks"
 
 
 def read_picture(path: Path) -> "Image":
-    """A PNG file on white, at most MAX_SIDE pixels a side. Raises UserError. Takes some 50 ms: for
-    a thread.
+    """A PNG file on white, at most MAX_SIDE pixels a side. Raises UserError. Takes some 50 ms, and
+    at first 50 more to load what draws it: for a thread.
     """
     from PIL import Image
 
+    _library()
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise UserError(
-                f"{path.name} is larger than {MAX_BYTES // 10**6} MB. Open it with another program."
-            )
         with Image.open(path, formats=["PNG"]) as file:
-            if file.width * file.height > MAX_PIXELS:
-                raise UserError(
-                    f"{path.name} has {file.width} × {file.height} pixels. Open it with another "
-                    "program."
-                )
+            if max(path.stat().st_size, file.width * file.height) > MOST:
+                raise UserError(f"{path.name} is too large. Open it with another program.")
             picture = file.convert("RGBA")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        why = error.strerror if isinstance(error, OSError) and error.strerror else "it is damaged"
+        why = getattr(error, "strerror", None) or "it is damaged, or no PNG"
         raise UserError(f"{path.name} cannot be shown: {why}. Make it again.") from None
     picture.thumbnail((MAX_SIDE, MAX_SIDE))
     page = Image.new("RGBA", picture.size, "white")
@@ -86,19 +71,14 @@ def read_picture(path: Path) -> "Image":
 
 def widget_for(picture: "Image", kind: str) -> "Widget":
     """The widget that draws a picture by one of KINDS; its size keeps the proportions."""
-    widgets = _library()
-    makers = {
-        "blocks": widgets.HalfcellImage,
-        "sixel": widgets.SixelImage,
-        "kitty": widgets.TGPImage,
-    }
-    widget: Widget = makers[kind](picture)
+    makers = {"blocks": "HalfcellImage", "sixel": "SixelImage", "kitty": "TGPImage"}
+    widget: Widget = getattr(_library(), makers[kind])(picture)
     return widget
 
 
 @cache
 def _library() -> Any:
-    """The library's widgets. Call it in a thread first: it takes 50 ms."""
+    """The library's widgets."""
     terminal, sys.__stdout__ = sys.__stdout__, io.StringIO()  # type: ignore[assignment, misc]
     try:
         from textual_image import _terminal, widget
@@ -133,8 +113,3 @@ def _keep_control_codes() -> None:
         return [Segment(part.text, part.style, moves) for part in plain(widget, data)]
 
     sixel._ImageSixelImpl._get_sixel_segments = marked
-
-
-def load_library() -> None:
-    """Import what draws pictures, so that the first one is drawn at once."""
-    _library()

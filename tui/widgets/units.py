@@ -1,72 +1,55 @@
-"""Sizes of memory in one unit, so that a column has one."""
+"""Sizes of memory in one unit, so that a column has one; counts and shares in three digits."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
-KIB, MIB, GIB = 2**10, 2**20, 2**30
+from pipeline.views.series import three_digits
 
 
 class Unit(NamedTuple):
-    """GiB, MiB or KiB, and how many digits follow the point."""
+    """GiB, MiB or KiB."""
 
     name: str
     bytes: int
-    digits: int = 2
 
     def format(self, size: float) -> str:
         """19.91; 0 for nothing at all, <0.01 for what is too small to be seen beside the others."""
-        if not size:
-            return "0"
-        smallest = 10.0**-self.digits
-        return (
-            f"<{smallest:g}"
-            if 0 < size / self.bytes < smallest / 2
-            else f"{size / self.bytes:,.{self.digits}f}"
-        )
+        text = f"{size / self.bytes:,.2f}" if size else "0"
+        return "<0.01" if text == "0.00" else text
 
     def format_change(self, size: int) -> str:
         """+1.20, −2.68, or 0."""
-        return f"{_sign(size)}{self.format(abs(size))}"
+        return _signed(size / self.bytes, ",.2f")
 
     def __str__(self) -> str:
         return self.name
 
 
+UNITS = Unit("GiB", 2**30), Unit("MiB", 2**20), Unit("KiB", 2**10)
+COUNTS = {" T": 10**12, " B": 10**9, " M": 10**6, " k": 10**3}
+
+
 def unit_of(sizes: Iterable[int]) -> Unit:
     """The unit for sizes that are shown together, by the largest."""
     largest = max(sizes, default=0)
-    name, size = next(
-        ((n, s) for n, s in (("GiB", GIB), ("MiB", MIB)) if largest >= s), ("KiB", KIB)
-    )
-    return Unit(name, size, 0 if largest >= 10_000 * size else 2)
+    return next((unit for unit in UNITS if largest >= unit.bytes), UNITS[-1])
 
 
 def format_count_change(count: int) -> str:
     """+1,200, −6,193,152, or 0."""
-    return f"{_sign(count)}{abs(count):,}"
+    return _signed(count, ",")
 
 
-def _sign(number: float) -> str:
-    if number < 0:
-        return "−"
-    return "+" if number else ""
+def _signed(number: float, form: str) -> str:
+    return f"{number:+{form}}".replace("-", "−") if number else "0"
 
 
 def short_count(count: int) -> str:
-    """8.19 B, 135 M, 110 k: three digits."""
-    for size, name in ((10**12, " T"), (10**9, " B"), (10**6, " M"), (10**3, " k")):
-        if count >= size:
-            value = count / size
-            digits = (value < 10) + (value < 100)
-            return f"{value:.{digits}f}{name}"
-    return str(count)
+    """8.19 B, 135 M, 26 k."""
+    name = next((name for name, size in COUNTS.items() if count >= size), "")
+    return f"{three_digits(count / COUNTS.get(name, 1))}{name}"
 
 
 def percent(share: float) -> str:
-    """0.0936%, 12.3%, 100%: three digits at most, and four after the point."""
-    value = 100 * share
-    if 0 < value < 0.00005:
-        return "<0.0001%"
-    digits = next((n for n in range(5) if value * 10**n >= 99.95), 4)
-    text = f"{value:.{digits}f}"
-    return f"{text.rstrip('0').rstrip('.') if '.' in text else text}%"
+    """0.0936%, 12.3%, 100%."""
+    return f"{three_digits(100 * share)}%"

@@ -222,12 +222,12 @@ def test_every_sign_has_a_marker_in_an_exported_picture() -> None:
 
 def exported(label: str, sign: str) -> str:
     """A picture of one curve, whose texts are texts."""
-    numbers = {"x": [1, 2], "low": [1.0, 2.0], "high": [1.0, 2.0], "mean": [1.0, 2.0]}
-    shown = {"label": label, "color": "#000000", "sign": sign, "dim": False, "flat": None}
-    curve = {**numbers, **shown, "held_out": {"x": [1], "y": [2.0]}}
-    panel = {"title": "Loss", "log": False, "y": None, "curves": [curve]}
+    numbers = {"columns": [[1, 1.0, 1.0, 1.0], [2, 2.0, 2.0, 2.0]], "marks": [[1, 2.0]]}
+    shown = {"label": label, "color": "#000000", "sign": sign, "quiet": False, "flat": None}
+    curve = {**numbers, **shown}
+    panel = {"title": "Loss", "log": False, "x": [1, 2], "y": None, "curves": [curve]}
     with rc_context({"svg.fonttype": "none"}):
-        return draw({"format": "svg", "title": "", "x": [1, 2], "panels": [panel]}).decode()
+        return draw({"format": "svg", "title": "", "panels": [panel]}).decode()
 
 
 def test_a_label_with_dollars_is_no_formula() -> None:

@@ -43,9 +43,10 @@ KEYS: list[BindingType] = [
     Binding("shift+right", "plots('pan', (0.1,))", "Later steps", id="curves.later", show=False),
 ]
 
-CHART = About(
-    METRICS["loss"].title,
-    """\
+PANES = {
+    "chart": About(
+        METRICS["loss"].title,
+        """\
 One metric over the steps, the smoothed line of each run that is on. The run that the list's cursor
 is on is thicker, lies on top, and has its raw values behind it. Beside each line's end: its name
 and newest value, or the value at the step cursor.
@@ -57,31 +58,37 @@ The scale is logarithmic where the values span a factor of ten; `l` switches. *A
 with the run, *last … steps* moves with it, *steps … to …* stays. A drag moves the picture, the
 wheel zooms, a click sets the step cursor.
 """,
-    [
-        Binding("up", "screen.plots('zoom', (0.7,))", "zoom in", id="curves.zoom_in"),
-        # 1.43 takes a step of 0.7 back
-        Binding("down", "screen.plots('zoom', (1.43,))", "out", id="curves.zoom_out"),
-        Binding("v", "screen.plots('zoom', (1, 0.7))", "values in", id="curves.zoom_values_in"),
-        Binding("V", "screen.plots('zoom', (1, 1.43))", "out", id="curves.zoom_values_out"),
-        Binding(
-            "shift+up",
-            "screen.plots('pan', (0, 0.1))",
-            "greater values",
-            id="curves.up",
-            show=False,
-        ),
-        Binding(
-            "shift+down", "screen.plots('pan', (0, -0.1))", "smaller", id="curves.down", show=False
-        ),
-        Binding(
-            "home,g", "screen.plots('step', (0,))", "first step", id="curves.first", show=False
-        ),
-        Binding("end,G", "screen.plots('step', (1,))", "last step", id="curves.last", show=False),
-    ],
-)
-METRIC_PLOTS = About(
-    "Also logged",
-    """\
+        [
+            Binding("up", "screen.plots('zoom', (0.7,))", "zoom in", id="curves.zoom_in"),
+            # 1.43 takes a step of 0.7 back
+            Binding("down", "screen.plots('zoom', (1.43,))", "out", id="curves.zoom_out"),
+            Binding("v", "screen.plots('zoom', (1, 0.7))", "values in", id="curves.zoom_values_in"),
+            Binding("V", "screen.plots('zoom', (1, 1.43))", "out", id="curves.zoom_values_out"),
+            Binding(
+                "shift+up",
+                "screen.plots('pan', (0, 0.1))",
+                "greater values",
+                id="curves.up",
+                show=False,
+            ),
+            Binding(
+                "shift+down",
+                "screen.plots('pan', (0, -0.1))",
+                "smaller",
+                id="curves.down",
+                show=False,
+            ),
+            Binding(
+                "home,g", "screen.plots('step', (0,))", "first step", id="curves.first", show=False
+            ),
+            Binding(
+                "end,G", "screen.plots('step', (1,))", "last step", id="curves.last", show=False
+            ),
+        ],
+    ),
+    "small": About(
+        "Also logged",
+        """\
 What the runs log beside the large chart, each with the value of the run that the list's cursor is
 on (at the step cursor, if there is one). What does not change is a number and no plot. Enter, or a
 click, enlarges one in place of the loss; Esc brings the loss back.
@@ -90,19 +97,23 @@ click, enlarges one in place of the loss; Esc brings the loss back.
 token: 0 means that nothing was forgotten · *margin* and *accuracy* compare chosen with rejected
 answers · *memory* is measured at the peak of a step.
 """,
-    [
-        Binding("enter", "focused.open", "enlarge", id="curves.enlarge"),
-        Binding(
-            "left", "screen.plots('choose', (-1,))", "choose", id="curves.choose", key_display="← →"
-        ),
-        Binding(
-            "right", "screen.plots('choose', (1,))", "next", id="curves.choose_next", show=False
-        ),
-    ],
-)
-RUNS = About(
-    "Runs",
-    """\
+        [
+            Binding("enter", "focused.open", "enlarge", id="curves.enlarge"),
+            Binding(
+                "left",
+                "screen.plots('choose', (-1,))",
+                "choose",
+                id="curves.choose",
+                key_display="← →",
+            ),
+            Binding(
+                "right", "screen.plots('choose', (1,))", "next", id="curves.choose_next", show=False
+            ),
+        ],
+    ),
+    "runs": About(
+        "Runs",
+        """\
 The runs: sign and colour of the method (`·` where it is off), name, loss, and the share of the
 base's answers on old sentences that it kept, if it was evaluated. The loss is on held-out examples
 if they were measured. For a run that is not finished: `▶` running, `‖` stopped, `✗` failed or
@@ -112,28 +123,28 @@ On are the latest run of each method and what is running; Space switches. A swee
 drawn as its best adapter (bright) and the others (dim); Enter opens it. Names tell what differs
 from the current settings.
 """,
-    [
-        Binding("space", "screen.switch", "show", id="curves.toggle"),
-        Binding("enter", "screen.open", "open", id="curves.open"),
-        Binding("i", "screen.info", "all", id="curves.info"),
-        Binding("o", "screen.stage", "stage", id="curves.stage"),
-        Binding("c", "screen.chat", "chat", id="curves.chat"),
-    ],
-    filters="filter",
-)
-RUN = About(
-    "Run",
-    """\
+        [
+            Binding("space", "screen.switch", "show", id="curves.toggle"),
+            Binding("enter", "screen.open", "open", id="curves.open"),
+            Binding("i", "screen.info", "all", id="curves.info"),
+            Binding("o", "screen.stage", "stage", id="curves.stage"),
+            Binding("c", "screen.chat", "chat", id="curves.chat"),
+        ],
+        filters="filter",
+    ),
+    "run": About(
+        "Run",
+        """\
 The run that the list's cursor is on: its state, values at its newest step or at the step cursor,
 memory as it was predicted and measured, and its pace. The time left is estimated from the last 200
 steps. `i` in the list tells all.
 """,
-)
-ANSWERS = About(
-    "Answers",
-    """\
+    ),
+    "answers": About(
+        "Answers",
+        """\
 What the runs that are on answered to the prompts of `samples` while they trained: at the step
 cursor, or at last.
 """,
-)
-PANES = {"chart": CHART, "small": METRIC_PLOTS, "runs": RUNS, "run": RUN, "answers": ANSWERS}
+    ),
+}

@@ -29,15 +29,16 @@ class Drawn:
     def columns(self, metric: str, x: Range, count: int) -> list[Column]:
         return self.curve.series(metric).visible(*x, count)
 
-    def line(
-        self, metric: str, x: Range, count: int, cursor: float | None = None, labels: bool = True
-    ) -> Line:
-        """Its line in a plot of `count` columns. With `labels`, the pointed one has the band of its
-        raw values.
-        """
+    def value(self, metric: str, step: float | None) -> str:
+        """The value at a step, or the newest; "" if there is none."""
+        value = self.curve.value(metric, step)
+        return "" if value is None else METRICS[metric].format(value)
+
+    def line(self, metric: str, x: Range, count: int, cursor: float | None = None) -> Line:
+        """Its line in a plot of `count` columns; the pointed one has the band of its raw values."""
         curve, columns = self.curve, self.columns(metric, x, count)
         line = Line(
-            [(column.x, column.mean) for column in columns],
+            _means(columns),
             self.style,
             sign=curve.view.look.sign,
             bold=self.pointed,
@@ -45,45 +46,39 @@ class Drawn:
         )
         if self.quiet:
             return replace(line, style=f"{self.style} {QUIET}", sign="")
-        if held_out := METRICS[metric].held_out:
-            marks = [(column.x, column.mean) for column in self.columns(held_out, x, count)]
-            line = replace(line, marks=marks)
-        if metric == "loss":
-            line = replace(line, flat=self._flat(columns))
-        if not labels:
-            return line
-        if self.pointed:
-            band = [column[:3] for column in columns]
-            line = replace(line, band=band, band_style=f"{self.style} {BAND}")
-        return replace(line, label=curve.label, value=format_value(curve, metric, cursor))
-
-    def _flat(self, columns: list[Column]) -> tuple[float, float] | None:
-        """The first column from which the loss is flat, if it is seen."""
-        flat = self.curve.flat()
-        if not flat or not columns or flat[1] < columns[0].x:
-            return None
-        return next(((c.x, c.mean) for c in columns if c.x >= flat[1]), None)
+        held_out = METRICS[metric].held_out
+        flat = curve.flat() if metric == "loss" else None
+        later = [column for column in columns if flat and flat[1] <= column.x]
+        is_seen = len(later) < len(columns)
+        return replace(
+            line,
+            label=curve.label,
+            value=self.value(metric, cursor) or "–",
+            band=[column[:3] for column in columns if self.pointed],
+            band_style=f"{self.style} {BAND}",
+            marks=_means(self.columns(held_out, x, count)) if held_out else (),
+            flat=_means(later)[0] if later and is_seen else None,
+        )
 
 
-def drawn(runs: Runs, pointed: RunView | Curve | None) -> list[Drawn]:
+def _means(columns: list[Column]) -> list[tuple[float, float]]:
+    return [(column.x, column.mean) for column in columns]
+
+
+def drawn(runs: Runs, pointed: Curve | None) -> list[Drawn]:
     """All curves that are on, in drawing order: the quiet ones, the others, those that run, the
     pointed one.
     """
-    lines, top = [], best_of(pointed)
+    lines = []
     for curve in runs.curves:
-        is_best, is_top = curve is curve.view.best, curve is top
-        lines.append(Drawn(curve, quiet=not (is_best or is_top), pointed=is_top))
+        is_loud = curve in (curve.view.best, pointed)
+        lines.append(Drawn(curve, not is_loud, curve is pointed))
     return sorted(lines, key=lambda line: (line.pointed, not line.quiet, line.curve.view.alive))
 
 
 def best_of(row: RunView | Curve | None) -> Curve | None:
     """A curve itself, of a run its best."""
     return row.best if isinstance(row, RunView) else row
-
-
-def format_value(curve: Curve, metric: str, step: float | None) -> str:
-    value = curve.value(metric, step)
-    return "–" if value is None else METRICS[metric].format(value)
 
 
 @dataclass(frozen=True)
@@ -100,9 +95,9 @@ class Window:
 
     def steps(self, runs: Runs) -> Range:
         """The visible steps: all, the window's, or as many up to the newest step."""
-        steps = [curve.log.steps for curve in runs.curves if curve.log.steps]
-        first = min((each[0] for each in steps), default=0.0)
-        last = max((each[-1] for each in steps), default=1.0)
+        logs = [curve.log.steps for curve in runs.curves]
+        ends = [end for steps in logs for end in (*steps[:1], *steps[-1:])]
+        first, last = min(ends, default=0.0), max(ends, default=1.0)
         if self.x is None:
             return (first, last) if first < last else (first - 1, last + 1)
         return (last - (self.x[1] - self.x[0]), last) if self.following else self.x

@@ -16,11 +16,11 @@ from pipeline.views.curves import Runs
 from pipeline.views.series import METRICS
 from tui.panes.pane import Pane
 from tui.panes.plot.plot import Head, Plot
-from tui.panes.plot.scale import Range
+from tui.panes.plot.scale import Range, power_of_ten
 from tui.panes.plot.series import Axis, Line
-from tui.screens.curves.about import CHART, METRIC_PLOTS
+from tui.screens.curves.about import PANES
 from tui.screens.curves.export import panel
-from tui.screens.curves.lines import Drawn, Window, format_value
+from tui.screens.curves.lines import Drawn, Window
 
 SMOOTHINGS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 WIDTH = 22  # cells of a small plot, at least
@@ -41,13 +41,14 @@ class Plots(Vertical):
         self.metric = "loss"  # that of the large plot
         self.lines: Sequence[Drawn] = ()
         self.chart = Plot(can_zoom=True)
-        self.small = {name: Plot() for name in METRICS}
+        self.pan = self.chart.pan
+        self.small = {name: Plot(name=name) for name in METRICS}
         self.constants = Static(id="constants", markup=False)
 
     def compose(self) -> Iterable[Widget]:
-        yield Pane(CHART, self.chart, id="chart")
+        yield Pane(PANES["chart"], self.chart, id="chart")
         grid = ItemGrid(*self.small.values(), min_column_width=WIDTH)
-        yield Pane(METRIC_PLOTS, grid, self.constants, id="small")
+        yield Pane(PANES["small"], grid, self.constants, id="small")
 
     @property
     def steps(self) -> Range:
@@ -63,49 +64,47 @@ class Plots(Vertical):
             self.metric = "loss"
         window, cursor = self.window, self.window.cursor
         x, y = Axis(range=self.steps), Axis(range=window.y, log=window.log)
-        self.chart.show(partial(self._series, self.metric, True), x, y, cursor=cursor)
+        self.chart.show(partial(self._series, self.metric), x, y, cursor=cursor)
         title = METRICS[self.metric].title
         self.query_one("#chart", Pane).show_title(" · ".join(self._facts()), title=title)
 
-        small, x, y = self._small_metrics(), replace(x, shown=False), Axis(log=None)
-        heads = {name: self._head(name) for name in logged if name != self.metric}
+        small, numbers = self._small_metrics(), []
+        x, y = replace(x, shown=False), Axis(log=None)
         for name, plot in self.small.items():
-            plot.display = name in small
+            plot.display, head = name in small, self._head(name)
             if plot.display:
-                series = partial(self._series, name, False)
-                plot.show(series, x, y, cursor=cursor, head=heads[name])
-        numbers = [head for name, head in heads.items() if name not in small]
-        parts = [Content.assemble((head.name, "bold"), f" {head.value}") for head in numbers]
-        text = Content("   ").join(parts)
-        if text != self.constants.content:  # another text lays out the screen
-            self.constants.update(text)
+                plot.show(partial(self._series, name), x, y, cursor=cursor, head=head)
+            elif name in logged and name != self.metric:
+                numbers.append(Content.assemble((head.name, "bold"), f" {head.value}"))
+        self.constants.update(Content("   ").join(numbers))
         self.constants.display = bool(numbers)
 
-    def _series(self, metric: str, labels: bool, columns: int) -> list[Line]:
+    def _series(self, metric: str, columns: int) -> list[Line]:
         steps, cursor = self.steps, self.window.cursor
-        return [line.line(metric, steps, columns, cursor, labels) for line in self.lines]
+        lines = [line.line(metric, steps, columns, cursor) for line in self.lines]
+        if metric == self.metric:
+            return lines
+        return [replace(line, label="", value="", band=()) for line in lines]
 
     def _small_metrics(self) -> list[str]:
         """Those that change, but for the large one."""
-        names = (name for name in self.runs.logged() if name != self.metric)
+        names = (name for name in METRICS if name != self.metric)
         return [name for name in names if not self.runs.is_constant(name)]
 
     def _head(self, metric: str) -> Head:
         """A metric's name, and its value of the pointed run, else of the uppermost that has one."""
-        step, short = self.window.cursor, METRICS[metric].short
-        loud = (line for line in reversed(self.lines) if not line.quiet)
-        top = next((line for line in loud if line.curve.value(metric, step) is not None), None)
-        return Head(short, format_value(top.curve, metric, step), top.style) if top else Head(short)
+        short = METRICS[metric].short
+        for line in reversed(self.lines):
+            value = "" if line.quiet else line.value(metric, self.window.cursor)
+            if value:
+                return Head(short, value, line.style)
+        return Head(short)
 
     def _facts(self) -> Iterable[str]:
         """What is drawn, and how; the least important comes last."""
         yield from self.window.facts(self.steps)
-        is_log = self.chart.drawing.y.log
-        lines = [line for line in self.chart.shown if isinstance(line, Line)]
-        yield "log" if is_log else "linear"
-        if is_log and any(y <= 0 for line in lines for _, y in (*line.points, *line.marks)):
-            yield "without values ≤ 0"
-        if any(line.marks for line in lines):
+        yield "log" if self.chart.drawing.y.log else "linear"
+        if any(isinstance(line, Line) and line.marks for line in self.chart.shown):
             yield "× held out"
         yield f"smooth {self.runs.smoothing:g}"
 
@@ -114,7 +113,8 @@ class Plots(Vertical):
         them.
         """
         steps, y = self.steps, self.chart.drawing.y
-        large = panel(self.metric, self.lines, steps, (y.low, y.high), y.log)
+        ends = (power_of_ten(y.low), power_of_ten(y.high)) if y.log else (y.low, y.high)
+        large = panel(self.metric, self.lines, steps, ends, y.log)
         return [large, *(panel(name, self.lines, steps) for name in self._small_metrics())]
 
     # What keys and the mouse do
@@ -125,14 +125,10 @@ class Plots(Vertical):
 
     def offers(self, what: str) -> bool:
         """Whether a key does something now."""
-        window = self.window
-        if what == "follow":
-            return window.x is not None and not window.following
-        return what != "reset" or window.x is not None or window.y is not None
-
-    @property
-    def can_leave(self) -> bool:
-        return self.window.cursor is not None or self.metric != "loss"
+        if what == "leave":
+            return self.window.cursor is not None or self.metric != "loss"
+        is_moved = (self.window.x, self.window.y) != (None, None)
+        return is_moved or what not in ("reset", "follow")
 
     def leave(self) -> None:
         """End the step cursor, then bring the loss back."""
@@ -161,14 +157,14 @@ class Plots(Vertical):
 
     def sideways(self, direction: int) -> None:
         """Move the step cursor by a column; at first it is at the last step of the pointed run."""
-        first, last = self.steps
-        start, cursor = last, self.window.cursor
-        if self.lines and self.lines[-1].curve.log.steps:
-            start = self.lines[-1].curve.log.steps[-1]
-        if cursor is not None:
-            column = max(round((last - first) / max(self.chart.drawing.width, 1)), 1)
-            start = cursor + direction * column
-        self.set_window(cursor=min(max(round(start), round(first)), round(last)))
+        (first, last), cursor = self.steps, self.window.cursor
+        if cursor is None:
+            steps = self.lines[-1].curve.log.steps if self.lines else ()
+            cursor = steps[-1] if steps else last
+        else:
+            column = (last - first) / max(self.chart.drawing.width, 1)
+            cursor += direction * max(round(column), 1)
+        self.set_window(cursor=min(max(round(cursor), round(first)), round(last)))
 
     def step(self, end: int) -> None:
         """The step cursor to the first or the last step."""
@@ -186,9 +182,6 @@ class Plots(Vertical):
         await self.runs.smooth()
         self.post_message(self.Changed())
 
-    def pan(self, x: float, y: float = 0.0) -> None:
-        self.chart.pan(x, y)
-
     def zoom(self, x: float, y: float = 1.0) -> None:
         self.chart.zoom(x, y, self.window.cursor)
 
@@ -205,4 +198,4 @@ class Plots(Vertical):
 
     @on(Plot.Opened)
     def _opened(self, event: Plot.Opened) -> None:
-        self.enlarge(next(name for name, plot in self.small.items() if plot is event.control))
+        self.enlarge(event.control.name or "loss")

@@ -1,32 +1,33 @@
 """The curves screen: what every run logs over its steps, live."""
 
-from collections.abc import Iterable
+import asyncio
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from time import monotonic
 from typing import Any, ClassVar
 
 from textual import on, work
 from textual.binding import BindingType
 from textual.containers import Container, Vertical
+from textual.content import Content
 from textual.widget import Widget
-from textual.widgets import Static
 
-from pipeline.views.curves import Curve, Runs, RunView
-from tui.dialogs import Reader as PageReader
+from pipeline.views.curves import Runs, RunView
+from tui.dialogs import Reader
 from tui.panes.pane import Pane
 from tui.panes.plot.plot import Plot
-from tui.panes.table import Table
+from tui.panes.table import Column, Table
 from tui.panes.text import Text
-from tui.registry import SCREENS
 from tui.screens.base import HUGE, TALL, WIDE, WorkbenchScreen
 from tui.screens.curves import about, export, words
 from tui.screens.curves.lines import best_of, drawn
 from tui.screens.curves.plots import Plots
-from tui.screens.curves.reading import Reader
 from tui.screens.curves.words import Row
 
 EMPTY = "No runs yet. R runs the pipeline; each training stage then has its curve here."
 SMOOTHING = 0.9  # initial
 FIRST = "lora"  # the method whose newest run is looked at first
+DELAY = 1.0  # seconds between two drawings of runs that grow: training needs the processor
 # from 76 columns on there is room for the list beside the chart, from 32 rows on for small plots
 WIDTHS = [(0, "-tiny"), (76, "-narrow"), (WIDE, "-wide"), (HUGE, "-huge")]
 HEIGHTS = [(0, "-short"), (TALL, "-low"), (32, "-high")]
@@ -48,12 +49,21 @@ class CurvesScreen(WorkbenchScreen):
         super().__init__()
         self.runs = Runs(self.workbench.root, self.workbench.params_path, SMOOTHING)
         self._wanted = ""  # a run that another screen asked for, until it is found
+        self.is_reading = self.is_stale = False  # a file may have changed since it was read
+        self._next_reading = 0.0
         self._answers: bool | None = None  # whether they are shown, if the user has said so
-        self.reader = Reader(self.runs)
         # They are attributes, as messages can arrive while the screen closes.
         self.plots, self.details, self.answers = Plots(self.runs), Text(), Text()
         self.table = Table[Row](
-            key=lambda row: row.key, parent=words.parent, titles=False, sideways=False
+            key=lambda row: row.key,
+            columns=[
+                Column("run", lambda row: self._cells(row)[0], fills=True),
+                Column("loss", lambda row: self._cells(row)[1], right=True),
+                Column("kept", lambda row: self._cells(row)[2]),
+            ],
+            parent=words.parent,
+            titles=False,
+            sideways=False,
         )
 
     def body(self) -> Iterable[Widget]:
@@ -63,41 +73,52 @@ class CurvesScreen(WorkbenchScreen):
                 yield self.pane("runs", self.table)
                 yield self.pane("run", self.details)
                 yield self.pane("answers", self.answers)
-        yield Static(EMPTY, id="nothing", markup=False)
 
     # Reading
 
     def watched(self) -> Iterable[Path]:
         return self.runs.files(self.workbench.project_watch.project)
 
-    def project_changed(self) -> None:
-        self.files_changed()
-
     def files_changed(self) -> None:
-        self.reader.is_stale = True
+        self.is_stale = True
         self._read()
+
+    project_changed = files_changed
 
     def tick(self) -> None:
         """What was not due is by now; a run whose process was killed changes no file."""
-        if self.reader.is_stale or any(view.alive for view in self.runs.views.values()):
+        if self.is_stale or any(view.alive for view in self.runs.views.values()):
             self._read()
 
     @work
     async def _read(self) -> None:
         """Read what has changed, if it is time, and show it."""
-        if not self.is_current or self.reader.is_reading:
+        if not self.is_current or self.is_reading:
             return
-        is_first, states = not self.table.rows, self.workbench.project_watch.states.items()
-        if await self.reader.read((name, state.state) for name, state in states):
-            self._show()
-        if is_first:
-            self._point_first()
+        self.is_reading, self.is_stale = True, False
+        try:
+            if await self._has_changed():
+                self._show()
+        finally:
+            self.is_reading = False
         self._find_wanted()
+
+    async def _has_changed(self) -> bool:
+        """Read runs, and what those that are on logged, if it is time: whether that is to be drawn."""
+        states = self.workbench.project_watch.states.items()
+        now = [(name, state.state) for name, state in states]
+        found = await asyncio.to_thread(self.runs.look, now)
+        if not found and monotonic() < self._next_reading:
+            self.is_stale = True
+            return False
+        self._next_reading = monotonic() + DELAY
+        changed = [await view.read() for view in self.runs.on]
+        return found or any(changed)
 
     def _read_now(self) -> None:
         """Draw, and read a run that is on now at once."""
         self._show()
-        self.reader.is_urgent = True
+        self._next_reading = 0.0
         self.files_changed()
 
     def open_with(self, run: str = "", **_: Any) -> None:
@@ -110,45 +131,39 @@ class CurvesScreen(WorkbenchScreen):
     def _find_wanted(self) -> None:
         """Point to the run that another screen asked for, once it is found."""
         name, _, adapter = self._wanted.partition("/")
-        view = self.runs.find(name)
-        if view and name:
+        if name and (view := self.runs.find(name)):
             self._wanted = ""
             self.runs.switch(view, True)
             self._read_now()
-            if adapter not in view.curves or not self.table.point(view.curves[adapter].key):
-                self.table.point(view.key)
-
-    def _point_first(self) -> None:
-        """The cursor begins on what is running, else on the newest run of LoRA."""
-        running = (view for view in self.runs.views.values() if view.alive)
-        if view := next(running, self.runs.find(FIRST)):
-            self.table.point(view.key)
+            self.table.point(view.curves[adapter].key if adapter in view.curves else view.key)
 
     # What is shown
 
-    @on(Plot.Drawn, "#chart Plot")
+    def _cells(self, row: Row) -> Sequence[Content]:
+        return words.cells(row, self.runs.on, self.table.folded)
+
     def _show(self) -> None:
-        """Show everything; nothing before the first search for runs."""
-        if not self.runs.stamp:
-            return
-        views = self.runs.views
-        first_run = self.has_class("-empty") and bool(views)
+        """Show everything."""
+        views, before = self.runs.views, {row.key for row in self.table.rows}
         self.set_class(not views, "-empty")
-        if first_run and self.focused is None:  # the table lost the focus when it was hidden
-            self.give_focus(self.table)
-        self.table.folded |= views.keys() - {row.key for row in self.table.rows}
-        shown = self.runs.on
-        columns = words.columns(shown, self.table.folded, self.has_class("-huge"))
-        self.table.show(words.rows(views.values()), columns)
-        self.query_one("#runs", Pane).show_title(f"{len(shown)} of {len(views)} on · loss, kept")
+        self.table.nothing = EMPTY
+        self.table.folded |= views.keys() - before
+        self.table.show(words.rows(views.values()))
+        if not before:  # what is running, else the newest run of LoRA
+            running = (view for view in views.values() if view.alive)
+            first = next(running, self.runs.find(FIRST))
+            self.table.point(first and first.key)
+        facts = f"{len(self.runs.on)} of {len(views)} on · loss, kept"
+        self.query_one("#runs", Pane).show_title(facts)
         self.draw()
 
+    @on(Plot.Drawn, "#chart Plot")
     @on(Table.Pointed, "#runs Table")
     @on(Plots.Changed)
     def draw(self) -> None:
         """Draw the plots, and what is said of the runs at the step cursor."""
-        lines, pointed = drawn(self.runs, self.table.pointed), best_of(self.table.pointed)
-        step = self.plots.window.cursor
+        pointed, step = best_of(self.table.pointed), self.plots.window.cursor
+        lines = drawn(self.runs, pointed)
         self.plots.show(lines)
         wanted = self.has_class("-high") if self._answers is None else self._answers
         self.set_class(self._has_answers() and wanted, "-answers")
@@ -164,8 +179,8 @@ class CurvesScreen(WorkbenchScreen):
     @property
     def view(self) -> RunView | None:
         """The run that the cursor is on, or whose adapter it is on."""
-        row = self.table.pointed
-        return row.view if isinstance(row, Curve) else row
+        curve = best_of(self.table.pointed)
+        return curve.view if curve else None
 
     @on(Table.Chosen, "#runs Table")
     def action_switch(self) -> None:
@@ -190,8 +205,10 @@ class CurvesScreen(WorkbenchScreen):
     def action_info(self) -> None:
         """All that is known of the run, with its settings."""
         if curve := best_of(self.table.pointed):
-            lines = words.everything(curve, self.plots.window.cursor)
-            self.app.push_screen(PageReader(lambda _: lines, "Run"))
+            settings = [f"{key}  {value}" for key, value in curve.view.run.params.items()]
+            facts = words.details(curve, self.plots.window.cursor)
+            lines = [*facts, *map(Content, ["", *settings])]
+            self.app.push_screen(Reader(lambda _: lines, "Run"))
 
     def action_stage(self) -> None:
         """The stage that the run is of."""
@@ -201,7 +218,7 @@ class CurvesScreen(WorkbenchScreen):
     def action_chat(self) -> None:
         """Talk with the model that the run made."""
         curve, project = best_of(self.table.pointed), self.workbench.project_watch.project
-        if not curve or not project or "chat" not in SCREENS:
+        if not curve or not project:
             return
         if model := curve.model(project):
             self.workbench.go("chat", models=[model])
@@ -211,7 +228,7 @@ class CurvesScreen(WorkbenchScreen):
     # Keys
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        if action == "leave" and self.plots.can_leave:
+        if action == "leave" and self.plots.offers("leave"):
             return True
         if action == "answers":
             return self._has_answers()
@@ -238,11 +255,13 @@ class CurvesScreen(WorkbenchScreen):
     @work
     async def action_export(self) -> None:
         """Save the plots as a picture, or the runs that are on as numbers."""
-        if not any(curve.log.steps for curve in self.runs.curves):
-            hint = "switch a run on in the list" if self.runs.views else "there are no runs yet"
-            self.warn(f"There is nothing to export: {hint}.")
+        if not self.runs.logged():
+            self.warn("There is nothing to export: no run that is on has logged a step.")
             return
         with self.workbench.errors_shown():
-            if path := await export.ask_path(self.workbench, self.runs.on):
-                await export.save(path, self.runs, self.plots.panels(), self.plots.steps)
+            if path := await export.ask_path(self.workbench):
+                runs = [view.run for view in self.runs.on]
+                title = f"smoothing {self.runs.smoothing:g}"
+                panels = self.plots.panels()
+                await asyncio.to_thread(export.save, path, runs, panels, title)
                 self.workbench.log_message(f"Exported to {path}.")

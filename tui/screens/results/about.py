@@ -3,12 +3,13 @@
 from textual.binding import Binding
 
 from tui.panes.pane import About
-from tui.screens.results.methods import LEAST
-from tui.screens.results.sweep import BEST, FRONT
 
-SCATTER = About(
-    "Learned against kept",
-    """\
+BEST, FRONT = "◂", "◆"  # the model that forgot least or has the lowest loss; the Pareto front
+
+PANES = {
+    "scatter": About(
+        "Learned against kept",
+        """\
 Each sign is a model: **to the right** it learned more of what is new, **upwards** it kept more of
 what the base knew. The best is in the upper right corner. A quantity of which less is better, such
 as a loss, is drawn from right to left, so this always holds. Lines through a sign are the 95%
@@ -17,14 +18,14 @@ bootstrap intervals of a task's score. Models in one cell share a sign and a lab
 - `h` chooses what is shown to the right, `v` upwards: what was measured, and each task of
   `evaluate.tasks`.
 """,
-    [
-        Binding("h", "screen.axis('x')", "horizontal", id="results.horizontal"),
-        Binding("v", "screen.axis('y')", "vertical", id="results.vertical"),
-    ],
-)
-METHODS = About(
-    "Methods",
-    f"""\
+        [
+            Binding("h", "screen.axis('x')", "horizontal", id="results.horizontal"),
+            Binding("v", "screen.axis('y')", "vertical", id="results.vertical"),
+        ],
+    ),
+    "methods": About(
+        "Methods",
+        f"""\
 A row for each model that `lora evaluate` compared; the numbers are those of `lora report`.
 
 - **learned**: answers as expected, new sentences completed word for word, or the loss on them
@@ -34,33 +35,33 @@ A row for each model that `lora evaluate` compared; the numbers are those of `lo
 - **trained**: share of all parameters. **size**: weights to store; an adapter's are beside one
   copy of its base.
 - **task**: `··──●──·` is the score from 0 to 1 with its 95% bootstrap interval.
-- `{LEAST}` forgot least. `✗` breaks a limit of `evaluate.limits`; the pane *Model* says which.
+- `{BEST}` forgot least. `✗` breaks a limit of `evaluate.limits`; the pane *Model* says which.
   `●`: its settings are not those of params.yaml, as after `--set`.
 
 `c` or Enter prompts the model beside the base. `o` shows its loss curve, `i` all its numbers, `E`
 evaluates again. `s` sorts, `<` `>` sort by the column beside. ← → move to the columns that do not
 fit.
 """,
-    [
-        Binding("c", "screen.ask('chat')", "chat", id="results.chat"),
-        Binding("o", "screen.ask('curve')", "curve", id="results.open"),
-        Binding("i", "screen.ask('numbers')", "all numbers", id="results.fields"),
-        Binding("E", "screen.ask('evaluate')", "evaluate", id="results.evaluate"),
-        Binding("x", "screen.ask('ship')", "ship", id="results.ship"),
-    ],
-    filters="filter",
-)
-MODEL = About(
-    "Model",
-    """\
+        [
+            Binding("c", "screen.ask('chat')", "chat", id="results.chat"),
+            Binding("o", "screen.ask('curve')", "curve", id="results.open"),
+            Binding("i", "screen.ask('numbers')", "all numbers", id="results.fields"),
+            Binding("E", "screen.ask('evaluate')", "evaluate", id="results.evaluate"),
+            Binding("x", "screen.ask('ship')", "ship", id="results.ship"),
+        ],
+        filters="filter",
+    ),
+    "model": About(
+        "Model",
+        """\
 The model that the table's cursor is on. A task's line is its score from 0 to 1 with the 95%
 bootstrap interval, then the change from the base, example by example, with its own interval: a
 change whose interval holds 0 may be chance.
 """,
-)
-SWEEP = About(
-    "Sweep",
-    f"""\
+    ),
+    "sweep": About(
+        "Sweep",
+        f"""\
 A row for each adapter of `finetune_sweep`. **loss**: on held-out data; without any, of the last
 epoch of training (nats per token). **divergence**: KL from the base on `finetune_sweep.old_data`,
 else `evaluate.old_data` (nats per token). Less is better of both.
@@ -74,17 +75,17 @@ else `evaluate.old_data` (nats per token). Less is better of both.
 `c` or Enter prompts it beside the base, `o` shows its loss curve. `E` evaluates it: **kept** is
 then the share of old answers that are still the base's.
 """,
-    [
-        Binding("c", "screen.ask('chat')", "chat", id="results.chat_sweep"),
-        Binding("o", "screen.ask('curve')", "curve", id="results.open_sweep"),
-        Binding("E", "screen.ask('evaluate')", "evaluate", id="results.evaluate_sweep"),
-        Binding("x", "screen.ask('ship')", "ship", id="results.ship_sweep"),
-    ],
-    filters="filter",
-)
-PLOTS = About(
-    "Loss by key",
-    f"""\
+        [
+            Binding("c", "screen.ask('chat')", "chat", id="results.chat_sweep"),
+            Binding("o", "screen.ask('curve')", "curve", id="results.open_sweep"),
+            Binding("E", "screen.ask('evaluate')", "evaluate", id="results.evaluate_sweep"),
+            Binding("x", "screen.ask('ship')", "ship", id="results.ship_sweep"),
+        ],
+        filters="filter",
+    ),
+    "plots": About(
+        "Loss by key",
+        f"""\
 A plot for each key that the sweep varied: its values to the right, the loss upwards. Values that
 span a decade have a logarithmic axis. With `finetune_sweep.old_data`, the first plot is the loss
 against the divergence from the base, and `{FRONT}` are the Pareto front: the adapters that no
@@ -92,26 +93,28 @@ other beats in both. The adapter that the table's cursor is on has its name besi
 
 `+` enlarges the pane.
 """,
-)
-REPORTS = About("Reports", "The reports that there are. Enter moves to the page.", filters="filter")
-REPORT = About(
-    "Report",
-    """\
+    ),
+    "reports": About(
+        "Reports", "The reports that there are. Enter moves to the page.", filters="filter"
+    ),
+    "report": About(
+        "Report",
+        """\
 The report that a stage wrote, as text. Arrows, j k, PgUp PgDn, g G move in it.
 
 - `/` searches: what is typed is marked, and the page moves to the first; `n` moves to the next.
 - `▣` stands where the page has a picture: `f` shows it.
 """,
-    filters="search",
-)
-FIGURES = About(
-    "Figures",
-    "The pictures that the evaluation and other stages wrote. Enter moves to the picture.",
-    filters="filter",
-)
-FIGURE = About(
-    "Figure",
-    """\
+        filters="search",
+    ),
+    "figures": About(
+        "Figures",
+        "The pictures that the evaluation and other stages wrote. Enter moves to the picture.",
+        filters="filter",
+    ),
+    "figure": About(
+        "Figure",
+        """\
 The picture as well as the terminal can draw it: its pixels in kitty, Ghostty, WezTerm, iTerm2,
 foot, mlterm, mintty, Contour and Windows Terminal; half blocks elsewhere, in tmux and in a
 browser. `+` enlarges it.
@@ -120,19 +123,9 @@ browser. `+` enlarges it.
   terminal cannot; `p` again.
 - `o` shows the numbers that it was drawn from. An SVG is for a browser; its PNG is shown here.
 """,
-    [
-        Binding("o", "screen.figure_numbers", "numbers", id="results.figure_numbers"),
-        Binding("p", "screen.pixels", "pixels", id="results.pixels"),
-    ],
-)
-PANES = {
-    "scatter": SCATTER,
-    "methods": METHODS,
-    "model": MODEL,
-    "sweep": SWEEP,
-    "plots": PLOTS,
-    "reports": REPORTS,
-    "report": REPORT,
-    "figures": FIGURES,
-    "figure": FIGURE,
+        [
+            Binding("o", "screen.figure_numbers", "numbers", id="results.figure_numbers"),
+            Binding("p", "screen.pixels", "pixels", id="results.pixels"),
+        ],
+    ),
 }

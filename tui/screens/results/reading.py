@@ -2,8 +2,8 @@
 changed.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 from pipeline.errors import UserError
@@ -25,6 +25,8 @@ NO_SWEEP = (
     "No sweep yet. `lora finetune sweep --over learning_rate` makes one; so does R, with a section "
     "of params.yaml such as finetune_sweep: {grid: {rank: [1, 4, 16]}}."
 )
+NO_REPORT = "No report yet. Press R to run the pipeline."
+NO_FIGURE = "No figures yet. Press R to run the pipeline: its evaluation draws one."
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,13 @@ class Results:
 
     evaluation: Evaluation | str = READING
     sweep: Sweep | str = NO_SWEEP
-    pages: Sequence[Page] = ()
-    pictures: Sequence[Picture] = ()
+    pages: Sequence[Page] | str = NO_REPORT
+    pictures: Sequence[Picture] | str = NO_FIGURE
     seen: object = None  # stamps of all files, once all were read
 
 
-def read_results(project: Project, before: Results) -> Iterator[Results]:
-    """Read everything again, the comparison first; nothing if no file changed."""
+def read_results(project: Project, before: Results) -> Results:
+    """Read everything again; what was read `before` if no file changed."""
     stages = [stage for stage in project.shown.values() if stage.kind != "checkpoint" or stage.look]
     # of a sweep the table alone: its adapters are many files
     paths = [
@@ -48,17 +50,12 @@ def read_results(project: Project, before: Results) -> Iterator[Results]:
     ]
     seen = project.params, *map(signature, (*paths, project.root / ARTIFACTS / MEASURED))
     if seen == before.seen:
-        return
-    first = replace(
-        before,
+        return before
+    return Results(
         evaluation=_or_why(read_evaluation, project) or NOTHING,
         sweep=_or_why(read_sweep, project) or NO_SWEEP,
-    )
-    yield first
-    yield replace(
-        first,
-        pages=read_pages(project),
-        pictures=read_pictures(project),
+        pages=read_pages(project) or NO_REPORT,
+        pictures=read_pictures(project) or NO_FIGURE,
         seen=seen,
     )
 

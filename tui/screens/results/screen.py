@@ -1,36 +1,35 @@
 """Results: which adapter to ship, then the sweep, reports and figures."""
 
+import asyncio
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from textual import on, work
 from textual.binding import Binding, BindingType
 from textual.content import Content
+from textual.reactive import var
 from textual.widget import Widget
 from textual.widgets import ContentSwitcher, Static
-from textual.worker import get_current_worker
 
 from pipeline.adapters.config import CONFIG
-from pipeline.project.stage_graph import Project
 from pipeline.views.evaluations import Method, numbers_page
+from pipeline.views.reports import numbers_of
 from pipeline.views.sweeps import Trial
 from tui.dialogs import Reader
 from tui.panes.table import Table
 from tui.screens.base import WorkbenchScreen
 from tui.screens.results import about
-from tui.screens.results.figures import FiguresView
 from tui.screens.results.methods_view import MethodsView
+from tui.screens.results.pages import FiguresView, ReportsView
 from tui.screens.results.reading import NO_SWEEP, NOTHING, Results, read_results
-from tui.screens.results.reports_view import ReportsView
-from tui.screens.results.sweep_view import SweepView
+from tui.screens.results.sweep import SweepView
 from tui.screens.results.view import View
 from tui.services.evaluation import Evaluation as Evaluator
 from tui.shipping import ship
 
-VIEWS = {"methods": "All methods", "sweep": "Sweep", "report": "Report", "figures": "Figures"}
+VIEWS = {"methods": "all methods", "sweep": "sweep", "report": "report", "figures": "figures"}
 KEYS = dict(zip(VIEWS, "awrf", strict=True))
-# what another screen asks for → the view that has it
-HOLDERS = {"method": "methods", "report": "report", "figure": "figures"}
+MAX_FILES = 8  # whose numbers are shown at a time
 
 
 class ResultsScreen(WorkbenchScreen):
@@ -51,91 +50,57 @@ header has the other views:
 evaluate` and the other stages wrote.
 """
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding(key, f"view('{view}')", VIEWS[view], id=f"results.{view}", show=False)
+        Binding(key, f"view('{view}')", VIEWS[view].capitalize(), id=f"results.{view}", show=False)
         for view, key in KEYS.items()
     ]
+
+    view = var("methods", init=False)  # that is shown
 
     def __init__(self) -> None:
         super().__init__()
         self.results = Results()
-        self.evaluator: Evaluator | None = None  # of adapters that the pipeline does not evaluate
+        self.evaluator = Evaluator(self.workbench.params_path)  # of what the pipeline does not
         self._chosen = False  # whether the user chose the view
-        self._wanted: dict[str, Any] = {}  # what another screen asked for, until it is read
         self.methods, self.reports, self.figures = MethodsView(), ReportsView(), FiguresView()
-        self.views: dict[str, View] = {
-            "methods": self.methods,
-            "sweep": SweepView(),
-            "report": self.reports,
-            "figures": self.figures,
-        }
-        self.switcher = ContentSwitcher(*self.views.values(), initial="methods-view")
+        views: list[View] = [self.methods, SweepView(), self.reports, self.figures]
+        self.views = dict(zip(VIEWS, views, strict=True))
+        self.switcher = ContentSwitcher(*views, initial="methods-view")
 
     def body(self) -> Iterable[Widget]:
         yield Static(id="views")
         yield self.switcher
 
-    def on_mount(self) -> None:
-        self._show()
-
     def on_unmount(self) -> None:
-        if self.evaluator:
-            self.evaluator.stop()
+        self.evaluator.stop()
 
     # Reading
 
     def project_changed(self) -> None:
-        watch = self.workbench.project_watch
+        self._read()
+
+    @work(exclusive=True, group="results")
+    async def _read(self) -> None:
+        """Read what the stages wrote, and show it."""
+        watch, before = self.workbench.project_watch, self.results
         if watch.project:
-            self._read(watch.project)
-        elif self.results.seen is None and watch.problem:
-            self._take(Results(watch.problem))
-
-    @work(thread=True, exclusive=True, group="results")
-    def _read(self, project: Project) -> None:
-        worker = get_current_worker()
-        for results in read_results(project, self.results):
-            if not worker.is_cancelled:
-                self.app.call_from_thread(self._take, results)
-
-    def _take(self, results: Results) -> None:
-        is_first, self.results = self.results.seen is None, results
-        only_sweeps = results.evaluation == NOTHING and results.sweep != NO_SWEEP
-        if is_first and only_sweeps and not self._chosen:
-            self._switch("sweep")
+            self.results = await asyncio.to_thread(read_results, watch.project, before)
+        elif before.seen is None and watch.problem:
+            self.results = Results(watch.problem)
+        only_sweeps = self.results.evaluation == NOTHING and self.results.sweep != NO_SWEEP
+        if before.seen is None and only_sweeps and not self._chosen:
+            self.view = "sweep"
         self._show()
-        self._open_wanted()
-
-    def open_with(self, **request: Any) -> None:
-        """`view`, `method`, `report` (a stage) or `figure`: shows it."""
-        self._wanted = request
-        self._open_wanted()
-
-    def _open_wanted(self) -> None:
-        if self.results.seen is None:
-            return
-        wanted, self._wanted = self._wanted, {}
-        for key, value in wanted.items():
-            view = HOLDERS.get(key, value)
-            if view in VIEWS:
-                self.action_view(view)
-                self.views[view].point(value)
 
     # Views
-
-    @property
-    def view(self) -> str:
-        """The view that is shown."""
-        return (self.switcher.current or "").removesuffix("-view")
 
     def action_view(self, view: str) -> None:
         """Show a view; the figures from a report begin with its own."""
         page = self.reports.table.pointed if self.view == "report" else None
-        self._chosen = True
-        self._switch(view)
+        self._chosen, self.view = True, view
         if view == "figures" and page:
             self.figures.point(page.folder)
 
-    def _switch(self, view: str) -> None:
+    def watch_view(self, view: str) -> None:
         self.switcher.current = f"{view}-view"
         self._show()
         self.give_focus(self.views[view].table)
@@ -149,33 +114,37 @@ evaluate` and the other stages wrote.
         """The views, each with its key; a click shows one."""
         parts = []
         for view, label in VIEWS.items():
-            if view == "sweep" and self.results.sweep == NO_SWEEP:
-                continue
             style = "reverse bold" if view == self.view else ""
             key = f"[{style or 'bold $accent'}] {KEYS[view]}[/]"
-            text = f"[{style or 'not bold'}] {label.lower()} [/]"
-            parts.append(f"[@click=\"screen.view('{view}')\"]{key}{text}[/]")
+            text = f"[{style or 'not bold'}] {label} [/]"
+            if view != "sweep" or self.results.sweep != NO_SWEEP:
+                parts.append(f"[@click=\"screen.view('{view}')\"]{key}{text}[/]")
         return Content.from_markup(" ".join(parts))
 
     def action_axis(self, axis: str) -> None:
         self.methods.choose_axis(axis)
 
-    async def action_pixels(self) -> None:
-        kind = await self.figures.draw_otherwise()
-        self.notify(f"Pictures as {kind}.", markup=False)
+    def action_pixels(self) -> None:
+        self.notify(f"Pictures as {self.figures.draw_otherwise()}.", markup=False)
 
-    def action_figure_numbers(self) -> None:
-        picture = self.figures.table.pointed
-        if picture and picture.numbers:
-            self.figures.show_numbers(picture, self.workbench.root)
-        elif picture:
-            self.warn(f"No numbers were written beside {picture.path.name}.")
+    @work
+    async def action_figure_numbers(self) -> None:
+        picture, root = self.figures.table.pointed, self.workbench.root
+        if not picture:
+            return
+        pages = (numbers_of(path, root) for path in picture.numbers[:MAX_FILES])
+        text = await asyncio.to_thread("\n".join, pages)
+        page = text or f"No numbers were written beside {picture.path.name}."
+        self.app.push_screen(Reader(page, picture.title))
 
     # What is asked of the model or adapter that the cursor is on
 
-    @on(Table.Opened, "#methods Table, #sweep Table")
+    @on(Table.Opened)
     def _row_opened(self) -> None:
-        self.action_ask("chat")
+        if self.view in ("methods", "sweep"):
+            self.action_ask("chat")
+        else:
+            self.focus_next()  # the page
 
     def action_ask(self, what: str) -> None:
         row = self.views[self.view].table.pointed
@@ -217,11 +186,8 @@ evaluate` and the other stages wrote.
             self.workbench.start_pipeline("repro", "evaluate")
             return
         with self.workbench.errors_shown():
-            self.evaluator = self.evaluator or Evaluator(self.workbench.params_path)
-            running = self.evaluator.run([row.path])
             self.workbench.log_message(f"Evaluating {row.name} …")
-            problems = await running
-            if problems:
+            if problems := await self.evaluator.run([row.path]):
                 self.warn(problems)
             else:
                 self.workbench.log_message(f"Evaluated: {row.name}.")

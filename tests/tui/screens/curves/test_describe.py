@@ -1,26 +1,9 @@
-"""Runs in words: estimates that claim no more than they know, numbers of three digits."""
+"""Runs in numbers: a pace, values of three digits."""
 
 import pytest
 
 from pipeline.project.logs.run_log import Telemetry
 from pipeline.views.series import METRICS, Cost, Log
-from tui.screens.curves.words import roughly
-
-
-@pytest.mark.parametrize(
-    ("seconds", "said"),
-    [
-        (3, "a few seconds"),
-        (44, "about 40 s"),
-        (140, "about 2 min"),
-        (89 * 60, "about 89 min"),
-        (2 * 3600 + 11 * 60, "about 2 h 10 min"),
-        (30.2 * 3600, "about 30 h"),
-    ],
-    ids=["seconds", "tens", "minutes", "many-minutes", "hours", "day"],
-)
-def test_an_estimate_is_no_more_precise_than_it_is(seconds: float, said: str) -> None:
-    assert roughly(seconds) == said
 
 
 @pytest.mark.parametrize(

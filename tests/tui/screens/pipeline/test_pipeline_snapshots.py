@@ -60,7 +60,7 @@ def every_state(monkeypatch: pytest.MonkeyPatch) -> None:
 def same_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Moments are shown in the time zone of the machine, and the machine's load in the header."""
     monkeypatch.setenv("TZ", "UTC")
-    monkeypatch.setattr("tui.widgets.header._clock", lambda _: "0:12")
+    monkeypatch.setattr("tui.widgets.header.duration", lambda _: "0:12")
     monkeypatch.setattr("tui.services.machine.readings.Machine.summary", lambda _: "")
 
 

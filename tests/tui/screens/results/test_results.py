@@ -102,8 +102,7 @@ async def results(
 @pytest.mark.slow
 async def test_the_model_that_forgot_least_is_marked_at_once(brief: Path) -> None:
     async with results(brief) as user:
-        found = user.screen.methods.evaluation
-        least = found and found.forgot_least
+        least: Method = user.screen.methods.found.forgot_least
         assert least is not None and user.models.pointed is least
         assert f"forgot least: {least.name}" in user.title("methods")
         assert user.models.has_focus
@@ -267,9 +266,9 @@ async def test_nothing_evaluated_says_what_to_press(empty: Path) -> None:
         assert "Nothing is evaluated yet" in screen_text(user.app)
         assert not user.pane("scatter").region
         await user.press("r")
-        assert "No report yet. Press R" in user.page
+        await until(user.pilot, lambda: "No report yet. Press R" in screen_text(user.app))
         await user.press("f")
-        assert "No figures yet. Press R" in user.caption
+        await until(user.pilot, lambda: "No figures yet. Press R" in screen_text(user.app))
         await user.press("c", "o", "i", "s", "p")  # nothing to act on
         assert user.asked == []
 
@@ -409,7 +408,7 @@ async def test_what_an_extension_measured_is_read_with_its_pictures_and_numbers(
     async with results(project) as user:
         await user.press("r")
         assert titles(user) == ["Comparison", "All probes", "Probe of norm", "Probe of size"]
-        user.screen.reports.point("probe_size")
+        user.screen.reports.table.point("probe_size")
         await until(user.pilot, lambda: "The size is 0.12." in user.page)
         await user.press("f")
         pointed = user.screen.figures.table.pointed
@@ -428,25 +427,6 @@ async def test_a_stage_of_a_group_that_did_not_run_says_so(
         await user.press("r")
         assert titles(user) == ["Probe of norm", "Probe of size"]
         await until(user.pilot, lambda: "not measured yet. Press R" in user.page)
-
-
-async def test_another_screen_can_ask_for_a_report_a_figure_or_a_method(
-    project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    add_probes(project, monkeypatch)
-    make(project, PROBES)
-    async with results(project) as user:
-        user.screen.open_with(report="probe_size")
-        assert user.view == "report"
-        await until(user.pilot, lambda: "The size is 0.12." in user.page)
-        user.screen.open_with(figure="overview/shares")
-        assert user.view == "figures"
-        await until(user.pilot, lambda: "Shares" in user.title("figure"))
-        user.screen.open_with(method="full")
-        assert user.view == "methods"
-        assert user.models.pointed is not None and user.models.pointed.name == "full"
-        user.screen.open_with(view="sweep")
-        assert user.view == "sweep"
 
 
 @pytest.mark.slow
