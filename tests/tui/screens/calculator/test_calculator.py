@@ -137,8 +137,9 @@ async def test_the_numbers_are_those_of_the_library(empty: Path) -> None:
                 screen, "#verdict"
             ), values
             await until(pilot, lambda: screen.advice is not None)
+            shown = " ".join(text_of(screen, "#details").split())
             assert all(
-                f"{p['in']:,} → {p['out']:,}" in text_of(screen, "#details")
+                f"{p['name']} A {p['rank']} × {p['in']:,} + B {p['out']:,} × {p['rank']}" in shown
                 for p in expected["projections"]
             )
 
@@ -196,7 +197,7 @@ def test_garbage_is_refused_in_one_line_that_is_about_its_field(field: str) -> N
             answer({**DEFAULTS, **NEEDS.get(field, {}), field: text}, model)
         except FieldError as error:
             rejected_with += 1
-            assert (error.field, "\n" in str(error)) == (field, False), text
+            assert ([*error.problems], "\n" in str(error)) == ([field], False), text
     assert rejected_with >= 5
 
 
@@ -227,12 +228,15 @@ async def test_garbage_marks_its_field_and_the_last_good_answer_stays(empty: Pat
 async def test_every_invalid_field_is_marked_with_its_reason(empty: Path) -> None:
     async with calculator(empty) as (pilot, screen):
         for values in (
-            {"rank": "x", "batch": "0", "sequence": "y"},
-            {"batch": "1.5", "precision": "fp1", "targets": "nowhere"},
-            {"model": "nothing-like-it", "rank": "x"},
+            {"rank": "x", "batch": "1,5", "sequence": "y"},
+            {"batch": "1.5", "gpu": "custom", "gib": "a lot"},
+            {"precision": "fp1"},
+            {"targets": "nowhere"},
+            {"model": "nothing-like-it"},
         ):
             await fill(pilot, screen, **values)
-            assert set(marked(screen)) == set(values) == set(screen.problems)
+            wrong = set(values) - {"gpu"}
+            assert set(marked(screen)) == wrong == set(screen.problems)
             shown = str(screen.query_one("#problem", Static).content)
             assert (
                 all(text in shown for text in screen.problems.values())
@@ -304,8 +308,8 @@ async def test_search_lists_matches_while_one_types_and_enter_takes_one(empty: P
         assert matches(screen) == []
         await pilot.press("home", "shift+end", *"Qwen/Qwen3-8B")
         assert screen.result.model.name == "qwen3-8b", "a hub id that is built in needs no network"
-        await pilot.press("home", "shift+end", *"qwn332", "enter")
-        assert screen.result.model.name == "qwen3-32b", "letters that are apart"
+        await pilot.press("home", "shift+end", *"wen3-32", "enter")
+        assert screen.result.model.name == "qwen3-32b"
         await pilot.press("home", "shift+end", *"gemma-2")
         await pilot.click(Form, offset=(8, screen.form._tops["model"] + 2))
         assert screen.result.model.name == [n for n in names() if "gemma-2" in n][1]
@@ -366,7 +370,7 @@ async def test_advice_is_the_librarys_and_never_of_another_configuration(
         assert f"batch {most.batch} │ sequence {most.sequence:,} │ rank {most.rank}" in shown
         free.clear()
         await fill(pilot, screen, batch="16")
-        assert screen.advice is None and "one at a time  …" in text_of(screen, "#answers")
+        assert screen.advice is None and "at most  …" in text_of(screen, "#answers")
         assert "✗ DOES NOT FIT" in text_of(screen, "#verdict")
         free.set()
         await until(pilot, lambda: screen.advice is not None)
@@ -409,13 +413,12 @@ async def test_a_sweep_has_the_peaks_of_the_library_and_marks_the_present_value(
 async def test_gpus_that_hold_it_are_told_from_those_that_do_not(empty: Path) -> None:
     async with calculator(empty, (200, 60)) as (pilot, screen):
         text = " ".join(text_of(screen, "#answers").split())
-        assert "smaller GPU that holds it A10 / A10G, 22.49 GiB" in text
+        assert "smallest GPU A10 / A10G" in text
         fits, fails = text.partition("✓ ")[2].split(" ✗ ")
         assert [gpu.label for gpu in gpus().values()] == [*fails.split(" · "), *fits.split(" · ")]
         await fill(pilot, screen, sequence="16384", gpu="rtx4060")
-        assert "smallest GPU that holds it A100 80 GB, 79.35 GiB" in " ".join(
-            text_of(screen, "#answers").split()
-        )
+        text = " ".join(text_of(screen, "#answers").split())
+        assert "smallest GPU A100 80 GB" in text
 
 
 @pytest.mark.slow
@@ -436,10 +439,10 @@ async def test_bars_name_the_methods_and_mark_the_chosen_one(empty: Path) -> Non
         )
         await fill(pilot, screen, gpu="custom", gib="7.5", method="freeze")
         text = text_of(screen, "#memory")
-        assert "7.5 GiB, 7.50" in text and "▶ ▲ freeze" in text
+        assert "│ 7.5 GiB, 7.50 GiB" in text and "▶ ▲ freeze" in text
         await fill(pilot, screen, model="minigpt")
         text = text_of(screen, "#memory")
-        assert "RTX 4090, 23.99 GiB ▶" in text and "│" not in text, (
+        assert text.startswith("│ RTX 4090, 23.99 GiB") and "│" not in text[1:], (
             "a dot would be all that is seen of its bars"
         )
         assert "KiB of 23.99 GiB" in text_of(screen, "#verdict") or "MiB of 23.99 GiB" in text_of(
@@ -471,7 +474,11 @@ async def test_two_are_pinned_beside_the_one_of_now(empty: Path) -> None:
         assert f"−{less:,}" in text and "-" not in text.replace("nf4-dq", "").replace(
             "qwen3-8b", ""
         )
-        assert "✓ yes" in text and (first.run.precision, second.run.precision) == ("bf16", "nf4-dq")
+        assert "✓ fits" in text and (first.run.precision, second.run.precision) == (
+            "bf16",
+            "nf4-dq",
+        )
+        assert all(f"■ {mark}" in text_of(screen, "#memory") for mark in "①②")
         await pilot.press("ctrl+t")
         assert screen.pins == [second, screen.result], "a third takes the first one's place"
         await pilot.press("ctrl+t")
