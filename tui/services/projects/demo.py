@@ -83,9 +83,8 @@ def _is_whole(folder: Path, packed: bytes) -> bool:
     """
     try:
         stamp = json.loads((folder / STAMP).read_text(encoding="utf-8"))
-        if stamp["archive"] != hashlib.sha256(packed).hexdigest() or not all(
-            (folder / name).is_file() for name in stamp["files"]
-        ):
+        is_same = stamp["archive"] == hashlib.sha256(packed).hexdigest()
+        if not is_same or not all((folder / name).is_file() for name in stamp["files"]):
             return False
         for manifest in folder.glob(f"artifacts/*/{artifact.MANIFEST}"):
             if TRAINED in artifact.read_manifest(manifest.parent):  # else the user made it anew
