@@ -11,8 +11,8 @@ empty field means what it shows in grey. `‹ a choice ›` steps with ← and �
 any field with Page Up and Page Down; Ctrl+B brings a field's default back. In *model* type a part
 of a name, then Enter; a path is read, a hub id is fetched by Enter: of the weights, headers alone.
 
-Ctrl+T pins the configuration, to compare it with what you ask next; again unpins it. Ctrl+N begins
-anew.
+Ctrl+T pins the configuration, to compare it with what you ask next: in parentheses how much more or
+less it takes. Again unpins it. Ctrl+N begins anew.
 """,
     ),
     "verdict": About(

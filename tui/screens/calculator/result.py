@@ -13,7 +13,7 @@ from pipeline.calc.fit import LARGEST, gpus
 from pipeline.calc.memory import Memory
 from pipeline.calc.report import capped, explain, notes_on, smallest
 from pipeline.files.text import in_units
-from pipeline.views.calculation import SWEPT, Advice, Result
+from pipeline.views.calculation import Advice, Peaks, Result
 from tui.panes.lines import MUTED
 from tui.panes.table import fitted
 from tui.widgets.cells import bar, method_sign
@@ -34,21 +34,9 @@ EDGE = "│"  # where the GPU ends
 CUT = "»"  # a bar that goes on
 FAR = 20  # times the longest bar: a GPU that is larger lies beyond the chart
 MARKS = "①②"  # of pinned configurations
-CELL = 7  # of a number in a table
+CELL, WIDE = 7, 12  # of a number in a table, below a name
 HARD = "\N{NO-BREAK SPACE}"
 BAD, GOOD = "$text-error", "$text-success"
-Table = Sequence[Sequence[Content | str]]
-
-
-def grid(rows: Table) -> list[Content]:
-    """Rows in columns, the first to the left and the others to the right."""
-    columns = [[Content.empty() + cell for cell in column] for column in zip(*rows, strict=True)]
-    lines = [Content()] * len(rows)
-    for number, column in enumerate(columns):
-        width = max(CELL + 4, *(cell.cell_length for cell in column))
-        for row, cell in enumerate(column):
-            lines[row] += fitted(cell, width, right=number > 0) + " "
-    return [line.rstrip() for line in lines]
 
 
 def _muted(text: str) -> Content:
@@ -59,8 +47,10 @@ def _bold(text: str) -> Content:
     return Content.styled(text, "bold")
 
 
-def verdict(result: Result, width: int) -> Iterator[Content]:
-    """Whether it fits, with what is free; used of total as a bar; what is trained."""
+def verdict(result: Result, pins: Sequence[Result], width: int) -> Iterator[Content]:
+    """Whether it fits, with what is free; used of total as a bar; what is trained; and the same of
+    what is pinned.
+    """
     peak, total, spare = result.memory.peak, result.device.bytes, in_units(abs(result.spare))
     words, style = f"✓ FITS  {spare} free", f"{GOOD} on $success-muted"
     if result.spare < 0:
@@ -70,6 +60,12 @@ def verdict(result: Result, width: int) -> Iterator[Content]:
     where = (f" · peak in {result.memory.where}", MUTED)
     yield Content.assemble((in_units(peak), "bold"), f" of {in_units(total)}", where)
     yield Content(f"{result.trainable:,} trainable, {percent(result.share)}")
+    unit = unit_of(each.memory.peak for each in (*pins, result))
+    for mark, pin in zip(MARKS, pins, strict=False):
+        yield _bold(f"{mark} {pin.title}")
+        size, change = pin.memory.peak, format_count_change(pin.trainable - result.trainable)
+        more = f"{unit.format(size)} {unit} ({unit.format_change(size - peak)})"
+        yield _muted(f"  {more} · {pin.trainable:,} trainable ({change})")
 
 
 def usage_bar(used: int, total: int, width: int) -> Content:
@@ -81,28 +77,21 @@ def usage_bar(used: int, total: int, width: int) -> Content:
     )
 
 
-def answers(result: Result, advice: Advice | None, width: int) -> Iterator[Content]:
-    """The largest batch, sequence and rank, each alone; what to change; other values; GPUs.
-
-    Without advice, for which the search still runs, its lines are kept free.
-    """
-    most, change = "…", "…"
-    if advice:
-        sizes = advice.largest._asdict().items()
-        most = " │ ".join(
-            f"{key} {capped(size, LARGEST.get(key))}" for key, size in sizes if size is not None
-        )
-        change = "no setting does"
-    if advice and advice.changes:
-        words, peak = advice.changes[-1]
-        enough = ", still too much" if peak > result.device.bytes else ""
-        change = f"{words.replace('--', '')} → {in_units(peak)}{enough}"
-    yield Content.assemble(("at most  ", MUTED), most)
+def answers(result: Result, advice: Advice, width: int) -> Iterator[Content]:
+    """The largest batch, sequence and rank, each alone; what to change; other values; GPUs."""
+    sizes = advice.largest._asdict().items()
+    most = [f"{key} {capped(size, LARGEST.get(key))}" for key, size in sizes if size is not None]
+    yield Content.assemble(("at most  ", MUTED), " │ ".join(most))
     if result.spare < 0:
+        change = "no setting does"
+        if advice.changes:
+            words, peak = advice.changes[-1]
+            enough = ", still too much" if peak > result.device.bytes else ""
+            change = f"{words.replace('--', '')} → {in_units(peak)}{enough}"
         yield Content.assemble(("to make it fit  ", MUTED), (change, "bold"))
     yield Content.assemble(("smallest GPU  ", MUTED), smallest(result.memory.peak))
-    for key in SWEPT:
-        yield from _sweep(result, key, advice, width)
+    for key, peaks in advice.sweeps.items():
+        yield from _sweep(result, key, peaks, width)
     for sign, style, holds in (("✓", "", True), ("✗", MUTED, False)):
         cards = [gpu for gpu in gpus().values() if (gpu.bytes >= result.memory.peak) == holds]
         # a label is not broken
@@ -112,23 +101,20 @@ def answers(result: Result, advice: Advice | None, width: int) -> Iterator[Conte
             yield Content.styled(f"{before} {line}", style)
 
 
-def _sweep(result: Result, key: str, advice: Advice | None, width: int) -> list[Content]:
+def _sweep(result: Result, key: str, peaks: Peaks, width: int) -> list[Content]:
     """Two lines: the values of a setting, and the peak with each."""
-    values, now = result.values(key), result.value(key)
+    values, now = list(peaks), result.value(key)
     if not values:
         return []
-    peaks = advice.sweeps[key] if advice else {}
-    unit = unit_of([peak for peak in peaks.values() if peak] or [result.memory.peak])
+    unit = unit_of(peak or 0 for peak in peaks.values())
     # as many as there is room for, the present one among them
     count = max((width - 9) // (CELL + 1), 1)
     start = max(min(values.index(now) - count // 2, len(values) - count), 0)
     first, second = [(f"{key:9}", "bold")], [(f"{unit!s:9}", MUTED)]
     for value in values[start : start + count]:
-        peak, mark = peaks.get(value), "▶" * (value == now)
-        text, is_bad = "–" if advice else "…", False
-        if peak is not None:
-            text, is_bad = unit.format(peak), peak > result.device.bytes
-        sign, style = ("✗", BAD) if is_bad else (" ", "")
+        peak, mark = peaks[value], "▶" * (value == now)
+        text = "–" if peak is None else unit.format(peak)
+        sign, style = ("✗", BAD) if peak and peak > result.device.bytes else (" ", "")
         first.append((f"{mark}{value:,}".rjust(CELL) + " ", "bold $accent" if mark else ""))
         second.append((f"{text:>{CELL}}{sign}", style))
     return [Content.assemble(*first), Content.assemble(*second)]
@@ -183,14 +169,14 @@ def _parts(memories: Mapping[str, Memory], chosen: str, width: int) -> Iterator[
     """
     unit = unit_of(memory.peak for memory in memories.values())
     names = sorted(memories, key=lambda name: name != chosen)
-    names = names[: max((width - CELL - 6) // (CELL + 5), 1)]
-    rows: list[Sequence[Content | str]] = [[f"{unit} at peak", *names]]
+    names = names[: max((width - 14) // WIDE, 1)]
+    heads = "".join(f"{name:>{WIDE}}" for name in names)
+    yield _bold(f"{f'{unit} at peak':14}{heads}")
     for part, look in PARTS.items():
         sizes = [memories[name].parts()[part] for name in names]
         if any(sizes):
-            rows.append([Content.assemble(look, f" {part}"), *map(unit.format, sizes)])
-    head, *others = grid(rows)
-    yield from (head.stylize("bold"), *others)
+            cells = "".join(f"{unit.format(size):>{WIDE}}" for size in sizes)
+            yield Content.assemble(look, f" {part:12}{cells}")
 
 
 def details(result: Result, _: int) -> Iterator[Content]:
@@ -203,15 +189,3 @@ def details(result: Result, _: int) -> Iterator[Content]:
         yield _muted(f"note: {note}")
     for what, formula in explain(result.model, result.method, result.run, result.memory):
         yield Content.assemble((f"{what}  ", "bold"), formula)
-
-
-def pinned(pins: Sequence[Result], now: Result) -> Iterator[Content]:
-    """Each pinned configuration; `±` is its difference to the current one."""
-    unit = unit_of(each.memory.peak for each in (*pins, now))
-    for mark, pin in zip(MARKS, pins, strict=False):
-        yield _bold(f"{mark} {pin.title}")
-        change = format_count_change(pin.trainable - now.trainable)
-        yield Content(f"  {pin.trainable:,} trainable, ± {change}")
-        peak, fits = pin.memory.peak, "✓ fits" if pin.spare >= 0 else "✗ does not fit"
-        change = unit.format_change(peak - now.memory.peak)
-        yield Content(f"  {unit.format(peak)} {unit}, ± {change}, {fits} {pin.device.label}")

@@ -15,11 +15,10 @@ from textual.widgets import Static
 
 from pipeline.calc.architecture import Architecture
 from pipeline.calc.sources.open_model import hub_ids, open_model
-from pipeline.errors import UserError, explain
+from pipeline.errors import UserError
 from pipeline.files.base_model import Source, parse_source
 from pipeline.stages.registry import open_project
 from pipeline.views.calculation import (
-    Advice,
     Result,
     advise,
     differences,
@@ -34,7 +33,7 @@ from tui.panes.text import Text
 from tui.screens.base import WorkbenchScreen
 from tui.screens.calculator import about
 from tui.screens.calculator.fields import DEFAULTS, FIELDS, Texts, answer, relevant, texts_of
-from tui.screens.calculator.result import answers, details, memory, pinned, verdict
+from tui.screens.calculator.result import answers, details, memory, verdict
 from tui.widgets.units import short_count
 
 PAUSE = 0.15  # seconds without a key press before the slow search starts
@@ -66,7 +65,6 @@ params file, after it has said what is written.
     def __init__(self) -> None:
         super().__init__()
         self.result: Result | None = None  # the last valid one
-        self.advice: Advice | None = None  # of that result
         self.problems: Mapping[str, str] = {}  # the errors in the form, by field
         self.pins: list[Result] = []
         # what the fields hold at first: on a pretrained base what the project trains
@@ -75,12 +73,12 @@ params file, after it has said what is written.
         self.form = Form(FIELDS.values(), always=True)
         self.form.key = "method"
         self.texts = {name: Text() for name in ("verdict", "answers", "memory", "details")}
-        self.pinned, self.problem = Text(id="pinned"), Static(id="problem", markup=False)
+        self.problem = Static(id="problem", markup=False)
 
     def body(self) -> Iterable[Widget]:
         panes = {name: self.pane(name, text) for name, text in self.texts.items()}
         with Horizontal(id="columns"):
-            yield self.pane("question", self.form, self.pinned)
+            yield self.pane("question", self.form)
             with Vertical(id="answer"):
                 yield self.problem
                 yield panes["verdict"]
@@ -104,14 +102,12 @@ params file, after it has said what is written.
             result = answer(texts, self._model(texts["model"].strip()))
         except UserError as error:
             self.problems = getattr(error, "problems", {"model": str(error)})
-            lines = [f"✗ {text}" for text in self.problems.values()]
-            if self.result:
-                lines.append(f"Last valid: {self.result.title}.")
-            self.problem.update("\n".join(lines))
+            self.problem.update("\n".join(f"✗ {text}" for text in self.problems.values()))
         else:
-            self.result, self.advice, self.problems = result, None, {}
+            self.result, self.problems = result, {}
+            self.query("#answers, #details").add_class("-old")
             self._show(result)
-            self._find_advice(result)
+            self._search(result)
             run = result.run
             meant = {"sequence": str(run.sequence), "precision": run.precision}
             meant["alpha"] = texts["rank"]
@@ -119,74 +115,62 @@ params file, after it has said what is written.
         self.set_class(bool(self.problems), "-wrong")
 
     def _show(self, result: Result) -> None:
-        """Show what follows from the result at once."""
-        size = short_count(result.model.total)
+        """Show what takes no search."""
+        size, pins = short_count(result.model.total), [*self.pins]
         self.query_one("#verdict", Pane).show_title(f"{result.model.name}, {size}")
-        self.texts["verdict"].show(partial(verdict, result), again=True)
-        self.texts["memory"].show(partial(memory, result, [*self.pins]), again=True)
-        self.texts["answers"].show(partial(answers, result, self.advice), again=True)
-        self.pinned.display = bool(self.pins)
-        lines = list(pinned(self.pins, result))
-        self.pinned.show(lambda _: lines, again=True)
+        self.texts["verdict"].show(partial(verdict, result, pins), again=True)
+        self.texts["memory"].show(partial(memory, result, pins), again=True)
 
-    @work(exclusive=True, group="advice")
-    async def _find_advice(self, result: Result) -> None:
-        """Search for the largest values that fit, or for changes: slow, so not at every key."""
+    @work(exclusive=True, group="search")
+    async def _search(self, result: Result) -> None:
+        """Search for the largest values that fit, or for changes: slow, so not at every key. What
+        was found for another configuration is dim until then.
+        """
         await asyncio.sleep(PAUSE)
-        self.advice = await asyncio.to_thread(advise, result)
-        self.texts["answers"].show(partial(answers, result, self.advice), again=True)
+        advice = await asyncio.to_thread(advise, result)
+        self.texts["answers"].show(partial(answers, result, advice), again=True)
         # not at each key: their height changes with the numbers, and all is laid out again
         self.texts["details"].show(partial(details, result), again=True)
+        self.query("#answers, #details").remove_class("-old")
 
     # The model
 
     def _model(self, name: str) -> Architecture:
-        """The shapes of a built-in or loaded model. Starts to load any other path, and raises
+        """The shapes of a built-in or loaded model. Starts to read any other path, and raises
         UserError meanwhile.
         """
-        if name.lower() in {key.lower() for pair in hub_ids().items() for key in pair if key}:
+        if name.lower() in {key.lower() for pair in hub_ids().items() for key in pair}:
             return open_model(name).shapes
         model = self._models.get(name)
-        if isinstance(model, UserError):
-            raise model
-        if model is not None:
+        if isinstance(model, Architecture):
             return model
-        source, hub = _source(name), ""
-        if source and source.is_local:
+        source = _source(name)
+        if model is None and source and source.is_local:
             self._load_model(name, str(source.path))
             raise UserError(f"model: {name} is being read …")
-        if source:
-            hub = " Enter fetches it from the hub."
-        raise UserError(
-            f"model must be a built-in name, a hub id or a path, got {name[:60]!r}.{hub}"
+        raise model or UserError(
+            f"model must be a built-in name, a path or a hub id, got {name[:60]!r}. Enter fetches a "
+            "hub id."
         )
 
     @on(Form.Submitted)
     def fetch(self) -> None:
-        """Fetch the model from the hub if it is neither built in nor a path, and calculate
-        again.
-        """
+        """Read or fetch the model if it is not built in, and calculate again."""
         name = self.form.texts["model"].strip()
         source = _source(name)
-        if isinstance(self._models.get(name), UserError):
-            del self._models[name]
-        if source and source.hub_id and name not in self._models:
-            self._load_model(name, source.hub_id)
+        if source and not isinstance(self._models.get(name), Architecture):
+            self._load_model(name, source.hub_id or str(source.path))
         self.calculate()
 
     @work(exclusive=True, group="model")
     async def _load_model(self, name: str, source: str) -> None:
-        """Read or fetch a model in a thread, so that a slow disk or network does not block the
-        keys.
-        """
+        """Open a model in a thread, so that a slow disk or network does not block the keys."""
+        model: Architecture | UserError
         try:
-            model = await asyncio.to_thread(open_model, source)
-        except UserError as error:
-            self._models = {name: error}
-        except OSError as error:
-            self._models = {name: UserError(explain(error))}
-        else:
-            self._models = {name: model.shapes}  # only the last: a file may change later
+            model = (await asyncio.to_thread(open_model, source)).shapes
+        except (UserError, OSError) as error:
+            model = UserError(str(error))
+        self._models = {name: model}  # only the last: a file may change later
         if self.form.texts["model"].strip() == name:
             self.calculate()
 
@@ -195,12 +179,13 @@ params file, after it has said what is written.
     def action_pin(self) -> None:
         """Pin the configuration, or unpin it if it is pinned; the oldest makes room."""
         result = self._current("pinned")
+        if result is None:
+            return
         if result in self.pins:
             self.pins.remove(result)
-        elif result:
+        else:
             self.pins = [*self.pins, result][-PINS:]
-        if result:
-            self._show(result)
+        self._show(result)
 
     def action_renew(self) -> None:
         """All fields as they were at the start, nothing pinned."""
@@ -263,7 +248,8 @@ params file, after it has said what is written.
 
 
 def _source(name: str) -> Source | None:
-    """What a name refers to: a file, a folder, a model of the hub."""
+    """The file, the folder or the model of the hub that a name refers to."""
     with suppress(UserError):
-        return parse_source(name, Path())
+        source = parse_source(name, Path())
+        return source if source.hub_id or source.is_local else None
     return None
