@@ -6,13 +6,13 @@ from textual.binding import Binding, BindingType
 
 from tui.panes.pane import About
 
-OPEN = Binding("o", "screen.open_file", "open a file", id="data.open")
-EDIT = Binding("e", "screen.edit", "edit", id="data.edit")
-COPY = Binding("y", "screen.copy", "copy", id="data.copy")
-EXPORT = Binding("x", "screen.export", "export", id="data.export")
-CHECK = Binding("m", "screen.measure", "check all", id="data.measure")
-NEXT = Binding("n", "screen.problem(1)", "next problem", id="data.next")
-PREVIOUS = Binding("N", "screen.problem(-1)", "previous", id="data.previous")
+OPEN = Binding("o", "screen.open_file", "Open a file", id="data.open")
+EDIT = Binding("e", "screen.edit", "Edit", id="data.edit")
+COPY = Binding("y", "screen.copy", "Copy", id="data.copy")
+EXPORT = Binding("x", "screen.export", "Export", id="data.export")
+CHECK = Binding("m", "screen.measure", "Check all", id="data.measure")
+NEXT = Binding("n", "screen.problem(1)", "Next problem", id="data.next")
+PREVIOUS = Binding("N", "screen.problem(-1)", "Previous", id="data.previous")
 FILES = About(
     "Files",
     """\

@@ -57,8 +57,10 @@ def open_demo(name: str = CHAT) -> Path:
                 _unpack(packed, folder)
             _stamp(folder)
     except OSError as error:
-        advice = "Set XDG_CACHE_HOME to a folder with room."
-        raise UserError(f"The demo cannot be unpacked: {explain(error)} {advice}") from None
+        raise UserError(
+            f"The demo cannot be unpacked: {explain(error)} Set XDG_CACHE_HOME to a folder with "
+            "room."
+        ) from None
     except (tarfile.TarError, EOFError, LZMAError) as error:
         raise UserError(f"The demo cannot be unpacked: {archive} is damaged ({error}).") from None
     return folder / PARAMS
