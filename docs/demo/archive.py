@@ -3,6 +3,7 @@ again, and packed.
 """
 
 import io
+import json
 import lzma
 import tarfile
 from collections.abc import Mapping
@@ -66,7 +67,7 @@ def _remove_weights(folder: Path) -> dict[str, int]:
     """Name → bytes of what was removed; a tokenizer is written as it will be unpacked."""
     if (folder / TOKENIZER).exists():
         text = (folder / TOKENIZER).read_text(encoding="utf-8")
-        whole = packed_tokenizer.unpack(packed_tokenizer.pack(text))
+        whole = packed_tokenizer.unpack(pack_tokenizer(text))
         (folder / TOKENIZER).write_text(whole, encoding="utf-8")
     removed = {}
     for pattern in WEIGHTS:
@@ -92,6 +93,24 @@ def _reduce_colors(picture: Path) -> None:
         image.convert("RGB").quantize(COLORS).save(picture, optimize=True)
 
 
+def pack_tokenizer(text: str) -> str:
+    """A tokenizer.json that `packed_tokenizer.unpack` reads; the same text if it is none of this
+    kind.
+    """
+    tree = json.loads(text)
+    model = tree["model"]
+    merges = model.get("merges")
+    if not merges:
+        return text
+    first = len(model["vocab"]) - len(merges)
+    vocabulary = {token: id_ for token, id_ in model["vocab"].items() if id_ < first}
+    lines = "\n".join(" ".join(pair) for pair in merges)
+    packed = json.dumps({**tree, "model": {**model, "vocab": vocabulary, "merges": lines}})
+    if json.loads(packed_tokenizer.unpack(packed)) != tree:
+        raise ValueError("The vocabulary is not in the order of the merges.")
+    return packed
+
+
 def pack(project: Project) -> bytes:
     """The project's files without caches, as a .tar.xz; the same bytes for the same files."""
     buffer = io.BytesIO()
@@ -103,7 +122,7 @@ def pack(project: Project) -> bytes:
                 continue
             content = path.read_bytes()
             if path.name == TOKENIZER:
-                content = packed_tokenizer.pack(content.decode()).encode()
+                content = pack_tokenizer(content.decode()).encode()
             member = tarfile.TarInfo(name.as_posix())
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))

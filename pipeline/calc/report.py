@@ -82,13 +82,15 @@ def answer(model: Architecture, method: FinetuningMethod, run: TrainingConfig) -
         "inference": inference(model, method, run),
         "fits": [gpu.name for gpu in gpus().values() if memory.peak <= gpu.bytes],
         "assumptions": {**asdict(run), "checkpointing": CHECKPOINTING[run.checkpointing]},
-        "notes": [
-            *model.notes,
-            *method.notes(model),
-            *filter(None, [why_they_differ(model, method)]),
-        ],
+        "notes": notes_on(model, method),
         "source": model.source,
     }
+
+
+def notes_on(model: Architecture, method: FinetuningMethod) -> list[str]:
+    """Remarks for the reader of the counts."""
+    notes = [*model.notes, *method.notes(model), why_they_differ(model, method)]
+    return [note for note in notes if note]
 
 
 Column = tuple[FinetuningMethod, TrainingConfig, Memory]

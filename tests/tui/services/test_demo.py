@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from docs.demo.archive import pack_tokenizer
 from pipeline.data.check import check
 from pipeline.errors import UserError
 from pipeline.files import artifact
@@ -133,7 +134,7 @@ async def test_answers_are_replayed_as_the_models_gave_them() -> None:
 def test_a_packed_tokenizer_is_unpacked_whole() -> None:
     path = open_demo().parent / "artifacts/base/tokenizer.json"
     text = path.read_text(encoding="utf-8")
-    packed = packed_tokenizer.pack(text)
+    packed = pack_tokenizer(text)
     assert len(packed) < len(text) / 3 and packed_tokenizer.unpack(packed) == text
     vocabulary = read_json(path)["model"]["vocab"]
     assert len(vocabulary) == 49_152 == len(set(vocabulary.values()))

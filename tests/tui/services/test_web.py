@@ -78,12 +78,14 @@ async def test_everything_else_is_forbidden(served: Served) -> None:
             "/ws",
             "/static/js/textual.js",
             "/static/",
-            "/download/x",
             f"/{token[:-1]}/",
             f"/{token}x/ws",
         ):
             assert (await session.get(base + path)).status == 403, path
             assert (await session.post(base + path)).status == 403, path
+        # its key is the secret
+        assert (await session.get(f"{base}/download/x")).status == 404
+        assert (await session.post(f"{base}/download/x")).status == 403
         for name, headers in foreign(served.port).items():
             for path in ("", "ws", "static/js/textual.js"):
                 assert (await session.get(served.url + path, headers=headers)).status == 403, (

@@ -1,9 +1,7 @@
 """What the panes of the screen say of themselves."""
 
 from tui.panes.pane import About
-from tui.screens.calculator.result import TEXTURES, WHOLE_STEP
 
-_PARTS = ", ".join(f"`{sign}` {part}" for part, sign in TEXTURES.items())
 PANES = {
     "question": About(
         "Question",
@@ -13,8 +11,8 @@ empty field means what it shows in grey. `‹ a choice ›` steps with ← and �
 any field with Page Up and Page Down; Ctrl+B brings a field's default back. In *model* type a part
 of a name, then Enter; a path is read, a hub id is fetched by Enter: of the weights, headers alone.
 
-Ctrl+T pins the configuration, to compare it with what you ask next; again unpins it. Ctrl+N begins
-anew.
+Ctrl+T pins the configuration, to compare it with what you ask next: in parentheses how much more or
+less it takes. Again unpins it. Ctrl+N begins anew.
 """,
     ),
     "verdict": About(
@@ -28,8 +26,8 @@ memory too.
     "answers": About(
         "Answers",
         """\
-* **largest, one at a time**: the largest batch, sequence length and rank that fit, each with
-  everything else as it is.
+* **at most**: the largest batch, sequence length and rank that fit, and the best precision of the
+  base, each with everything else as it is.
 * **to make it fit**: the change that costs the least quality and time. Changes after a `;` are
   needed together.
 * **rank, batch, sequence**: the peak with other values; `▶` is the present one, `✗` is more than
@@ -39,19 +37,20 @@ memory too.
     ),
     "memory": About(
         "Memory by method",
-        f"""\
-The same step with other methods; `▶` is yours. `│` is where the GPU ends, `»` a bar that goes on,
-`▶` beside its name a GPU far beyond all bars. The parts of a bar, always in this order: {_PARTS}.
-{", ".join(WHOLE_STEP).capitalize()} stay for the whole step; gradients, activations and logits
+        """\
+The same step with other methods; `▶` is yours, `①` and `②` are pinned. `│` is where the GPU ends,
+unless that is far beyond all bars, `»` a bar that goes on. The parts of a bar, always in this
+order: `█` weights, `◆` adapter, `▓` gradients, `▒` optimizer, `░` activations, `≡` logits, `·`
+overhead. Weights, adapter and optimizer stay for the whole step; gradients, activations and logits
 come and go, and are counted at the peak.
 """,
     ),
     "details": About(
         "Parameters and formulas",
         """\
-Each kind of linear layer that gets an adapter: its shape, A and B, how many there are, and their
-parameters; beside it the number by the rule of thumb 2·r·d. Below, the formula of each number with
-its values.
+The number of trained parameters by the rule of thumb 2·r·d, where it applies. Below, the formula of
+each number with its values: for each kind of linear layer that gets an adapter A and B, how many
+there are, and their parameters.
 """,
     ),
 }

@@ -5,44 +5,38 @@ part is there for the whole step or during it.
 """
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from textual.content import Content
 
-from pipeline.calc.fit import LARGEST, PRECISIONS_BY_QUALITY, gpus
-from pipeline.calc.memory import PARTS, Memory
-from pipeline.calc.method import projections, why_they_differ
-from pipeline.calc.report import PROJECTION, capped, cells_of, explain
+from pipeline.calc.fit import LARGEST, gpus
+from pipeline.calc.memory import Memory
+from pipeline.calc.report import capped, explain, notes_on, smallest
 from pipeline.files.text import in_units
-from pipeline.views.calculation import SWEPT, Advice, Result
+from pipeline.views.calculation import Advice, Peaks, Result
 from tui.panes.lines import MUTED
 from tui.panes.table import fitted
 from tui.widgets.cells import bar, method_sign
 from tui.widgets.colors import share_style
 from tui.widgets.units import format_count_change, percent, unit_of
 
-TEXTURES = dict(zip(PARTS, "█◆▓▒░≡·", strict=True))
-WHOLE_STEP = ("weights", "adapter", "optimizer")  # there from the first phase of a step to the last
+WHOLE, DURING = "$primary", "$secondary"  # the whole step, or a part of it
+PARTS = {  # part of memory → its texture and colour
+    "weights": ("█", WHOLE),
+    "adapter": ("◆", WHOLE),
+    "gradients": ("▓", DURING),
+    "optimizer": ("▒", WHOLE),
+    "activations": ("░", DURING),
+    "logits": ("≡", DURING),
+    "overhead": ("·", "$foreground 60%"),
+}
 EDGE = "│"  # where the GPU ends
 CUT = "»"  # a bar that goes on
 FAR = 20  # times the longest bar: a GPU that is larger lies beyond the chart
 MARKS = "①②"  # of pinned configurations
-BADGE = 18  # cells of the large verdict
-LARGE = 64  # cells of a pane with room for it
-CELL = 7  # of a number in a table
+CELL, WIDE = 7, 12  # of a number in a table, below a name
+HARD = "\N{NO-BREAK SPACE}"
 BAD, GOOD = "$text-error", "$text-success"
-NONE = Content.styled("✗ none", BAD)  # of a setting that fits with no value
-
-
-def grid(rows: Sequence[Sequence[Content | str]], least: int = 0) -> list[Content]:
-    """Rows in columns of `least` cells or more, the first to the left and the others to the right."""
-    columns = [[Content.empty() + cell for cell in column] for column in zip(*rows, strict=True)]
-    lines = [Content()] * len(rows)
-    for number, column in enumerate(columns):
-        width = max(least, *(cell.cell_length for cell in column))
-        for row, cell in enumerate(column):
-            lines[row] += fitted(cell, width, right=number > 0) + " "
-    return [line.rstrip() for line in lines]
 
 
 def _muted(text: str) -> Content:
@@ -53,272 +47,145 @@ def _bold(text: str) -> Content:
     return Content.styled(text, "bold")
 
 
-def verdict(result: Result, width: int) -> Iterator[Content]:
-    """Whether it fits, large where there is room; used of total as a bar; what is free."""
-    fits, peak, total = result.spare >= 0, result.memory.peak, result.device.bytes
-    unit = unit_of([peak, total])
-    words = "✓ FITS" if fits else "✗ DOES NOT FIT"
-    style = f"{GOOD} on $success-muted" if fits else f"{BAD} on $error-muted"
-    # a tiny model on a large GPU
-    shown = unit.format(peak) if peak > 0.01 * unit.bytes else in_units(peak)
-    used = Content.assemble((shown, "bold"), f" of {unit.format(total)} {unit}")
-    spare = f"{unit.format(abs(result.spare))} {unit} {'free' if fits else 'too much'}"
-    is_large = width >= LARGE
-    room = width - BADGE - 2 if is_large else width
-    sizes = used.pad_right(max(room - used.cell_length - len(spare), 2)) + _bold(spare)
-    drawn = usage_bar(peak, total, room)
-    if is_large:
-        for text, line in (("", drawn), (words, drawn), ("", sizes)):
-            yield Content.assemble((text.center(BADGE), f"bold {style}"), "  ", line)
-    else:
-        yield from (Content.styled(words.center(width), f"bold {style}"), drawn, sizes)
-    share = f"{result.trainable:,} trainable, {percent(result.share)}"
-    where = f"peak in {result.memory.where}"
-    if len(share) + len(where) + 3 <= width:
-        yield Content.assemble(share, (f" · {where}", MUTED))
-    else:
-        yield from (Content(share), _muted(where))
+def verdict(result: Result, pins: Sequence[Result], width: int) -> Iterator[Content]:
+    """Whether it fits, with what is free; used of total as a bar; what is trained; and the same of
+    what is pinned.
+    """
+    peak, total, spare = result.memory.peak, result.device.bytes, in_units(abs(result.spare))
+    words, style = f"✓ FITS  {spare} free", f"{GOOD} on $success-muted"
+    if result.spare < 0:
+        words, style = f"✗ DOES NOT FIT  {spare} too much", f"{BAD} on $error-muted"
+    yield Content.styled(words.center(width), f"bold {style}")
+    yield usage_bar(peak, total, width)
+    where = (f" · peak in {result.memory.where}", MUTED)
+    yield Content.assemble((in_units(peak), "bold"), f" of {in_units(total)}", where)
+    yield Content(f"{result.trainable:,} trainable, {percent(result.share)}")
+    unit = unit_of(each.memory.peak for each in (*pins, result))
+    for mark, pin in zip(MARKS, pins, strict=False):
+        yield _bold(f"{mark} {pin.title}")
+        size, change = pin.memory.peak, format_count_change(pin.trainable - result.trainable)
+        more = f"{unit.format(size)} {unit} ({unit.format_change(size - peak)})"
+        yield _muted(f"  {more} · {pin.trainable:,} trainable ({change})")
 
 
 def usage_bar(used: int, total: int, width: int) -> Content:
-    """The share that is used, coloured by it; what is too much follows the GPU's end in another
-    texture.
-    """
-    if used <= total:
-        filled = bar(used / total, width).rstrip()
-        rest = "░" * (width - len(filled))
-        return Content.assemble((filled, share_style(used / total)), (rest, "$foreground 20%"))
-    edge = min(max(round(total / used * width), 1), width - 2)
-    rest = "▒" * (width - edge - 1)
-    return Content.assemble(("█" * edge, "$error"), (EDGE, "bold"), (rest, "$error"))
+    """The share that is used, coloured by it; what is too much follows in another texture."""
+    filled = bar(min(used, total) / max(used, total), width).rstrip()
+    rest, style = ("▒", "$error") if used > total else ("░", "$foreground 20%")
+    return Content.assemble(
+        (filled, share_style(used / total)), (rest * (width - len(filled)), style)
+    )
 
 
-# Answers
-
-
-def answers(result: Result, advice: Advice | None, width: int) -> Iterator[Content]:
-    """The largest batch, sequence and rank, each alone; what to change; other values; GPUs.
-
-    Without advice, for which the search still runs, its lines are kept free.
-    """
-    title, found = _muted("largest, one at a time"), _muted("…")
-    if advice:
-        sizes = advice.largest._asdict() | {"precision": None}
-        parts = [_largest(key, size) for key, size in sizes.items() if size is not None]
-        found = Content.styled(f" {EDGE} ", "$foreground 40%").join(parts)
-    # decided by what a line may need, so that the search changes no height
-    yield from [Content.assemble(title, "  ", found)] if width >= 66 else [title, found]
-    yield _smaller_gpu(result, width)
-    yield _advice(result, advice)
-    for key in SWEPT:
-        yield from _sweep(result, key, advice, width)
-    for sign, style, holds in (("✓", GOOD, True), ("✗", BAD, False)):
+def answers(result: Result, advice: Advice, width: int) -> Iterator[Content]:
+    """The largest batch, sequence and rank, each alone; what to change; other values; GPUs."""
+    sizes = advice.largest._asdict().items()
+    most = [f"{key} {capped(size, LARGEST.get(key))}" for key, size in sizes if size is not None]
+    yield Content.assemble(("at most  ", MUTED), " │ ".join(most))
+    if result.spare < 0:
+        change = "no setting does"
+        if advice.changes:
+            words, peak = advice.changes[-1]
+            enough = ", still too much" if peak > result.device.bytes else ""
+            change = f"{words.replace('--', '')} → {in_units(peak)}{enough}"
+        yield Content.assemble(("to make it fit  ", MUTED), (change, "bold"))
+    yield Content.assemble(("smallest GPU  ", MUTED), smallest(result.memory.peak))
+    for key, peaks in advice.sweeps.items():
+        yield from _sweep(result, key, peaks, width)
+    for sign, style, holds in (("✓", "", True), ("✗", MUTED, False)):
         cards = [gpu for gpu in gpus().values() if (gpu.bytes >= result.memory.peak) == holds]
         # a label is not broken
-        labels = [gpu.label.replace(" ", "\N{NO-BREAK SPACE}") for gpu in cards]
-        lines = textwrap.wrap("\N{NO-BREAK SPACE}· ".join(labels), max(width - 2, 12))
+        labels = [gpu.label.replace(" ", HARD) for gpu in cards]
+        lines = textwrap.wrap(f"{HARD}· ".join(labels), max(width - 2, 12))
         for line, before in zip(lines, [sign, *" " * len(lines)], strict=False):
-            yield Content.assemble((before, f"bold {style}"), f" {line}")
+            yield Content.styled(f"{before} {line}", style)
 
 
-def _largest(key: str, value: int) -> Content:
-    size = _bold(capped(value, LARGEST[key])) if value else NONE
-    return Content.assemble(f"{key} ", size)
-
-
-def _advice(result: Result, advice: Advice | None) -> Content:
-    """What makes it fit; or the least quantized base that fits as well, if it is a better one."""
-    if result.spare < 0:
-        found = Content("no setting does")
-        if advice is None:
-            found = _muted("…")
-        elif advice.changes:
-            change, peak = advice.changes[-1]
-            enough = "" if peak <= result.device.bytes else ", still too much"
-            words = f" → {in_units(peak)}{enough}"
-            found = Content.assemble((change.replace("--", ""), "bold"), words)
-        return _muted("to make it fit  ") + found
-    better, ranking = advice and advice.largest.precision, PRECISIONS_BY_QUALITY
-    now = result.run.precision
-    if better and (now not in ranking or ranking.index(better) < ranking.index(now)):
-        label = _muted("a better base fits too  ")
-        return Content.assemble(label, "precision ", (better, "bold"))
-    return Content()
-
-
-def _smaller_gpu(result: Result, width: int) -> Content:
-    """The smallest NVIDIA GPU that holds the peak; if the chosen one does, the smallest of those
-    that are smaller.
-    """
-    fits = result.spare >= 0
-    most = result.device.bytes if fits else float("inf")
-    cards = [gpu for name, gpu in gpus().items() if not name.startswith("mac-")]
-    cards = [gpu for gpu in cards if result.memory.peak <= gpu.bytes < most]
-    name = f"{cards[0].label}, {in_units(cards[0].bytes)}" if cards else "none of these"
-    title = f"{'smaller' if fits else 'smallest'} GPU{' that holds it' * (width >= 60)}"
-    return Content.assemble((f"{title}  ", MUTED), (name, "bold"))
-
-
-def _sweep(result: Result, key: str, advice: Advice | None, width: int) -> list[Content]:
+def _sweep(result: Result, key: str, peaks: Peaks, width: int) -> list[Content]:
     """Two lines: the values of a setting, and the peak with each."""
-    values, now = result.values(key), result.value(key)
+    values, now = list(peaks), result.value(key)
     if not values:
         return []
-    peaks = advice.sweeps[key] if advice else {}
-    unit = unit_of([peak for peak in peaks.values() if peak] or [result.memory.peak])
-    first, second = [_bold(key)], [_muted(str(unit))]
-    for value in around(values, now, (width - 8) // (CELL + 1)):
-        peak, here = peaks.get(value), value == now
-        text = "–" if advice else "…"
-        if peak is not None:
-            text = unit.format(peak)
-        fits = peak is None or peak <= result.device.bytes
-        weight = "bold" * here
-        first.append(Content.styled(f"{'▶' * here}{value:,} ", f"{weight} {'$accent' * here}"))
-        second.append(
-            Content.styled(f"{text}{' ' if fits else '✗'}", weight if fits else f"{weight} {BAD}")
-        )
-    return grid([first, second], CELL)
+    unit = unit_of(peak or 0 for peak in peaks.values())
+    # as many as there is room for, the present one among them
+    count = max((width - 9) // (CELL + 1), 1)
+    start = max(min(values.index(now) - count // 2, len(values) - count), 0)
+    first, second = [(f"{key:9}", "bold")], [(f"{unit!s:9}", MUTED)]
+    for value in values[start : start + count]:
+        peak, mark = peaks[value], "▶" * (value == now)
+        text = "–" if peak is None else unit.format(peak)
+        sign, style = ("✗", BAD) if peak and peak > result.device.bytes else (" ", "")
+        first.append((f"{mark}{value:,}".rjust(CELL) + " ", "bold $accent" if mark else ""))
+        second.append((f"{text:>{CELL}}{sign}", style))
+    return [Content.assemble(*first), Content.assemble(*second)]
 
 
-def around(values: Sequence[int], now: int, count: int) -> Sequence[int]:
-    """At most `count` neighbours, at least one, `now` among them."""
-    count = max(count, 1)
-    start = min(max(values.index(now) - count // 2, 0), max(len(values) - count, 0))
-    return values[start : start + count]
-
-
-# Memory by method
-
-
-def memory(result: Result, width: int) -> Iterator[Content]:
-    """Bars of memory against the size of the GPU, which the first line marks; a table of the
-    parts.
-    """
-    device, memories = result.device, {name: m for name, (_, _, m) in result.columns.items()}
-    peaks = [memory.peak for memory in memories.values()]
-    # the bars of a tiny model would be dots: the GPU's end is not in them
-    is_far = device.bytes > FAR * max(peaks)
-    total = 0 if is_far else device.bytes
-    unit = unit_of([total, *peaks])
-    left = max(map(len, memories)) + 5
-    longest = max(len(unit.format(peak)) for peak in peaks)
-    room = max(10, width - left - longest - 3)
+def memory(result: Result, pins: Sequence[Result], width: int) -> Iterator[Content]:
+    """Bars of memory, with the GPU's end, and the sizes of their parts; also of what is pinned."""
+    columns, total = dict(result.columns), result.device.bytes
+    for mark, pin in zip(MARKS, pins, strict=False):
+        columns[mark] = (pin.method, pin.run, pin.memory)
+    memories = {name: memory for name, (_, _, memory) in columns.items()}
+    longest, left = max(each.peak for each in memories.values()), max(map(len, columns)) + 5
+    unit, room = unit_of([longest]), max(width - left - CELL - 3, 10)
     # A bar that is much longer than the rest would shrink what the question is about.
-    widest = min(max(total, *peaks), 2 * max(total, result.memory.peak))
-    edge = -1 if is_far else min(room - 1, round(total / widest * room))
-    label = f"{device.label}, {unit.format(device.bytes)}"
-    head = f"{label} ▼".rjust(left + edge + 1)
-    if is_far:
-        head = f"{device.label}, {in_units(device.bytes)} ▶".rjust(left + room)
-    elif len(label) + 1 >= left + edge:
-        head = f"{' ' * (left + edge)}▼ {label}"
-    yield _bold(head)
-    for name, (method, _, sizes) in result.columns.items():
-        here, (sign, style) = name == result.chosen, method_sign(method.name)
-        weight = "bold" * here
+    widest = min(max(total, longest), 2 * max(total, result.memory.peak))
+    if total > FAR * longest:
+        widest = longest
+    edge = round(total / widest * (room - 1))
+    yield _bold(f"{EDGE} {result.device.label}, {in_units(total)}")
+    for name, (method, _, sizes) in columns.items():
+        drawn, here = _stacked(sizes, widest, room), name == result.chosen
+        if edge < room:
+            drawn = drawn[:edge] + _bold(EDGE) + drawn[edge + 1 :]
         yield Content.assemble(
             "▶ " if here else "  ",
-            (sign, style),
-            (f" {name:{left - 4}}", weight),
-            _stacked(sizes, widest, room, edge),
-            (f" {unit.format(sizes.peak):>{longest}}", weight),
-            (" ✗" * (sizes.peak > device.bytes), weight),
+            method_sign(method.name),
+            (f" {name:{left - 4}}", "bold" * here),
+            drawn,
+            (f" {unit.format(sizes.peak):>{CELL}}", "bold" * here),
+            " ✗" * (sizes.peak > total),
         )
     yield Content()
-    yield from parts(memories, result.chosen, width)
+    yield from _parts(memories, result.chosen, width)
 
 
-def _stacked(memory: Memory, widest: int, width: int, edge: int) -> Content:
-    """The parts one after the other, with the GPU's end; none if `edge` is negative."""
+def _stacked(memory: Memory, widest: int, width: int) -> Content:
+    """The parts one after the other."""
     # Each part ends at the rounded sum of the parts so far, so that rounding does not add up.
     drawn, done = Content(), 0
     for part, size in memory.parts().items():
+        texture, style = PARTS[part]
         done += size
-        cells = round(done / widest * width) - len(drawn)
-        drawn += Content.styled(TEXTURES[part] * cells, _part_style(part))
-    drawn = drawn.pad_right(max(width - len(drawn), 0))
+        drawn += Content.styled(texture * (round(done / widest * width) - len(drawn)), style)
     if done > widest:
         drawn = drawn[: width - 1] + _bold(CUT)
-    return drawn if edge < 0 else drawn[:edge] + _bold(EDGE) + drawn[edge + 1 :]
+    return fitted(drawn, width)
 
 
-def _part_style(part: str) -> str:
-    if part in WHOLE_STEP:
-        return "$primary"
-    return "$foreground 60%" if part == "overhead" else "$secondary"
-
-
-def parts(memories: dict[str, Memory], chosen: str, width: int) -> list[Content]:
-    """The legend with the size of each part, a column per method; of those beside the chosen one,
-    as many as fit.
+def _parts(memories: Mapping[str, Memory], chosen: str, width: int) -> Iterator[Content]:
+    """The legend with the size of each part: of the chosen method, then of others, as many as there
+    is room for.
     """
-    unit, names = unit_of(memory.peak for memory in memories.values()), list(memories)
-    count = (width - 13) // (CELL + 5)
-    shown = [names[n] for n in around(range(len(names)), names.index(chosen), count)]
-    titles = [f"{'▶' * (name == chosen)}{name}" for name in shown]
-    rows: list[Sequence[Content | str]] = [[f"{unit} at peak", *titles]]
-    for part in PARTS:
-        if any(memory.parts()[part] for memory in memories.values()):
-            head = Content.assemble((TEXTURES[part], _part_style(part)), f" {part}")
-            rows.append([head, *(unit.format(memories[name].parts()[part]) for name in shown)])
-    head, *others = grid(rows, CELL + 4)
-    return [head.stylize("bold"), *others]
+    unit = unit_of(memory.peak for memory in memories.values())
+    names = sorted(memories, key=lambda name: name != chosen)
+    names = names[: max((width - 14) // WIDE, 1)]
+    heads = "".join(f"{name:>{WIDE}}" for name in names)
+    yield _bold(f"{f'{unit} at peak':14}{heads}")
+    for part, look in PARTS.items():
+        sizes = [memories[name].parts()[part] for name in names]
+        if any(sizes):
+            cells = "".join(f"{unit.format(size):>{WIDE}}" for size in sizes)
+            yield Content.assemble(look, f" {part:12}{cells}")
 
 
-# Parameters, formulas, pins
-
-
-def details(result: Result, width: int) -> Iterator[Content]:
-    """Parameters by kind of projection, the rule of thumb's count, notes, and the formula of each
-    number.
-    """
-    model, method = result.model, result.method
-    rows = list(map(cells_of, projections(model, method)))
-    head, *others = grid([PROJECTION, *rows])
-    if not rows:
-        yield Content(" · ".join(f"{name} {n:,}" for name, n in model.components().items()))
-    elif head.cell_length <= width:
-        yield from (head.stylize("bold"), *others)
-    else:  # two lines each
-        yield _bold("projection  in → out, count, parameters; A and B")
-        for name, shape, a, b, count, total in rows:
-            yield Content(f"{name}  {shape}  × {count} = {total}")
-            yield _muted(f"    A {a}, B {b}")
-    simplified = method.simple_count(model)
-    if simplified is None:
-        yield _muted("the rule of thumb 2·r·d does not apply to this method")
-    else:
-        counts = f"{simplified:,} · exact {result.trainable:,}"
-        yield Content.assemble(("rule of thumb ", "bold"), counts)
-        yield _muted(why_they_differ(model, method) or "they agree")
-    published = [f"published as {model.published} parameters"] if model.published else []
-    for note in (*published, *model.notes, *method.notes(model)):
+def details(result: Result, _: int) -> Iterator[Content]:
+    """The rule of thumb's count, notes, and the formula of each number."""
+    rule = result.method.simple_count(result.model)
+    if rule is not None:
+        counts = f"{rule:,} · exact {result.trainable:,}"
+        yield Content.assemble(("rule of thumb  ", "bold"), counts)
+    for note in notes_on(result.model, result.method):
         yield _muted(f"note: {note}")
-    yield from (Content(), _bold("Each number, with its values"))
-    for what, formula in explain(model, method, result.run, result.memory):
+    for what, formula in explain(result.model, result.method, result.run, result.memory):
         yield Content.assemble((f"{what}  ", "bold"), formula)
-
-
-def pinned(pins: Sequence[Result], now: Result) -> list[Content]:
-    """A column per pinned configuration; `±` is the difference to the current one."""
-    unit = unit_of(each.memory.peak for each in (*pins, now))
-    used = [part for part in PARTS if any(pin.memory.parts()[part] for pin in pins)]
-    names = ["pinned", "trainable", "  ± now", f"peak, {unit}", "  ± now", "fits", "on", *used]
-    columns, heads = [names], []
-    for mark, pin in zip(MARKS, pins, strict=False):
-        heads.append(_bold(f"{mark} {pin.title}"))
-        peak, count, sizes = pin.memory.peak, pin.trainable, pin.memory.parts()
-        columns.append(
-            [
-                mark,
-                f"{count:,}",
-                format_count_change(count - now.trainable),
-                unit.format(peak),
-                unit.format_change(peak - now.memory.peak),
-                "✓ yes" if pin.spare >= 0 else "✗ no",
-                pin.device.label,
-                *(unit.format(sizes[part]) for part in used),
-            ]
-        )
-    return [*heads, *grid([*zip(*columns, strict=True)], CELL + 3)]

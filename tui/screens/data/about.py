@@ -1,10 +1,18 @@
 """What the panes of the screen say of themselves."""
 
-from textual.binding import Binding
+from dataclasses import replace
+
+from textual.binding import Binding, BindingType
 
 from tui.panes.pane import About
 
-EDIT = Binding("e", "screen.edit", "edit", id="data.edit")
+OPEN = Binding("o", "screen.open_file", "Open a file", id="data.open")
+EDIT = Binding("e", "screen.edit", "Edit", id="data.edit")
+COPY = Binding("y", "screen.copy", "Copy", id="data.copy")
+EXPORT = Binding("x", "screen.export", "Export", id="data.export")
+CHECK = Binding("m", "screen.measure", "Check all", id="data.measure")
+NEXT = Binding("n", "screen.problem(1)", "Next problem", id="data.next")
+PREVIOUS = Binding("N", "screen.problem(-1)", "Previous", id="data.previous")
 FILES = About(
     "Files",
     """\
@@ -12,7 +20,7 @@ The data files of the project with what reads them, then other files in `data/`.
 `o` asks for any other: .txt, .jsonl, .json, .csv, .tsv (also .gz, .zst), .parquet, .arrow, a
 folder of `save_to_disk`, a hub id.
 """,
-    [Binding("o", "screen.open_file", "other file", id="data.open")],
+    [OPEN],
 )
 ROWS = About(
     "Rows",
@@ -25,11 +33,7 @@ Every row of the file: its line or row number, how it begins, and its tokens wit
   format.
 - `m` checks all rows, which small files are at once. `n`, `N` go from problem to problem.
 """,
-    [
-        EDIT,
-        Binding("n", "screen.problem(1)", "next problem", id="data.next"),
-        Binding("x", "screen.export", "export", id="data.export"),
-    ],
+    [EDIT, NEXT, EXPORT],
     filters="filter",
 )
 ROW = About(
@@ -43,7 +47,7 @@ The row as the model reads it: with a tokenizer as its chat template writes it, 
 
 Without a model in `artifacts` there are no tokens: the mask is that of the roles.
 """,
-    [EDIT, Binding("y", "screen.copy", "copy", id="data.copy")],
+    [EDIT, COPY],
 )
 LENGTHS = About(
     "Lengths",
@@ -56,7 +60,7 @@ of its longer answer.
 - **▲ window** is the length of a training window: longer examples give several, and lose nothing.
 - `m` counts all rows. `lora data check FILE` prints the same.
 """,
-    [Binding("m", "screen.measure", "measure", id="data.measure")],
+    [CHECK],
 )
 PROBLEMS = About(
     "Problems",
@@ -66,10 +70,9 @@ What `lora data check` says of the file: **✗** errors, which spoil a training,
 Enter goes to the row; `n`, `N` go from one to the next from anywhere on this screen. Of each kind
 the first 50 are listed, all are counted.
 """,
-    [
-        Binding("n", "screen.problem(1)", "next", id="data.next"),
-        Binding("N", "screen.problem(-1)", "previous", id="data.previous"),
-        Binding("m", "screen.measure", "check all", id="data.measure"),
-    ],
+    [NEXT, PREVIOUS, CHECK],
 )
 PANES = {"files": FILES, "rows": ROWS, "row": ROW, "lengths": LENGTHS, "problems": PROBLEMS}
+# from anywhere on the screen
+BINDINGS: list[BindingType] = [OPEN, EXPORT]
+BINDINGS += [replace(each, show=False) for each in (EDIT, CHECK, NEXT, PREVIOUS, COPY)]

@@ -4,7 +4,7 @@ and how it reads.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 from textual import on, work
 from textual.binding import Binding, BindingType
@@ -20,19 +20,12 @@ from tui.screens.data.row_view import visible
 
 REST = 0.3  # seconds before what was typed is read
 Read = Callable[[str], Awaitable[Answer]]
-Write = Callable[[str, str], Awaitable["Written"]]
+Write = Callable[[str, str], Awaitable[None]]
 
 
-class Written(NamedTuple):
-    """The file that the row was written to, and the one that it can take the place of."""
-
-    out: str
-    instead_of: str = ""
-
-
-class Editor(ModalScreen[Written | None]):
-    """Returns where the edited row was written; None if it was cancelled. `line`: the row, which
-    may be no JSON yet.
+class Editor(ModalScreen[str | None]):
+    """Returns the file that the edited row was written to; None if it was cancelled. `line`: the
+    row, which may be no JSON yet.
 
     `read` says how a line would be read from the file. `write` writes a line to a file of this
     name, or raises UserError or OSError: the dialog then says so and stays, with what was typed.
@@ -99,7 +92,7 @@ class Editor(ModalScreen[Written | None]):
         try:
             line = row.with_texts(self._texts)
         except UserError as error:
-            self._say(f"✗ {error}", "$error")
+            self._say(f"✗ {error}")
             return
         self._row = RowTexts(row.first, line, () not in row.paths)
         fields = self.query_one(".fields")
@@ -110,12 +103,9 @@ class Editor(ModalScreen[Written | None]):
         self._focus_last()
 
     @on(TextArea.Changed)
-    def _typed(self) -> None:
-        self._asked = ""
-        self._read_soon()
-
     @work(exclusive=True, group="reading")
     async def _read_soon(self) -> None:
+        self._asked = ""
         await asyncio.sleep(REST)
         await self._show_reading()
 
@@ -125,14 +115,17 @@ class Editor(ModalScreen[Written | None]):
             line = self._row.with_texts(self._texts)
             answer = await self._read(line)
         except UserError as error:
-            self._say(f"✗ {error}", "$error")
+            self._say(f"✗ {error}")
             return None
-        problem, missing = visible(answer["problem"]), visible(answer["missing"])
-        facts = ", ".join(row_facts(answer)) + f": {missing}" * bool(missing)
-        self._say(f"✗ {problem}" if problem else f"✓ {facts}", "$error" if problem else "$success")
+        problem = visible(answer["problem"])
+        if problem:
+            self._say(f"✗ {problem}")
+        else:
+            facts = filter(None, [*row_facts(answer), visible(answer["missing"])])
+            self._say(f"✓ {', '.join(facts)}", "$success")
         return line, problem
 
-    def _say(self, text: str, style: str) -> None:
+    def _say(self, text: str, style: str = "$error") -> None:
         self.reading.update(Content.styled(text, style))
 
     def action_next_field(self, step: int) -> None:
@@ -146,9 +139,6 @@ class Editor(ModalScreen[Written | None]):
         self.set_focus(self.out)
 
     @on(Input.Submitted, "#out")
-    def _submitted(self) -> None:
-        self.action_save()
-
     @work(exclusive=True, group="reading")
     async def action_save(self) -> None:
         """Save; a row with a problem only when it is asked for twice."""
@@ -156,22 +146,17 @@ class Editor(ModalScreen[Written | None]):
         if read is None:
             return
         line, problem = read
-        if not out:
-            self._say("✗ The file has no name. Ctrl+O names one.", "$error")
-        elif problem and self._asked != "save":
+        if problem and self._asked != "save":
             self._asked = "save"
-            self._say(f"✗ {problem} Ctrl+S again writes it all the same.", "$error")
-        else:
-            await self._save(line, out)
-
-    async def _save(self, line: str, out: str) -> None:
+            self._say(f"✗ {problem} Ctrl+S again writes it all the same.")
+            return
         try:
-            written = await self._write(line, out)
+            await self._write(line, out)
         except (UserError, OSError) as error:
-            reason = explain(error) if isinstance(error, OSError) else str(error)
-            self._say(f"✗ {reason} Nothing was written; Ctrl+O names another file.", "$error")
+            reason = explain(error) if isinstance(error, OSError) else error
+            self._say(f"✗ {reason} Nothing was written; Ctrl+O names another file.")
         else:
-            self.dismiss(written)
+            self.dismiss(out)
 
     def action_cancel(self) -> None:
         if self.is_changed() and self._asked != "cancel":

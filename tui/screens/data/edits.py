@@ -20,58 +20,48 @@ from pipeline.views.data_rows import Answer
 from tui.app import Workbench
 from tui.dialogs import PathScreen
 from tui.panes.menu import Menu
-from tui.screens.data.editor import Editor, Written
+from tui.screens.data.editor import Editor
 from tui.screens.data.reader import Reader
 from tui.services.param_edits import follows_params
 
 LORA = "finetune_lora.data"
 
 
-async def edit_row(workbench: Workbench, reader: Reader, row: Answer) -> Written | None:
-    """Edit a row into a copy of its file, or in place if that is such a copy."""
-    file = reader.file
+async def edit_row(workbench: Workbench, reader: Reader, row: Answer) -> str | None:
+    """Edit a row into a copy of its file, or in place if that is such a copy; the file's name."""
+    file, number = reader.file, f"{row['row']:,}"
     name = edited_name(file.name)
-    is_copy = name == file.name
-    where = "in it" if is_copy else "is written to"
-    changes = f"Row {row['row']:,} of {file.name}, all others as they are, {where}:"
 
-    async def write(line: str, out: str) -> Written:
+    async def write(line: str, out: str) -> None:
         changed = {"position": row["position"], "line": line, "out": out}
-        in_place = is_copy and out == file.name
+        in_place = out == name == file.name
         answer = await reader.process.ask("copy", **file.request(), **changed, replace=in_place)
         left_out = answer["left_out"]
         left = f" {left_out:,} rows that cannot be read are left out." if left_out else ""
-        kept = "" if is_copy else f" {file.name} is as it was."
-        workbench.log_message(f"Written: {out}, row {row['row']:,} changed.{left}{kept}")
-        return Written(out, "" if is_copy else file.name)
+        workbench.log_message(f"Written: {out}, row {number} changed.{left}")
 
-    read = partial(_draft, reader, file)
-    return await workbench.push_screen_wait(Editor(row["line"], name, changes, read, write))
-
-
-async def _draft(reader: Reader, file: DataFile, line: str) -> Answer:
-    """How a line would be read from a file."""
-    return await reader.process.ask("draft", **file.request(), line=line)
+    changes = f"Row {number} of {file.name}, all others as they are, is written to:"
+    editor = Editor(row["line"], name, changes, partial(reader.draft, file), write)
+    return await workbench.push_screen_wait(editor)
 
 
 async def add_row(
     workbench: Workbench, reader: Reader, file: DataFile, record: dict[str, Any]
-) -> Written | None:
-    """Edit an answer of the chat, and append it to a file of corrections; for a model without a
-    chat template as prompt and completion.
+) -> str | None:
+    """Edit an answer of the chat, and append it to a file of corrections, whose name is returned;
+    for a model without a chat template as prompt and completion.
     """
-    read = partial(_draft, reader, file)
-    answer = await read(json.dumps(record, ensure_ascii=False))
+    answer = await reader.draft(file, json.dumps(record, ensure_ascii=False))
     row = corrected_row(record, has_template=answer.get("template") is not False)
 
-    async def write(line: str, out: str) -> Written:
+    async def write(line: str, out: str) -> None:
         append_row(workbench.root / out, out, line)
         workbench.log_message(f"Added to {out}.")
-        return Written(out)
 
     changes = "This row is appended to a file that the next run can train on:"
     line = json.dumps(row, ensure_ascii=False)
-    return await workbench.push_screen_wait(Editor(line, file.name, changes, read, write))
+    editor = Editor(line, file.name, changes, partial(reader.draft, file), write)
+    return await workbench.push_screen_wait(editor)
 
 
 async def offer_training(
@@ -105,6 +95,5 @@ async def export_rows(workbench: Workbench, reader: Reader) -> None:
     out = await workbench.push_screen_wait(PathScreen(question, proposed))
     if out:
         answer = await reader.process.ask("convert", **file.request(), out=out)
-        notes = "".join(f" {note}." for note in answer["notes"])
-        rows = f"{answer['rows']:,} rows of {answer['format']}"
-        workbench.log_message(flat(f"Written: {out}, {rows}.{notes}"))
+        facts = [f"{answer['rows']:,} rows of {answer['format']}", *answer["notes"]]
+        workbench.log_message(flat(f"Written: {out}, {'. '.join(facts)}."))

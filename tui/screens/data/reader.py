@@ -26,6 +26,10 @@ class Reader:
         self.process = AsyncWorker(COMMAND, root, NAME, ADVICE, environment)
         self.file = DataFile("")
 
+    async def draft(self, file: DataFile, line: str) -> Answer:
+        """How a line would be read from a file."""
+        return await self.process.ask("draft", **file.request(), line=line)
+
     def ask(
         self,
         widget: Widget,

@@ -24,7 +24,6 @@ from tui.panes.table import Column, Table
 from tui.screens.data.about import LENGTHS, PROBLEMS
 from tui.screens.data.reader import Reader
 
-LOADING = "loading the tokenizer …", "counting …"
 NO_MODEL = "No model yet, so tokens are not counted: run import or pretrain."
 
 
@@ -58,16 +57,14 @@ class Report(Horizontal):
 
     def measure(self) -> None:
         """Check all rows, and count their tokens."""
-        self.say(*(LOADING if self._reader.file.base else ["checking …"]))
-        self._reader.ask(self, "check", self._take, self.say)
+        self.say("checking …")
+        self._reader.ask(self, "check", self._show, self.say)
 
-    def _take(self, answer: Answer) -> None:
+    def _show(self, answer: Answer) -> None:
         if answer["event"] == "rows":
             self.say(f"checking … {answer['rows']:,} rows")
-        else:
-            self._show(answer, self._reader.file)
-
-    def _show(self, answer: Answer, file: DataFile) -> None:
+            return
+        file = self._reader.file
         self.answer, self.problems.nothing = answer, Content.styled("✓ none", "$success")
         problems = [Problem(*map(each.get, Problem._fields)) for each in answer["problems"]]
         self.problems.show(problems)
@@ -86,8 +83,8 @@ def _problem(problem: Problem) -> Content:
 
 
 def histogram(lengths: Lengths, file: DataFile) -> tuple[list[Series], Axis, Axis]:
-    """The lengths, a rule where examples are cut or windowed, and the axes. Red where all are cut,
-    yellow where some are.
+    """The lengths, a rule where examples are cut or windowed, and the axes. Red where some are
+    cut.
     """
     if not lengths:
         return [], Axis(), Axis()
@@ -97,16 +94,10 @@ def histogram(lengths: Lengths, file: DataFile) -> tuple[list[Series], Axis, Axi
 
     def columns(width: int) -> list[tuple[float | None, str]]:
         counts = length_counts(lengths, longest, file.max_length, width)
-        return [(count, _style(count, cut)) for count, cut in counts]
+        return [(count, "$error" if cut else "$accent") for count, cut in counts]
 
     series: list[Series] = [Bars(columns)]
     if 0 < limit <= longest:
         series.append(Rule(limit, label=f"{name} {limit:,}", style="$warning"))
     marks = [(0, "0"), (longest, f"{longest:,} tokens")]
     return series, Axis(range=(0, longest + 1), marks=marks), Axis("examples")
-
-
-def _style(count: int, cut: int) -> str:
-    if cut == count:
-        return "$error"
-    return "$warning" if cut else "$accent"

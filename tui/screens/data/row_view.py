@@ -1,7 +1,8 @@
 """The pane of one row, turn by turn: what is trained on, what is only read, and where it is cut."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from itertools import groupby
 
 from textual.content import Content
 from textual.widgets import Static
@@ -15,7 +16,7 @@ from tui.screens.data.reader import Reader
 REST = 0.05  # seconds on a row before it is read: a held key passes over rows
 STYLES = {"trained": "bold $success", "read": "", "template": "dim", "cut": "strike $error"}
 LABELS = {"trained": "⟦trained on⟧", "read": "read", "template": "template", "cut": "cut"}
-MAX_RULE = 200  # cells
+LEGEND = Content("  ").join(Content.styled(LABELS[kind], STYLES[kind]) for kind in LABELS)
 Part = Sequence[str]  # its kind and its text
 
 
@@ -44,64 +45,48 @@ class RowPane(Pane):
     def _show(self, position: int, answer: Answer) -> None:
         # sent again when there are tokens, it stays where one has scrolled to
         again = bool(self.row and self.row["position"] == position)
-        self.row = {**answer, "position": position}
+        self.row, missing = {**answer, "position": position}, visible(answer["missing"])
         self.show_title(*row_facts(answer), title=f"Row {answer['row']:,}")
         self.text.show(partial(draw_row, answer, self._reader.file.max_length), again=again)
-        self.legend.update(legend(answer["missing"]))
-        self.legend.set_class(bool(answer["missing"]), "-note")
+        why = Content.styled(f"no tokens: {missing}", "$warning")
+        self.legend.update(why if missing else LEGEND)
+        self.legend.set_class(bool(missing), "-note")
 
 
 def visible(text: str) -> str:
     """Line breaks stay; tabs and control characters become visible."""
-    if text.replace("\n", "").isprintable():
-        return text
-    return "".join(char if char.isprintable() or char == "\n" else _code(char) for char in text)
-
-
-def _code(char: str) -> str:
-    return "⇥" if char == "\t" else f"\\x{ord(char):02x}"
+    shown = []
+    for char in text:
+        is_plain = char.isprintable() or char == "\n"
+        shown.append(char if is_plain else char.encode("unicode_escape").decode())
+    return "".join(shown)
 
 
 def draw_row(answer: Answer, max_length: int, width: int) -> Iterator[Content]:
     """The turns of a row as `browse_server` sends them, each below a line with its role."""
-    problem, was_cut = answer["problem"], False
-    if problem:
-        yield from Content.styled(f"✗ {visible(problem)}\n\n", "$error").split()
-    for number, (role, parts) in enumerate(answer["turns"]):
-        seen = [part for part in parts if part[0] != "cut"]
-        cut = parts[len(seen) :]
-        fact = "" if seen else "· cut "
-        if any(kind == "trained" for kind, _ in seen):
-            fact = "· trained on "
-        if number:
-            yield Content()
-        yield _rule(f"── {visible(role)} {'' if problem else fact}", width, "dim")
-        yield from _lines(seen, bool(problem))
-        if cut and not was_cut:
-            was_cut = True
-            yield _rule(f"⊣─ cut at {max_length:,} tokens ", width, "$error")
-        yield from _lines(cut)
+    was_cut = False
+    if problem := answer["problem"]:
+        yield from (Content.styled(f"✗ {visible(problem)}", "$error"), Content())
+    for role, parts in answer["turns"]:
+        yield _rule(f"── {visible(role)} ", width, "dim")
+        for is_cut, group in groupby(parts, lambda part: part[0] == "cut"):
+            if is_cut and not was_cut:
+                was_cut = True
+                yield _rule(f"⊣─ cut at {max_length:,} tokens ", width, "$error")
+            yield from _lines(group)
+        yield Content()
     if answer["hidden"]:
         more = f"… {answer['hidden']:,} more characters; e opens all of it"
         yield Content.styled(more, "dim")
 
 
-def _lines(parts: Sequence[Part], has_problem: bool = False) -> list[Content]:
+def _lines(parts: Iterable[Part]) -> list[Content]:
     shown = []
     for kind, text in parts:
-        text = visible(text)
-        if kind == "trained" and not has_problem:
-            text = f"⟦{text}⟧"
-        shown.append((text, STYLES[kind]))
-    return Content.assemble(*shown).split() if shown else []
+        mark = "⟦{}⟧" if kind == "trained" else "{}"
+        shown.append((mark.format(visible(text)), STYLES[kind]))
+    return Content.assemble(*shown).split()
 
 
 def _rule(label: str, width: int, style: str) -> Content:
-    return Content.styled(label + "─" * (min(width, MAX_RULE) - Content(label).cell_length), style)
-
-
-def legend(missing: str) -> Content:
-    """What the styles mean, or why there are no tokens."""
-    if missing:
-        return Content.styled(f"no tokens: {visible(missing)}", "$warning")
-    return Content("  ").join(Content.styled(LABELS[kind], STYLES[kind]) for kind in LABELS)
+    return Content.styled(label + "─" * (width - Content(label).cell_length), style)

@@ -14,7 +14,12 @@ from tui.screens.data.about import ROWS
 from tui.screens.data.reader import Reader
 
 REST = 0.05  # seconds before what was typed is searched
-SIGNS = {"error": ("✗", "$error"), "warning": ("!", "$warning"), "cut": ("⊣", "$warning")}
+SIGNS = {
+    "error": ("✗", "$error"),
+    "warning": ("!", "$warning"),
+    "cut": ("⊣", "$warning"),
+    "": ("", ""),
+}
 
 
 class RowsPane(Pane):
@@ -24,7 +29,13 @@ class RowsPane(Pane):
     """
 
     def __init__(self, reader: Reader, refuse: Callable[[str], None]) -> None:
-        self.table = Table[RowLine](key=lambda line: line.position, titles=False)
+        columns = [
+            Column("row", _number, right=True),
+            Column("text", _text, width=LEAST, fills=True),
+            Column("tokens", _tokens, width=6, right=True, rank=1),
+            Column("sign", self._sign, width=1),
+        ]
+        self.table = Table(key=lambda line: line.position, columns=columns, titles=False)
         super().__init__(ROWS, self.table, id="rows")
         self.lines = FileRows(self._read)
         self.levels: Mapping[int, str] = {}  # number of a row → error or warning
@@ -45,13 +56,11 @@ class RowsPane(Pane):
         self._reader.ask(self, "index", partial(self._count, position, number), self._refuse)
 
     def _count(self, position: int, number: int, answer: Answer) -> None:
-        self.lines.total = max(self.lines.total, answer["rows"])
-        self.lines.complete = answer["event"] == "done"
-        self._show()
-        if self.lines.complete and number:
+        lines = self.lines
+        lines.total, lines.complete = max(lines.total, answer["rows"]), answer["event"] == "done"
+        self._show(line=position if lines.complete and position else None)
+        if lines.complete and number:
             self.go_to(number)
-        elif self.lines.complete and position:
-            self.table.go_to(position)
 
     def _read(self, first: int) -> None:
         self._reader.ask(self, "page", self._put, self._refuse, first=first, count=PAGE)
@@ -60,14 +69,15 @@ class RowsPane(Pane):
         self.lines.put(answer)
         self._show()
 
-    def _show(self, *facts: str, line: int | None = None) -> None:
+    def _show(self, fact: str = "", line: int | None = None) -> None:
         """Show the rows that there are, the cursor on its row or on a line, and their number."""
         lines = self.lines
-        self.table.show(lines, self._columns(), line=line)
+        self.table.show(lines, line=line)
         count = f"{lines.total:,}{'' if lines.complete else '…'}"
         if lines.found is not None:
             count = f"{len(lines):,} of {count}"
-        self.show_title(count, *facts, title=flat(Path(self._reader.file.name).name))
+        facts = filter(None, [count, fact])
+        self.show_title(*facts, title=flat(Path(self._reader.file.name).name))
 
     # Search
 
@@ -92,7 +102,7 @@ class RowsPane(Pane):
         number = text.removeprefix("#")
         if text and text == number:
             self.lines.found = []
-            self._show("searching …", line=0)
+            self._show("and more …", line=0)
             self._reader.ask(self, "find", self._take_found, self._refuse, REST, text=text)
         elif self.lines.found is not None:
             self._show_all(self.position)
@@ -105,14 +115,9 @@ class RowsPane(Pane):
         self._show(line=line)
 
     def _take_found(self, answer: Answer) -> None:
-        fact = "searching …"
-        if self.lines.found is not None:
-            self.lines.found += self.lines.put(answer)
-        if answer["event"] == "rows":
-            fact += f" {answer['rows']:,}"
-        elif answer["event"] == "done":
-            fact = "" if answer["complete"] else "and more"
-        self._show(*filter(None, [fact]))
+        self.lines.found = [*(self.lines.found or ()), *self.lines.put(answer)]
+        done = answer["event"] == "done"
+        self._show("" if done and answer["complete"] else "and more …")
 
     # Problems
 
@@ -125,21 +130,9 @@ class RowsPane(Pane):
         """The numbers of the rows with a problem, as far as they are known."""
         return {*self.levels} | {line.number for line in self.lines.read.values() if line.problem}
 
-    def _columns(self) -> list[Column[RowLine]]:
-        """Number, text, tokens and a sign."""
-        digits = max(3, len(str(self.lines.total)))
-        return [
-            Column("row", _number, width=digits, right=True),
-            Column("text", _text, width=LEAST, fills=True),
-            Column("tokens", _tokens, width=6, right=True, rank=1),
-            Column("sign", self._sign, width=1),
-        ]
-
     def _sign(self, line: RowLine) -> Content:
-        level = "error" if line.problem else self.levels.get(line.number, "")
-        if line.cut and level != "error":
-            level = "cut"
-        return Content.styled(*SIGNS[level]) if level else Content()
+        level = "cut" if line.cut else self.levels.get(line.number, "")
+        return Content.styled(*SIGNS["error" if line.problem else level])
 
 
 def _number(line: RowLine) -> Content:

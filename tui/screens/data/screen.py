@@ -4,10 +4,9 @@ and edits.
 
 import sys
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any
 
 from textual import on, work
-from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.content import Content
 from textual.widget import Widget
@@ -23,11 +22,10 @@ from pipeline.views.data_files import (
     project_files,
 )
 from tui.dialogs import PathScreen
-from tui.panes.menu import Menu
 from tui.panes.table import Column, Table
 from tui.screens.base import WorkbenchScreen
-from tui.screens.data.about import PANES
-from tui.screens.data.editor import Editor, Written
+from tui.screens.data import about
+from tui.screens.data.editor import Editor
 from tui.screens.data.edits import LORA, add_row, edit_row, export_rows, offer_training
 from tui.screens.data.reader import Reader
 from tui.screens.data.report import Report
@@ -35,7 +33,6 @@ from tui.screens.data.row_view import RowPane
 from tui.screens.data.rows import RowsPane
 
 SMALL_BYTES = 4 * 2**20  # files up to here are checked as soon as they are opened
-TYPE_A_PATH = "…"
 NOTHING = "No data file. Press o to open one."
 
 
@@ -45,7 +42,7 @@ class DataScreen(WorkbenchScreen):
     NAME = "data"
     CSS_PATH = "data.tcss"
     AUTO_FOCUS = "#rows Table"
-    PANES = PANES
+    PANES = about.PANES
     HELP = """\
 What a model is trained on: the rows of a data file, which of their tokens are trained on (green,
 in ⟦ ⟧), how long they are and where they are cut, and what is wrong with them.
@@ -54,15 +51,7 @@ A file is never changed in place: an edited row is written into a copy, `NAME.ed
 answer that was corrected in the chat is appended to a file of its own, `data/corrections.jsonl`.
 Both can be put into `params.yaml` from here, so that the next run (`R`) trains on them.
 """
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("o", "open_file", "Open a file", id="data.open"),
-        Binding("x", "export", "Export", id="data.export"),
-        Binding("e", "edit", "Edit the row into a copy", id="data.edit", show=False),
-        Binding("m", "measure", "Check and measure all rows", id="data.measure", show=False),
-        Binding("n", "problem(1)", "Next problem", id="data.next", show=False),
-        Binding("N", "problem(-1)", "Previous problem", id="data.previous", show=False),
-        Binding("y", "copy", "Copy the row", id="data.copy", show=False),
-    ]
+    BINDINGS = about.BINDINGS
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,24 +129,18 @@ Both can be put into `params.yaml` from here, so that the next run (`R`) trains 
     @work(group="ask")
     async def action_open_file(self) -> None:
         """Ask for a file."""
-        choices = {name: f"{flat(name)}  {file.readers}" for name, file in self.known.items()}
-        choices[TYPE_A_PATH] = "another: type its path"
-        menu = Menu("Open a data file", choices, self.reader.file.name)
-        name = await self.app.push_screen_wait(menu)
-        if name == TYPE_A_PATH:
-            question = "Data file, folder of save_to_disk, or hub id:"
-            name = await self.app.push_screen_wait(PathScreen(question))
-        if name:
-            self.open_with(file=str(expand(name)) if name.startswith("~") else name)
+        question = "Data file, folder of save_to_disk, or hub id:"
+        if name := await self.app.push_screen_wait(PathScreen(question)):
+            self.open_with(file=str(expand(name)))
 
     def open_with(self, **request: Any) -> None:
         """`file` and `row` to show; or `add`, a row to train on: {"messages": …} or {"prompt",
         "completion"}.
         """
-        if name := request.get("file"):
-            self._open(self._file(str(name)), number=int(request.get("row") or 0))
-        if record := request.get("add"):
-            self._add(dict(record))
+        if "file" in request:
+            self._open(self._file(request["file"]), number=request.get("row", 0))
+        if "add" in request:
+            self._add(request["add"])
 
     # Rows and problems
 
@@ -179,8 +162,7 @@ Both can be put into `params.yaml` from here, so that the next run (`R`) trains 
         if ahead:
             self.rows.go_to(min(ahead) if step > 0 else max(ahead))
         else:
-            which, advice = "further" if numbers else "known", "; m checks all rows"
-            self.warn(f"No {which} problem{'' if self.report.answer else advice}.")
+            self.warn("No further problem is known; m checks all rows.")
 
     def action_measure(self) -> None:
         """Check all rows, and count their tokens."""
@@ -197,9 +179,10 @@ Both can be put into `params.yaml` from here, so that the next run (`R`) trains 
     # Edits
 
     def unsaved(self) -> str:
-        editors = (screen for screen in self.app.screen_stack if isinstance(screen, Editor))
-        changed = any(editor.is_changed() for editor in editors)
-        return "the row that is being edited" if changed else ""
+        for screen in self.app.screen_stack:
+            if isinstance(screen, Editor) and screen.is_changed():
+                return "the row that is being edited"
+        return ""
 
     @work(group="edit")
     async def action_edit(self) -> None:
@@ -209,23 +192,24 @@ Both can be put into `params.yaml` from here, so that the next run (`R`) trains 
             self.warn("The row is too long to be edited here. Edit the file.")
         elif row:
             with self.workbench.errors_shown():
-                written = await edit_row(self.workbench, self.reader, row)
-                await self._take(written, row["position"])
+                name = self.reader.file.name
+                out = await edit_row(self.workbench, self.reader, row)
+                await self._take(out, row["position"], "" if out == name else name)
 
     @work(group="edit")
     async def _add(self, record: dict[str, Any]) -> None:
         """Edit an answer of the chat, and append it to a file of corrections."""
         file = other_file(self._project, CORRECTIONS)
         with self.workbench.errors_shown():
-            written = await add_row(self.workbench, self.reader, file, record)
-            await self._take(written, sys.maxsize)
+            out = await add_row(self.workbench, self.reader, file, record)
+            await self._take(out, sys.maxsize)
 
-    async def _take(self, written: Written | None, position: int) -> None:
+    async def _take(self, out: str | None, position: int, instead_of: str = "") -> None:
         """Open the file that a row was written to, and offer to train on it."""
-        if written:
-            self._open(self._file(written.out), position)
-        if written and self._project:
-            await offer_training(self.workbench, self._project, *written)
+        if out:
+            self._open(self._file(out), position)
+        if out and self._project:
+            await offer_training(self.workbench, self._project, out, instead_of)
 
     @work(group="edit")
     async def action_export(self) -> None:

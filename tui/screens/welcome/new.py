@@ -11,7 +11,7 @@ from textual.containers import Vertical, VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import LoadingIndicator, Static
 
-from pipeline.errors import UserError, explain
+from pipeline.errors import UserError
 from pipeline.files.home import expand
 from pipeline.stages.registry import METHODS
 from tui.panes.fields import Field, parse_names
@@ -64,7 +64,7 @@ class Creation(ModalScreen[Made | None]):
             printed = await create(self._arguments, self._root, note.update)
         except (UserError, OSError) as error:
             self.query_one(LoadingIndicator).display = False
-            note.update(f"✗ {explain(error) if isinstance(error, OSError) else error}")
+            note.update(f"✗ {error}")
             note.add_class("wrong")
             return
         report = printed.partition("\nNext: ")[0]  # that is for a shell

@@ -1,5 +1,6 @@
 """The first look: what the program is, and four ways to begin, in a folder without a project."""
 
+import asyncio
 from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
@@ -13,7 +14,6 @@ from textual.widget import Widget
 from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
 
-from pipeline.errors import UserError
 from tui.dialogs import Reader
 from tui.panes.key_bar import KeyBar
 from tui.registry import SCREENS
@@ -33,18 +33,15 @@ CHOICES = {  # action → key, name, what it is
         "what a model takes to train, without a project",
     ),
 }
+WHAT = "Adapt a language model to your data; see what it learns and forgets."
 # What LoRA does: beside the frozen weights W, the product of two thin matrices that trains.
-W, B, A = "▒" * 16, "██", "█" * 16
-PICTURE = Content.from_markup(
-    "\n".join(
-        [
-            *[f"[dim]{W}[/]     [bold $accent]{B}[/]"] * 2,
-            f"[dim]{W}  +  [/][bold $accent]{B}  ·  {A}[/]",
-            *[f"[dim]{W}[/]     [bold $accent]{B}[/]"] * 2,
-            f"[dim]{'W  frozen':^16}     B      {'A  trained':^16}[/]",
-        ]
-    )
-)
+PICTURE = """\
+[dim]▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒[/]     [bold $accent]██[/]
+[dim]▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒[/]     [bold $accent]██[/]
+[dim]▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒  +  [/][bold $accent]██  ·  ████████████████[/]
+[dim]▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒[/]     [bold $accent]██[/]
+[dim]▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒[/]     [bold $accent]██[/]
+[dim]   W  frozen         B         A  trained   [/]"""
 
 
 class Choices(OptionList):
@@ -83,17 +80,10 @@ class WelcomeScreen(WorkbenchScreen):
         with VerticalScroll(id="welcome"):
             yield Static(PICTURE, id="picture")
             yield Static("LoRA workbench", id="name")
-            yield Static(
-                "Adapt a language model to your data; see what it learns and forgets.", id="what"
-            )
-            yield Static(
-                f"There is no {params.name} in {self.workbench.folder_label}. How do you want to "
-                "begin?",
-                id="where",
-                markup=False,
-            )
-            yield Choices(*map(_option, CHOICES), markup=False)
-            yield Static(id="doing", markup=False)
+            yield Static(WHAT, id="what")
+            where = f"There is no {params.name} in {self.workbench.folder_label}. "
+            yield Static(f"{where}How do you want to begin?", id="where", markup=False)
+            yield Choices(*map(_option, CHOICES))
 
     @on(OptionList.OptionSelected)
     def chosen(self, event: OptionList.OptionSelected) -> None:
@@ -123,24 +113,16 @@ class WelcomeScreen(WorkbenchScreen):
             lines = [Content(line) for line in report.splitlines()]
             self.workbench.push_screen(Reader(lambda _: lines, "What was chosen, and why"))
 
-    @work(group="demo", exclusive=True, thread=True)
-    def _open_demo(self) -> None:
+    @work(group="demo", exclusive=True)
+    async def _open_demo(self) -> None:
         from tui.services.projects.demo import greet, open_demo
 
-        self.app.call_from_thread(self._say, "unpacking the demo …")
-        try:
-            params = open_demo()
-        except UserError as error:
-            self.app.call_from_thread(self.workbench.fail, error)
-        else:
-            self.app.call_from_thread(self._open, params, greet(params.parent))
-        self.app.call_from_thread(self._say, "")
-
-    def _say(self, text: str) -> None:
-        self.query_one("#doing", Static).update(text)
+        self.workbench.log_message("Unpacking the demo …")
+        with self.workbench.errors_shown():
+            params = await asyncio.to_thread(open_demo)
+            self._open(params, greet(params.parent))
 
 
 def _option(choice: str) -> Option:
     key, name, what = CHOICES[choice]
-    words = Content.assemble((f" {key} ", "reverse bold"), f"  {name}\n", (f"     {what}", "dim"))
-    return Option(words, id=choice)
+    return Option(f"[reverse bold] {key} [/]  {name}\n[dim]     {what}[/]", id=choice)

@@ -39,7 +39,6 @@ PARAMS = "params.yaml"
 # in the unpacked project: which archive it is from, its files, the code that it was stamped for
 STAMP = ".demo.json"
 TRAINED = "trained"  # in a manifest of the demo: with what it was really made
-MAX_BYTES = 100_000_000  # unpacked
 TOKENIZER = "tokenizer.json"
 
 
@@ -57,15 +56,13 @@ def open_demo(name: str = CHAT) -> Path:
             if not Runner(folder).groups() and not _is_whole(folder, packed):
                 _unpack(packed, folder)
             _stamp(folder)
-    except (OSError, tarfile.TarError, EOFError, LZMAError) as error:
-        reason = (
-            explain(error).rstrip(".")
-            if isinstance(error, OSError)
-            else f"{archive} is damaged ({error})"
-        )
+    except OSError as error:
         raise UserError(
-            f"The demo cannot be unpacked: {reason}. Set XDG_CACHE_HOME to a folder with room."
+            f"The demo cannot be unpacked: {explain(error)} Set XDG_CACHE_HOME to a folder with "
+            "room."
         ) from None
+    except (tarfile.TarError, EOFError, LZMAError) as error:
+        raise UserError(f"The demo cannot be unpacked: {archive} is damaged ({error}).") from None
     return folder / PARAMS
 
 
@@ -74,12 +71,12 @@ def greet(folder: Path) -> str:
     home = home_folder()
     where = f"~/{folder.relative_to(home)}" if folder.is_relative_to(home) else folder
     told = f"This is a demo, a project that was trained earlier. It lies in {where}."
-    if artifact.not_shipped(folder / IMPORTED):
-        return (
-            f"{told} It has no weights: its models' answers were recorded, and are replayed. "
-            "README.md there says to which prompts, and how to get the weights."
-        )
-    return f"{told} R runs it anew."
+    if not artifact.not_shipped(folder / IMPORTED):
+        return f"{told} R runs it anew."
+    return (
+        f"{told} It has no weights: its models' answers were recorded, and are replayed. "
+        "README.md there says to which prompts, and how to get the weights."
+    )
 
 
 def _is_whole(folder: Path, packed: bytes) -> bool:
@@ -88,9 +85,8 @@ def _is_whole(folder: Path, packed: bytes) -> bool:
     """
     try:
         stamp = json.loads((folder / STAMP).read_text(encoding="utf-8"))
-        if stamp["archive"] != hashlib.sha256(packed).hexdigest() or not all(
-            (folder / name).is_file() for name in stamp["files"]
-        ):
+        is_same = stamp["archive"] == hashlib.sha256(packed).hexdigest()
+        if not is_same or not all((folder / name).is_file() for name in stamp["files"]):
             return False
         for manifest in folder.glob(f"artifacts/*/{artifact.MANIFEST}"):
             if TRAINED in artifact.read_manifest(manifest.parent):  # else the user made it anew
@@ -106,11 +102,11 @@ def _unpack(packed: bytes, folder: Path) -> None:
         artifact.writing(folder) as out,
         tarfile.open(fileobj=io.BytesIO(packed), mode="r:xz") as archive,
     ):
-        names, size = [], 0
+        names = []
         for member in archive:
-            path, size = Path(member.name), size + member.size
+            path = Path(member.name)
             # Regular files inside of the folder only, whatever the archive holds.
-            if not member.isfile() or path.is_absolute() or ".." in path.parts or size > MAX_BYTES:
+            if not member.isfile() or path.is_absolute() or ".." in path.parts:
                 raise tarfile.TarError(f"{member.name} has no place in it")
             (out / path).parent.mkdir(parents=True, exist_ok=True)
             file = archive.extractfile(member)
@@ -136,11 +132,9 @@ def _stamp(folder: Path) -> None:
         with suppress(UserError):  # made anew just now, or not yet
             manifest = artifact.read_manifest(path)
             if TRAINED in manifest:
-                artifact.write_file(
-                    path / artifact.MANIFEST,
-                    _text({**manifest, **_today(manifest, project, stage)}),
-                )
-    artifact.write_file(folder / STAMP, _text({**stamp, **now}))
+                today = _today(manifest, project, stage)
+                artifact.write_json(path / artifact.MANIFEST, {**manifest, **today})
+    artifact.write_json(folder / STAMP, {**stamp, **now})
 
 
 def _today(manifest: Mapping[str, Any], project: Project, stage: Stage) -> Mapping[str, Any]:
@@ -150,7 +144,3 @@ def _today(manifest: Mapping[str, Any], project: Project, stage: Stage) -> Mappi
     facts = input_facts(project, stage)
     params = {key: manifest["params"].get(key, value) for key, value in facts["params"].items()}
     return {"code": facts["code"], "versions": dict(facts["versions"]), "params": params}
-
-
-def _text(tree: Mapping[str, Any]) -> str:
-    return json.dumps(tree, indent=2, ensure_ascii=False) + "\n"

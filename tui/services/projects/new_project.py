@@ -5,7 +5,7 @@ few steps.
 import asyncio
 import os
 import signal
-from asyncio.subprocess import PIPE
+from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -26,38 +26,27 @@ async def create(arguments: Sequence[str], folder: Path, on_note: Callable[[str]
     process = await asyncio.create_subprocess_exec(
         *python_module("cli.main", "new", *arguments),
         cwd=folder,
-        env={
-            **os.environ,
-            "NO_COLOR": "1",
-            "TERM": "dumb",
-            "COLUMNS": "96",
-            "TERMINAL_WIDTH": "96",
-        },
-        stdin=asyncio.subprocess.DEVNULL,
+        env={**os.environ, "NO_COLOR": "1", "COLUMNS": "96"},
+        stdin=DEVNULL,
         stdout=PIPE,
         stderr=PIPE,
         limit=MAX_LINE,
         start_new_session=True,
     )
     assert process.stdout and process.stderr
-    notes: list[str] = []
-
-    async def read_notes(stream: asyncio.StreamReader) -> None:
-        with suppress(ValueError):  # a line without an end
-            async for line in stream:
-                notes.append(line.decode(errors="replace").strip())
-                if not notes[-1].startswith(ERROR):  # that is said when the command has ended
-                    on_note(notes[-1])
-
+    notes = ["no message"]
     try:
-        printed, _ = await asyncio.gather(process.stdout.read(), read_notes(process.stderr))
+        with suppress(ValueError):  # a line without an end
+            async for line in process.stderr:
+                notes.append(line.decode(errors="replace").strip())
+                on_note(notes[-1])
+        printed = await process.stdout.read()
         code = await process.wait()
     finally:
         if process.returncode is None:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     if code:
-        errors = [note.removeprefix(ERROR) for note in notes if note.startswith(ERROR)]
-        last = next((note for note in reversed(notes) if note), "no message")
-        raise UserError(errors[-1] if errors else f"lora new ended with exit code {code}: {last}.")
+        errors = [note for note in notes if note.startswith(ERROR)]
+        raise UserError([*notes[-1:], *errors][-1].removeprefix(ERROR))
     return printed.decode(errors="replace")

@@ -8,14 +8,12 @@ part of every path, including the WebSocket's and those of the static files. It 
 because a browser sends the cookies of localhost to every port, and so to other programs.
 """
 
-import asyncio
 import secrets
 import shlex
 import sys
 from collections.abc import Sequence
 from errno import EADDRINUSE
 from pathlib import Path
-from typing import Any
 
 import textual_serve.server
 from aiohttp import web
@@ -26,6 +24,7 @@ from textual_serve.server import Server
 from pipeline.errors import UserError
 
 PAGE = Path(__file__).parent  # its app_index.html
+CLOSING = 0.5  # seconds that the browsers get when it ends
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -51,7 +50,6 @@ class TokenServer(Server):  # type: ignore[misc]  # textual-serve is not type-ch
         self._hosts = {f"{name}:{port}" for name in LOCAL_HOSTS} | (
             {*LOCAL_HOSTS} if port == 80 else set()
         )
-        self._browsers: set[asyncio.Task[Any]] = set()
 
     @property
     def url(self) -> str:
@@ -78,33 +76,8 @@ class TokenServer(Server):  # type: ignore[misc]  # textual-serve is not type-ch
             response.headers["Referrer-Policy"] = "no-referrer"  # the URL holds the token
         return response
 
-    async def handle_download(self, request: web.Request) -> web.StreamResponse:
-        """A download offered by the app. Its key serves as the token: random, and sent over the
-        WebSocket only.
-        """
-        try:
-            response: web.StreamResponse = await super().handle_download(request)
-        except web.HTTPNotFound:
-            raise web.HTTPForbidden from None
-        return response
-
-    async def handle_websocket(self, request: web.Request) -> web.WebSocketResponse:
-        task = asyncio.current_task()
-        assert task is not None
-        self._browsers.add(task)
-        try:
-            socket: web.WebSocketResponse = await super().handle_websocket(request)
-        finally:
-            self._browsers.discard(task)
-        return socket
-
     async def on_startup(self, _: web.Application) -> None:
         """Override: do not print textual-serve's banner."""
-
-    async def on_shutdown(self, _: web.Application) -> None:
-        """Close the connections instead of waiting for the browsers."""
-        for task in self._browsers:
-            task.cancel()
 
     def serve(self, debug: bool = False) -> None:  # noqa: ARG002  # name given by textual-serve
         """Serve until Ctrl+C, without a log: paths of requests hold the token. Raises OSError if
@@ -114,14 +87,16 @@ class TokenServer(Server):  # type: ignore[misc]  # textual-serve is not type-ch
         textual_serve.server.AppService = WaitedApp  # where its server finds the class
 
         def print_url(_: str) -> None:
-            print(
-                f"Open {self.url}\nWhoever has this URL can run the pipeline. Ctrl+C ends the "
-                "server.",
-                flush=True,
-            )
+            warning = "Whoever has this URL can run the pipeline. Ctrl+C ends the server."
+            print(f"Open {self.url}\n{warning}", flush=True)
 
         web.run_app(
-            self._make_app(), host=self.host, port=self.port, access_log=None, print=print_url
+            self._make_app(),
+            host=self.host,
+            port=self.port,
+            access_log=None,
+            print=print_url,
+            shutdown_timeout=CLOSING,
         )
 
 

@@ -33,7 +33,9 @@ def test_calculator(empty: Path, snap_compare: Any, state: str, size: str) -> No
         screen = app.screen
         assert isinstance(screen, CalculatorScreen)
         await pilot.press(*PRESSED[state])
-        await until(pilot, lambda: screen.advice is not None)
+        await until(
+            pilot, lambda: screen.result and not screen.query_one("#answers").has_class("-old")
+        )
         await until(pilot, lambda: state != "write" or isinstance(app.screen, Ask))
 
     assert snap_compare(app, terminal_size=SIZES[size], run_before=settle)

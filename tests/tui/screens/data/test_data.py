@@ -445,7 +445,7 @@ async def test_any_file_is_opened_by_its_path_and_one_that_is_not_there_says_so(
 ) -> None:
     (chat_project / "elsewhere.txt").write_text("one\ntwo\n", encoding="utf-8")
     async with open_data(chat_project) as (pilot, screen):
-        await pilot.press("o", "end", "enter")
+        await pilot.press("o")
         await screen_opens(pilot, PathScreen)
         await pilot.press(*"elsewhere.txt", "enter")
         await until(
