@@ -123,7 +123,7 @@ class Workbench(App[None]):
             "Palette",
             id="app.palette",
             priority=False,
-            tooltip="palette: every command, stage, model, param, prompt, page of the docs",
+            tooltip="palette of commands, stages, models, params, docs",
         ),
         Binding("q", "quit", "Quit", id="app.quit"),
         Binding("ctrl+c", "interrupted", "Quit (twice)", show=False, system=True),
