@@ -206,7 +206,7 @@ async def test_what_cannot_be_read_is_one_sentence(
 
     monkeypatch.setattr("tui.services.machine.readings._Host.cpu", broken)
     async with monitor(empty) as (pilot, screen):
-        await until(pilot, lambda: "CPU and memory cannot be read: no /proc." in text_of(screen))
+        await until(pilot, lambda: "The machine cannot be read: no /proc." in text_of(screen))
         assert pilot.app.is_running
 
 
@@ -254,9 +254,8 @@ def test_picture(
                 "lora-tui": ProcessReading(0.012, 2**26, 0),
             }
             memory = round((10 + 4 * wave) * GIB)
-            machine._samples.append(
-                Sample(NOW - 119 + n, 0.1 + 0.5 * wave, memory, (gpu,), processes)
-            )
+            sample = Sample(NOW - 119 + n, 0.1 + 0.5 * wave, memory, (gpu,), processes)
+            machine.samples += (sample,)
 
     monkeypatch.setattr(Machine, "start", started)
     monkeypatch.setattr("tui.services.machine.readings.STALE", math.inf)
