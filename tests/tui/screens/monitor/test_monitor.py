@@ -48,7 +48,7 @@ def test_readings_a_second_apart_leave_no_holes_where_columns_are_shorter() -> N
 
 def test_a_chart_is_coloured_by_load_and_marks_the_level_where_it_is_above() -> None:
     values = [(float(second), share) for second, share in enumerate((0.2, 0.6, 1.0))]
-    chart = Series("memory", values, 1.0, 1.0, ("1 GiB", "of 4"), 0.5)
+    chart = Series("memory", values, 1.0, ("1 GiB", "of 4"), 0.5)
     drawn: list[Bars | Rule] = [Bars(partial(bars, chart, 3.0, 3.0)), Rule(y=0.5, style="$accent")]
     rows = draw(drawn, 12, 4, Axis(shown=False), Axis(range=(0, 1), shown=False)).rows
     styles = {str(span.style) for row in rows for span in row.spans}
