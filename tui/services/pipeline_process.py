@@ -138,7 +138,7 @@ class Runner:
             _send_signal(group, number)
         if number == signal.SIGKILL:
             return "Killed. The last checkpoint is kept."
-        return "Stopping. A training writes a checkpoint first. Press again if it does not stop."
+        return "Stopping. A training ends with a checkpoint. Press again if it does not stop."
 
     def groups(self) -> list[int]:
         """The process groups that run stages of this project, no matter who started them."""
