@@ -501,14 +501,8 @@ class Workbench(App[None]):
         self.choose_theme(names[after % len(names)])
 
     def get_key_display(self, binding: Binding) -> str:
-        """The key as it is written on a keyboard: Enter, Esc, Ctrl+P, F1."""
-        if binding.key_display:
-            return binding.key_display
-        *modifiers, key = binding.key.split("+")
-        name = key if key == "enter" else format_key(key)
-        if modifiers or len(name) > 1:
-            name = name.capitalize()
-        return "+".join([*map(str.capitalize, modifiers), name])
+        """The keys as they are written on a keyboard: Enter, Esc, Ctrl+P, F1."""
+        return binding.key_display or " ".join(map(_key_name, binding.key.split(",")))
 
     def handle_bindings_clash(self, clashed_bindings: set[Binding], node: DOMNode) -> None:
         """Warn that a key of the config was already taken: its former action has no key now."""
@@ -550,6 +544,14 @@ def _describe_end(states: Sequence[StageState], ended: Running, root: Path) -> t
         what = "The pipeline ended, and the disk is full. Free some space, then run it again."
         return what, "error"
     return "The pipeline ended early. Its log is on the screen Pipeline.", "warning"
+
+
+def _key_name(key: str) -> str:
+    *modifiers, last = key.split("+")
+    name = last if last == "enter" else format_key(last)
+    if modifiers or len(name) > 1:
+        name = name.capitalize()
+    return "+".join([*map(str.capitalize, modifiers), name])
 
 
 def _abbreviate_home(path: Path) -> str:

@@ -36,26 +36,24 @@ class Command(NamedTuple):
 class Everything(Provider):
     """Searches all commands; before a letter is typed, it offers those of the screen."""
 
-    @property
-    def _app(self) -> Workbench:
-        return self.app
-
     async def startup(self) -> None:
-        here = self._app.base_screen.NAME
-        self._here = list(_screen_commands(self._app, here)) if here in SCREENS else []
-        self._gathering = asyncio.create_task(self._gather(here))
+        app: Workbench = self.app
+        here = app.base_screen.NAME
+        self._first = [*(_screen_commands(app, here) if here in SCREENS else ())]
+        self._first += _app_commands(app)
+        others = [name for name in SCREENS if name != here]
+        self._gathering = asyncio.create_task(self._gather(app, others))
 
     async def shutdown(self) -> None:
         self._gathering.cancel()
 
-    async def _gather(self, here: str) -> list[Command]:
+    async def _gather(self, app: Workbench, others: Iterable[str]) -> list[Command]:
         return [
-            *self._here,
-            *_app_commands(self._app),
-            *(c for name in SCREENS if name != here for c in _screen_commands(self._app, name)),
-            *_stages(self._app),
-            *_prompts(self._app),
-            *await asyncio.to_thread(lambda: [*_models(self._app), *_docs(self._app)]),
+            *self._first,
+            *(command for name in others for command in _screen_commands(app, name)),
+            *_stages(app),
+            *_prompts(app),
+            *await asyncio.to_thread(lambda: [*_models(app), *_docs(app)]),
         ]
 
     async def commands(self) -> list[Command]:
@@ -65,7 +63,7 @@ class Everything(Provider):
         return await asyncio.shield(self._gathering)
 
     async def discover(self) -> Hits:
-        for command in (*self._here, *_app_commands(self._app)):
+        for command in self._first:
             yield DiscoveryHit(command.text, command.run, help=command.help)
 
     async def search(self, query: str) -> Hits:

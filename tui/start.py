@@ -60,11 +60,8 @@ def _require_terminal() -> None:
         return
     for variable in ("COLUMNS", "LINES"):
         os.environ.pop(variable, None)
-    for stream, name in (
-        (sys.stdin, "input"),
-        (sys.stdout, "output"),
-        (sys.stderr, "error output"),
-    ):
+    streams = {"input": sys.stdin, "output": sys.stdout, "error output": sys.stderr}
+    for name, stream in streams.items():
         if not stream.isatty():
             from pipeline.errors import UserError
 

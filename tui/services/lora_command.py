@@ -26,7 +26,7 @@ class LoraCommand:
         """Its output and its errors. Raises UserError with its error if it fails or
         is killed.
         """
-        name, pipe = f"lora {words[0]}", asyncio.subprocess.PIPE
+        pipe = asyncio.subprocess.PIPE
         try:
             self._process = process = await asyncio.create_subprocess_exec(
                 *self._command,
@@ -39,13 +39,15 @@ class LoraCommand:
             )
             written = await process.communicate()
         except OSError as error:
-            raise UserError(f"{name} cannot be started: {error.strerror or error}.") from None
+            raise UserError(
+                f"lora {words[0]} cannot be started: {error.strerror or error}."
+            ) from None
         finally:
             self.stop()
         output, errors = (text.decode(errors="replace").strip() for text in written)
         code = process.returncode or 0
         if code < 0:
-            raise UserError(f"{name} was killed by {signal.Signals(-code).name}.")
+            raise UserError(f"lora {words[0]} was killed by {signal.Signals(-code).name}.")
         if code:
             raise UserError(*_reason(errors).splitlines())
         return output, errors
