@@ -3,7 +3,6 @@
 import asyncio
 import gc
 import os
-import re
 import select
 import signal
 import sys
@@ -28,15 +27,15 @@ from textual.events import Event, Key, Paste
 from textual.filter import LineFilter
 from textual.keys import format_key
 from textual.screen import ModalScreen
-from textual.theme import Theme
 from textual.worker import WorkerFailed
 
 from pipeline.errors import UserError, explain, path_problem
 from pipeline.files.home import home_folder
 from pipeline.files.text import OBEYED
+from pipeline.views.stages import StageState, apart
 from tui.config import Config, State, config_path, state_path
 from tui.dialogs import Ask, HelpScreen, Message, MessagesScreen, Severity
-from tui.registry import FIRST_LOOK, SCREENS, WELCOME, NumberedScreen
+from tui.registry import FIRST_LOOK, SCREENS, WELCOME
 from tui.services.machine.readings import Machine
 from tui.services.param_edits import ParamEdits
 from tui.services.pipeline_process import Runner, Running
@@ -56,15 +55,7 @@ if TYPE_CHECKING:
 PARAMS, DVC = "params.yaml", "dvc.yaml"  # what makes a folder a project
 TICK = 1.0  # seconds between two calls of what only the clock changes
 MIN_FREE_BYTES = 2**20  # with fewer, the disk counts as full
-KEY_NAMES = {
-    "enter": "Enter",
-    "escape": "Esc",
-    "space": "Space",
-    "tab": "Tab",
-    "home": "Home",
-    "end": "End",
-}
-HANGUP_PATIENCE = 1.0  # seconds in which the signal of a closed terminal is normally handled
+REMOVED = dict.fromkeys(OBEYED)  # from everything drawn
 INTERRUPT_TWICE = 3.0  # seconds within which a second Ctrl+C quits
 
 
@@ -80,7 +71,7 @@ class _ControlCharacterFilter(LineFilter):
         return [
             segment
             if segment.control or segment.text.isprintable()
-            else Segment("".join(c for c in segment.text if ord(c) not in OBEYED), segment.style)
+            else Segment(segment.text.translate(REMOVED), segment.style)
             for segment in segments
         ]
 
@@ -112,7 +103,7 @@ class Workbench(App[None]):
             Binding(
                 f"{number},f{number + 1}",
                 f"switch_mode('{name}')",
-                entry.label,
+                f"Go to {entry.label}",
                 id=f"app.{name}",
                 show=False,
             )
@@ -126,7 +117,14 @@ class Workbench(App[None]):
         Binding("T", "next_theme", "Next theme", id="app.theme", show=False),
         Binding("f12", "messages", "Messages", id="app.messages", show=False),
         Binding("question_mark,f1", "help", "Help", id="app.help"),
-        Binding("ctrl+p,colon", "command_palette", "Palette", id="app.palette", priority=False),
+        Binding(
+            "ctrl+p,colon",
+            "command_palette",
+            "Palette",
+            id="app.palette",
+            priority=False,
+            tooltip="palette of commands, stages, models, params, docs",
+        ),
         Binding("q", "quit", "Quit", id="app.quit"),
         Binding("ctrl+c", "interrupted", "Quit (twice)", show=False, system=True),
     ]
@@ -146,9 +144,8 @@ class Workbench(App[None]):
         super().__init__()
         for theme in THEMES.values():
             self.register_theme(theme)
-        self._theme_shown = self._initial_theme()
         # set after the start, it would style everything twice
-        self.set_reactive(App.theme, self._theme_shown)
+        self.set_reactive(App.theme, self._initial_theme())
         self.stylesheet = ParsedOnce(self.get_css_variables())
 
     def _take_project(self, params: Path) -> None:
@@ -171,12 +168,14 @@ class Workbench(App[None]):
         self.first_screen = next(iter(SCREENS))
 
     def on_mount(self) -> None:
-        self.theme_changed_signal.subscribe(self, self._remember_theme)
         wanted = self.config.theme or self.state.theme
         if wanted not in (None, self.theme):
             self.log_message(f"Unknown theme {wanted!r}; using {self.theme}.", "warning")
         self.set_keymap(self.config.keys)
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._handle_hangup)
+        terminal = sys.__stdin__
+        if self.config.on_hangup == "stop" and terminal and terminal.isatty():
+            signal.signal(signal.SIGHUP, lambda *_: None)  # the thread ends the program
+            Thread(target=self._end_with, args=(terminal.fileno(),), daemon=True).start()
         # A project that lost its params file says so on its screens; a folder without any part of
         # one offers some.
         is_project = self.params_path.exists() or (
@@ -197,8 +196,6 @@ class Workbench(App[None]):
             self.log_message(self._greeting)
         self._start_watches()
         self.machine.start()
-        if sys.__stdin__ and sys.__stdin__.isatty():
-            Thread(target=self._watch_terminal, args=(sys.__stdin__.fileno(),), daemon=True).start()
 
     def _start_watches(self) -> None:
         for watch in (self.project_watch, self.file_watch):
@@ -223,12 +220,11 @@ class Workbench(App[None]):
     # The screens
 
     @property
-    def base_screen(self) -> NumberedScreen:
-        """The screen of the workbench that is shown, perhaps below a dialog."""
-        screen: Any = self.screen_stack[0]  # every mode's first screen is one
-        return screen  # type: ignore[no-any-return]
+    def base_screen(self) -> Any:
+        """The `WorkbenchScreen` that is shown, perhaps below a dialog."""
+        return self.screen_stack[0]
 
-    async def shown(self, name: str) -> NumberedScreen:
+    async def shown(self, name: str) -> Any:
         """Switch to a screen, and return it once it is mounted."""
         await self.switch_mode(name)
         screen = self.base_screen
@@ -241,20 +237,15 @@ class Workbench(App[None]):
         """Show a screen, and there what `request` asks for; each screen names its own keywords."""
         (await self.shown(name)).open_with(**request)
 
-    def created_screens(self) -> Iterator[NumberedScreen]:
-        """The screens that were shown at least once."""
-        for stack in self._screen_stacks.values():
-            for screen in stack[:1]:
-                if hasattr(screen, "unsaved"):
-                    yield screen  # type: ignore[misc]  # it is one
-
     def _followed_processes(self) -> dict[str, int]:
         """Processes that the monitor follows: the stage that runs, the engine, this one. Called in
         another thread.
         """
-        running, engine = self.project_watch.running, self.inference and self.inference.pid
-        stage = {running.stage.name: running.run.pid} if running and running.run else {}
-        return stage | ({"engine": engine} if engine else {}) | {"lora-tui": os.getpid()}
+        pids = {"engine": self.inference and self.inference.pid, "lora-tui": os.getpid()}
+        running = self.project_watch.running
+        if running and running.run:
+            pids = {running.stage.name: running.run.pid, **pids}
+        return {name: pid for name, pid in pids.items() if pid}
 
     def _handle_exception(self, error: Exception) -> None:
         """While the workbench closes its screens have lost their widgets: what then looks for one
@@ -271,27 +262,27 @@ class Workbench(App[None]):
             super()._handle_exception(error)
 
     def _project_changed(self) -> None:
-        if not self.is_running:  # it is closing, and the screens have lost their widgets
-            return
-        if self.screen_stack and hasattr(self.base_screen, "notice"):
-            self.refresh_header()
-            self.base_screen.notice()
-            self.refresh_bindings()  # `stop` is offered while something runs
+        self._tell("notice")
+        self.refresh_bindings()  # `stop` is offered while something runs
 
     def _tick(self) -> None:
         """The one clock: screens set no interval."""
-        self.refresh_header()
-        if self.screen_stack and hasattr(self.base_screen, "tick") and self.base_screen.is_mounted:
-            self.base_screen.call_later(self.base_screen.tick)
+        self._tell("tick")
+
+    def _tell(self, method: str) -> None:
+        """Update the top line of the screen that is shown, and call one of its methods."""
+        for screen in self.screen_stack[:1]:  # none between two screens
+            # at the start it is Textual's own; at the end it has lost its widgets
+            if self.is_running and screen.is_mounted and hasattr(screen, method):
+                self.refresh_header()
+                screen.call_later(getattr(screen, method))
 
     def refresh_header(self) -> None:
         """Update the top line of the screen that is shown; it is drawn only if it changed."""
-        if not self.screen_stack:  # between two screens
-            return
+        watch = self.project_watch
+        states, is_started = [*watch.states.values()], watch.pipeline is not None
         for header in self.base_screen.query(Header):
-            watch = self.project_watch
-            states = [*watch.states.values()]
-            header.state = describe_state(states, watch.pipeline is not None, watch.problem)
+            header.state = describe_state(states, is_started, watch.problem)
             header.facts = (watch.branch, self.machine.summary(), self.folder_label)
 
     async def on_event(self, event: Event) -> None:
@@ -354,12 +345,13 @@ class Workbench(App[None]):
                     "The pipeline reads params.yaml. Start lora-tui with --params params.yaml to "
                     "run it."
                 )
-            if project := self.project_watch.project:
-                # not before the first paint
-                from pipeline.project.dvc_yaml import renew_code_yaml
+            # not before the first paint
+            from pipeline.project.dvc_yaml import renew_code_yaml
 
-                await asyncio.to_thread(renew_code_yaml, project)
-            replaced = await asyncio.to_thread(_replaced_by, project, arguments) if project else ""
+            project = self.project_watch.project
+            assert project is not None  # else there is a problem
+            await asyncio.to_thread(renew_code_yaml, project)
+            replaced = await asyncio.to_thread(_replaced_by, project, arguments)
             running = self.runner.start(arguments)
             if replaced:
                 self.log_message(
@@ -371,15 +363,11 @@ class Workbench(App[None]):
 
     @work(group="ask")
     async def action_stop(self) -> None:
-        running, pipeline = self.project_watch.running, self.project_watch.pipeline
         if not self.runner.groups():
             self.log_message("Nothing is running.", "warning")
             return
-        what = "the run"
-        if running:
-            what = running.stage.name
-        elif pipeline:
-            what = pipeline.command
+        running = self.project_watch.running
+        what = running.stage.name if running else "the run"
         question = (
             f"Stop {what}? It keeps a checkpoint, and goes on from there when it is run again."
         )
@@ -393,23 +381,20 @@ class Workbench(App[None]):
             self.log_message(self.edits.undo())
             self.project_watch.look_now()
 
-    async def action_quit(self) -> None:
-        """Quit; ask first if something would be lost."""
-        self._quit()
-
     @work(group="ask", exclusive=True)
-    async def _quit(self) -> None:
-        lost = [
-            f"Quitting loses {text}."
-            for screen in self.created_screens()
-            if (text := screen.unsaved())
-        ]
+    async def action_quit(self) -> None:  # type: ignore[override]  # the worker waits for an answer
+        """Quit; ask first if something would be lost."""
+        screens = [stack[0] for stack in self._screen_stacks.values() if stack]
+        unsaved = [getattr(screen, "unsaved", str)() for screen in screens]
+        lost = [f"Quitting loses {text}." for text in unsaved if text]
         running = self.project_watch.running
         answers = {"y": "quit"}
         if running:
             lost.append(f"{running.stage.name} is running, and goes on after you quit.")
             answers = {"y": "quit, the run goes on", "s": "stop the run, then quit"}
-        answer = await self.push_screen_wait(Ask("\n".join(lost), answers, "Quit")) if lost else "y"
+        answer = "y"
+        if lost:
+            answer = await self.push_screen_wait(Ask("\n".join(lost), answers, "Quit"))
         if answer == "s":
             with self.errors_shown():
                 self.runner.stop()
@@ -425,74 +410,23 @@ class Workbench(App[None]):
         self.log_message("Press Ctrl+C again to quit.")
 
     def _pipeline_ended(self, ended: Running) -> None:
-        """Report how a pipeline ended, judged by the stages that it ran: older failures are not its
-        own.
-        """
-        states = self.project_watch.states
-        _, _, alone = ended.command.partition("--single-item ")
-        # one stage: that others are out of date is no early end
-        if name := alone.rpartition(" ")[2]:
-            states = {name: states[name]} if name in states else {}
-        stages = [
-            state for state in states.values() if state.run and state.run.started >= ended.started
-        ]
-        failed = [state for state in stages if state.state in ("failed", "died")]
-        broken = [state.broken for state in stages if state.broken]  # the run ended with 1 then
-        if failed:
-            self.log_message(
-                f"{failed[0].stage.name} {failed[0].state}: {', '.join(failed[0].reasons)}", "error"
-            )
-        elif any(state.state == "stopped" for state in stages):
-            self.log_message("Stopped. Run again to resume from the checkpoint.")
-        elif broken:
-            self.log_message(broken[0].error, "error")
-        elif all(state.state == "current" for state in states.values()):
-            gates = [
-                f"{state.stage.name}: {reason}." for state in stages for reason in state.reasons
-            ]
-            self.log_message(
-                " ".join(
-                    [f"{name} is up to date." if name else "All stages are up to date.", *gates]
-                )
-            )
-        elif disk_usage(self.root).free < MIN_FREE_BYTES:  # the log may be cut off, so say it here
-            self.log_message(
-                "The pipeline ended, and the disk is full. Free some space, then run it again.",
-                "error",
-            )
-        else:
-            self.log_message(
-                "The pipeline ended early. Its log is on the screen Pipeline.", "warning"
-            )
+        text, severity = _describe_end([*self.project_watch.states.values()], ended, self.root)
+        self.log_message(text, severity)
 
     async def on_unmount(self) -> None:
         self.machine.stop()
         if self.inference:
             await self.inference.stop()
 
-    def _handle_hangup(self) -> None:
-        """The terminal was closed: stop the pipeline or let it run (`on_hangup`), then exit."""
-        self._stop_on_hangup()
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGHUP)
-
-    def _stop_on_hangup(self) -> None:
-        if self.config.on_hangup == "stop" and self.runner.groups():
-            self.runner.stop()
-
-    def _watch_terminal(self, terminal: int) -> None:
-        """A thread that ends the program if the terminal is closed and the signal of that is not
-        handled.
-
-        A terminal that takes no more output, as over a line that broke, blocks the event loop, for
-        ever if it then closes; and Python runs a signal's handler only once its main thread goes
-        on.
+    def _end_with(self, terminal: int) -> None:
+        """Wait for the terminal to be closed, then stop the pipeline and end the program. A thread:
+        a terminal that takes no more output, as over a line that broke, blocks the event loop.
         """
         poll = select.poll()
         poll.register(terminal, 0)  # reports a hang-up alone, so this costs nothing
         poll.poll()
-        time.sleep(HANGUP_PATIENCE)
-        self._stop_on_hangup()
+        if self.runner.groups():
+            self.runner.stop()
         os._exit(128 + signal.SIGHUP)
 
     def get_line_filters(self) -> Sequence[LineFilter]:
@@ -515,10 +449,10 @@ class Workbench(App[None]):
         wanted = self.config.theme or self.state.theme or fallback
         return wanted if wanted in self.available_themes else fallback
 
-    def _remember_theme(self, theme: Theme) -> None:
-        if theme.name != self._theme_shown:  # else it is the one of the start, which nobody chose
-            self.state.theme = self._theme_shown = theme.name
-            self.remember()
+    def choose_theme(self, name: str) -> None:
+        """Show a theme, now and after the next start."""
+        self.theme = self.state.theme = name
+        self.remember()
 
     def remember(self) -> None:
         """Save the state for the next start."""
@@ -555,9 +489,7 @@ class Workbench(App[None]):
             return
         from tui.help import page
 
-        screen = self.base_screen
-        keys, pane = self.keys_of(screen), screen.focused_pane
-        self.push_screen(HelpScreen(page(screen.HELP, keys, pane, self.theme_variables), "Help"))
+        self.push_screen(HelpScreen(page(self.base_screen), "Help"))
 
     def action_messages(self) -> None:
         if not isinstance(self.screen, MessagesScreen):
@@ -565,37 +497,12 @@ class Workbench(App[None]):
 
     def action_next_theme(self) -> None:
         names = list(THEMES)
-        self.theme = (
-            names[(names.index(self.theme) + 1) % len(names)] if self.theme in names else names[0]
-        )
+        after = names.index(self.theme) + 1 if self.theme in names else 0
+        self.choose_theme(names[after % len(names)])
 
     def get_key_display(self, binding: Binding) -> str:
-        """The key as it is written on a keyboard: Enter, Esc, Ctrl+P, F1."""
-        if binding.key_display:
-            return binding.key_display
-        modifiers, key = binding.parse_key()
-        name = KEY_NAMES.get(key) or (
-            key.upper() if re.fullmatch(r"f\d+", key) else format_key(key)
-        )
-        parts = [
-            {"ctrl": "Ctrl", "shift": "Shift", "alt": "Alt"}.get(modifier, modifier)
-            for modifier in modifiers
-        ]
-        return "+".join([*parts, name.upper() if parts and len(name) == 1 else name])
-
-    def keys_of(self, screen: NumberedScreen) -> list[tuple[str, Binding]]:
-        """Keys and binding of every action of a screen: the screen's own first, then the app's,
-        then others.
-        """
-        by_action: dict[str, tuple[list[str], Binding]] = {}
-        for active in screen.active_bindings.values():
-            if active.binding.description:
-                keys, _ = by_action.setdefault(active.binding.action, ([], active.binding))
-                keys.append(self.get_key_display(active.binding))
-        rows = [(" ".join(dict.fromkeys(keys)), binding) for keys, binding in by_action.values()]
-        return sorted(
-            rows, key=lambda row: (row[1].id is None, (row[1].id or "").startswith("app."))
-        )
+        """The keys as they are written on a keyboard: Enter, Esc, Ctrl+P, F1."""
+        return binding.key_display or " ".join(map(_key_name, binding.key.split(",")))
 
     def handle_bindings_clash(self, clashed_bindings: set[Binding], node: DOMNode) -> None:
         """Warn that a key of the config was already taken: its former action has no key now."""
@@ -610,13 +517,41 @@ def _replaced_by(project: "Project", arguments: Sequence[str]) -> str:
     """The trained models in place that `dvc ARGUMENTS` makes again because params.yaml has other
     settings.
     """
-    from pipeline.views.stages import apart
+    run = arguments[-1:] if "--single-item" in arguments else project.stages
+    marks = apart(project).items()
+    return "; ".join(f"{name} {', '.join(reasons)}" for name, reasons in marks if name in run)
 
-    one = arguments[-1] if "--single-item" in arguments else ""
-    marks = {name: reasons for name, reasons in apart(project).items() if name in project.stages}
-    return "; ".join(
-        f"{name} {', '.join(reasons)}" for name, reasons in marks.items() if one in ("", name)
-    )
+
+def _describe_end(states: Sequence[StageState], ended: Running, root: Path) -> tuple[str, Severity]:
+    """How a pipeline ended, judged by the stages that it ran: older failures are not its own."""
+    subject = "All stages are"
+    if "--single-item" in ended.command:  # that others are out of date is no early end
+        name = ended.command.split()[-1]
+        states, subject = [state for state in states if state.stage.name == name], f"{name} is"
+    ran = [state for state in states if state.run and state.run.started >= ended.started]
+    for state in ran:
+        if state.state in ("failed", "died"):
+            return f"{state.stage.name} {state.state}: {', '.join(state.reasons)}", "error"
+    if any(state.state == "stopped" for state in ran):
+        return "Stopped. Run again to resume from the checkpoint.", "information"
+    for state in ran:
+        if state.broken:  # the run ended with 1 then
+            return state.broken.error, "error"
+    if all(state.state == "current" for state in states):
+        gates = [f" {state.stage.name}: {reason}." for state in ran for reason in state.reasons]
+        return f"{subject} up to date.{''.join(gates)}", "information"
+    if disk_usage(root).free < MIN_FREE_BYTES:  # the log may be cut off, so say it here
+        what = "The pipeline ended, and the disk is full. Free some space, then run it again."
+        return what, "error"
+    return "The pipeline ended early. Its log is on the screen Pipeline.", "warning"
+
+
+def _key_name(key: str) -> str:
+    *modifiers, last = key.split("+")
+    name = last if last == "enter" else format_key(last)
+    if modifiers or len(name) > 1:
+        name = name.capitalize()
+    return "+".join([*map(str.capitalize, modifiers), name])
 
 
 def _abbreviate_home(path: Path) -> str:

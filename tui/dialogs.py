@@ -137,9 +137,6 @@ class Ask(ModalScreen[str]):
             for letter, what in {**self._answers, "Esc": "cancel"}.items():
                 yield Static(Content.assemble((f"{letter:>4}", "bold"), f"  {what}"))
 
-    def key_escape(self) -> None:
-        self.dismiss("")
-
     def on_key(self, event: object) -> None:
         character = getattr(event, "character", None)
         if character in self._answers:

@@ -3,6 +3,7 @@ signs mean.
 """
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from textual.binding import Binding
 from textual.content import Content
@@ -22,29 +23,27 @@ STATES = {
     "‖": "stopped with a checkpoint",
     "✗": "failed; refused",
 }
-EVERYWHERE = (
-    ("1–8  F2–F9", "screens (function keys also while typing)"),
-    ("Ctrl+P  :", "palette: every command, stage, model, param, prompt, page of the docs"),
-    ("/  Esc", "filter the list of the focused pane; all again"),
-    ("↑ ↓ j k  Home End g G", "move in a list"),
-    ("Tab  Shift+Tab", "next, previous pane or field"),
-    ("+  F10", "enlarge the focused pane, and back"),
-    ("R  X", "run the pipeline; stop it"),
-    ("z", "take back the last write to a params file"),
-    ("F12  T  q", "messages; next theme; quit"),
+MOVEMENTS = (
+    ("↑ ↓ j k  Home End g G", "move in a list", ""),
+    ("Tab  Shift+Tab", "next, previous pane or field", ""),
 )
 
-Keys = list[tuple[str, Binding]]
-Row = tuple[Content | str, str, str]
+Row = tuple[Content | str, str, str]  # keys or a sign, what they do or mean, their name
 
 
-def page(prose: str, keys: Keys, pane: Pane | None, variables: dict[str, str]) -> Draw:
-    """What draws the help: prose, then tables."""
-    text = f"**{pane.title}**\n\n{pane.about.help}\n\n{prose}" if pane else prose
-    own = [pair for pair in keys if not (pair[1].id or "app.").startswith("app.")]
+def page(screen: Any) -> Draw:
+    """What draws the help of a `WorkbenchScreen`: prose, then tables."""
+    pane: Pane | None = screen.focused_pane
+    text, variables = screen.HELP, screen.app.theme_variables
+    if pane:
+        text = f"**{pane.title}**\n\n{pane.about.help}\n\n{text}"
+    own, everywhere = list[Row](), list[Row]()
+    for keys, binding in _keys(screen):
+        rows = everywhere if binding.id.startswith("app.") else own
+        rows.append((keys, binding.tooltip or binding.description, binding.id))
     tables: dict[str, list[Row]] = {
-        "Keys here": [(names, each.description, each.id or "") for names, each in own],
-        "Keys everywhere": [(names, what, "") for names, what in EVERYWHERE],
+        "Keys here": own,
+        "Keys everywhere": [*everywhere, *MOVEMENTS],
         "Signs": [(sign, what, "") for sign, what in STATES.items()],
         "Methods": [
             (Content.styled(look.sign, look_style(look)), name, "") for name, look in LOOKS.items()
@@ -64,18 +63,21 @@ def page(prose: str, keys: Keys, pane: Pane | None, variables: dict[str, str]) -
     return draw
 
 
+def _keys(screen: Any) -> Iterator[tuple[str, Any]]:
+    """The keys of each action that has a name, and its binding."""
+    found: dict[str, tuple[list[str], Binding]] = {}
+    for _, binding, *_ in screen.active_bindings.values():
+        if binding.id:
+            keys, _ = found.setdefault(binding.action, ([], binding))
+            keys.append(screen.app.get_key_display(binding))
+    for keys, binding in found.values():
+        yield " ".join(dict.fromkeys(keys)), binding
+
+
 def _lines(rows: Iterable[Row]) -> Iterator[Content]:
-    """Keys, what they do, their name."""
-    cells = [
-        (Content(keys) if isinstance(keys, str) else keys, what, name) for keys, what, name in rows
-    ]
+    cells = [(Content.assemble(keys), what, name) for keys, what, name in rows]
     first = max(keys.cell_length for keys, *_ in cells)
     second = max(len(what) for _, what, _ in cells)
     for keys, what, name in cells:
-        yield Content("  ").join(
-            [
-                fitted(keys, first),
-                Content(what.ljust(second)),
-                Content.styled(name, "$foreground-muted"),
-            ]
-        )
+        line = Content.assemble(fitted(keys, first), f"  {what:{second}}  ")
+        yield line + Content.styled(name, "$foreground-muted")

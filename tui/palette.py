@@ -5,7 +5,6 @@ pages of the docs.
 import asyncio
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from textual.command import DiscoveryHit, Hit, Hits, Provider
 
 from pipeline.files.home import expand
 from pipeline.inference.catalog import model_folders
+from pipeline.project.new_project import DEFAULTS
 from pipeline.project.stage_graph import ARTIFACTS
 from tui.dialogs import Reader, read_page
 from tui.panes.fields import format_value
@@ -22,8 +22,7 @@ from tui.registry import SCREENS
 
 Workbench = Any  # `tui.app` has it, and imports this module
 MAX_PROMPTS, MAX_MODELS = 50, 2000
-DOCS = Path(__file__).parents[1] / "docs"
-INSTALLED_DOCS = "lora_workbench_defaults/docs/"
+DOCS = DEFAULTS / "docs"
 
 
 class Command(NamedTuple):
@@ -37,27 +36,24 @@ class Command(NamedTuple):
 class Everything(Provider):
     """Searches all commands; before a letter is typed, it offers those of the screen."""
 
-    @property
-    def _app(self) -> Workbench:
-        return self.app
-
     async def startup(self) -> None:
-        here = self._app.base_screen.NAME
-        self._here = list(_screen_commands(self._app, here)) if here in SCREENS else []
-        self._gathering = asyncio.create_task(self._gather(here))
+        app: Workbench = self.app
+        here = app.base_screen.NAME
+        self._first = [*(_screen_commands(app, here) if here in SCREENS else ())]
+        self._first += _app_commands(app)
+        others = [name for name in SCREENS if name != here]
+        self._gathering = asyncio.create_task(self._gather(app, others))
 
     async def shutdown(self) -> None:
         self._gathering.cancel()
 
-    async def _gather(self, here: str) -> list[Command]:
+    async def _gather(self, app: Workbench, others: Iterable[str]) -> list[Command]:
         return [
-            *self._here,
-            *_app_commands(self._app),
-            *(c for name in SCREENS if name != here for c in _screen_commands(self._app, name)),
-            *_stages(self._app),
-            *_params(self._app),
-            *_prompts(self._app),
-            *await asyncio.to_thread(lambda: [*_models(self._app), *_docs(self._app)]),
+            *self._first,
+            *(command for name in others for command in _screen_commands(app, name)),
+            *_stages(app),
+            *_prompts(app),
+            *await asyncio.to_thread(lambda: [*_models(app), *_docs(app)]),
         ]
 
     async def commands(self) -> list[Command]:
@@ -67,7 +63,7 @@ class Everything(Provider):
         return await asyncio.shield(self._gathering)
 
     async def discover(self) -> Hits:
-        for command in (*self._here, *_app_commands(self._app)):
+        for command in self._first:
             yield DiscoveryHit(command.text, command.run, help=command.help)
 
     async def search(self, query: str) -> Hits:
@@ -86,81 +82,55 @@ class Everything(Provider):
 
 
 def _app_commands(app: Workbench) -> Iterator[Command]:
-    for binding in _bindings(type(app).BINDINGS):
-        if binding.action.startswith("switch_mode"):
-            yield Command(
-                f"Go to {binding.description}",
-                f"key {app.get_key_display(binding)}",
-                _action(app, binding),
-            )
-        elif binding.id != "app.palette":
-            yield Command(
-                binding.description, f"key {app.get_key_display(binding)}", _action(app, binding)
-            )
+    for binding in _named(type(app).BINDINGS):
+        if binding.id != "app.palette":
+            run = partial(app.run_action, binding.action)
+            yield Command(binding.description, f"key {app.get_key_display(binding)}", run)
     for theme in app.available_themes:
-        yield Command(
-            f"Theme: {theme}", "colours of all screens", partial(setattr, app, "theme", theme)
-        )
+        yield Command(f"Theme: {theme}", "colours of all screens", partial(app.choose_theme, theme))
 
 
-def _action(app: Workbench, binding: Binding) -> Callable[[], Any]:
-    async def run() -> None:
-        await app.run_action(binding.action)
-
-    return run
-
-
-def _bindings(declared: Iterable[Any]) -> Iterator[Binding]:
-    """The bindings that have a name of their own: movements and the like are no commands."""
-    return (binding for binding in declared if isinstance(binding, Binding) and binding.id)
+def _named(bindings: Iterable[Any]) -> list[Binding]:
+    """Those with a name of their own: movements and the like are no commands."""
+    return [binding for binding in bindings if isinstance(binding, Binding) and binding.id]
 
 
 def _screen_commands(app: Workbench, name: str) -> Iterator[Command]:
     """The commands of a screen and of its panes."""
-    if name not in SCREENS:  # the first look has none
-        return
-    kind: Any = SCREENS[name].kind()
-    own = [("", binding) for binding in _bindings(kind.own_bindings())]
-    for pane, about in kind.PANES.items():
-        own += [(f"#{pane}", binding) for binding in _bindings(about.keys)]
-    for pane, binding in own:
-        label = f"{SCREENS[name].label}: {binding.description}"
-        key = f"key {app.get_key_display(binding)}"
-        yield Command(label, key, partial(_run_there, app, name, pane, binding.action))
+    kind = SCREENS[name].kind
+    keys = {"": kind.own_bindings()} | {pane: about.keys for pane, about in kind.PANES.items()}
+    for pane, bindings in keys.items():
+        for binding in _named(bindings):
+            label = f"{SCREENS[name].label}: {binding.description}"
+            run = partial(_run_there, app, name, pane, binding.action)
+            yield Command(label, f"key {app.get_key_display(binding)}", run)
 
 
 async def _run_there(app: Workbench, name: str, pane: str, action: str) -> None:
     """Show a screen, give the focus to a pane, and run an action as if its key was pressed."""
     node: Any = await app.shown(name)
-    if pane and (found := next(iter(node.query(pane).results(Pane)), None)):
+    for found in node.query(f"#{pane}").results(Pane) if pane else ():
         node.set_focus(found.first_focus())
         node = found
     await app.run_action(action, default_namespace=node)
 
 
 def _stages(app: Workbench) -> Iterator[Command]:
-    for name, stage in app.project_watch.stages.items():
+    """The stages, and the params of those that can be read."""
+    watch = app.project_watch
+    for name, stage in watch.stages.items():
         yield Command(f"Stage {name}", stage.summary, partial(app.go, "pipeline", stage=name))
-
-
-def _params(app: Workbench) -> Iterator[Command]:
-    project = app.project_watch.project
-    for name, stage in app.project_watch.stages.items() if project else ():
-        section = project.home(name).section(stage)
+    for name, stage in watch.stages.items() if watch.project else ():
+        section = watch.project.home(name).section(stage)
         for key in section.__struct_fields__:
-            value = format_value(getattr(section, key))
-            yield Command(
-                f"{name}.{key}: {value}",
-                "param",
-                partial(app.go, "pipeline", stage=name, param=key),
-            )
+            text = f"{name}.{key}: {format_value(getattr(section, key))}"
+            yield Command(text, "param", partial(app.go, "pipeline", stage=name, param=key))
 
 
 def _prompts(app: Workbench) -> Iterator[Command]:
     for prompt in reversed(app.state.prompts[-MAX_PROMPTS:]):
-        yield Command(
-            f"Prompt: {prompt[:200]}", "ask it again", partial(app.go, "models", prompt=prompt)
-        )
+        run = partial(app.go, "models", prompt=prompt)
+        yield Command(f"Prompt: {prompt[:200]}", "ask it again", run)
 
 
 def _models(app: Workbench) -> Iterator[Command]:
@@ -169,35 +139,20 @@ def _models(app: Workbench) -> Iterator[Command]:
     folders += [expand(folder) for folder in (*app.config.folders, *app.state.folders)]
     for folder in folders:
         for path in sorted(model_folders(folder))[:MAX_MODELS]:
-            name = str(path.relative_to(folder.parent if folder not in folders[:2] else folder))
-            yield Command(f"Model {name}", str(path), partial(app.go, "models", select=path))
+            name = f"Model {path.relative_to(folder.parent)}"
+            yield Command(name, str(path), partial(app.go, "models", select=path))
 
 
 def _docs(app: Workbench) -> Iterator[Command]:
     """Each page by its title, each section by its own."""
-    for page in sorted(_pages()):
-        try:
-            lines = page.read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError):
-            continue
-        title = next((line[2:] for line in lines if line.startswith("# ")), page.stem)
-        headings = [line.lstrip("# ") for line in lines if line.startswith("## ")]
+    pages = (page for page in sorted(DOCS.rglob("*.md")) if page.parent.name != "decisions")
+    for page in pages:
+        first, *lines = read_page(page).splitlines()
+        title = first.removeprefix("# ")
+        headings = [line.removeprefix("## ") for line in lines if line.startswith("## ")]
         for text in (title, *(f"{title}: {heading}" for heading in headings)):
             yield Command(f"Docs: {text}", page.name, partial(_read, app, page))
 
 
 def _read(app: Workbench, page: Path) -> None:
     app.push_screen(Reader(read_page(page), page.name))
-
-
-def _pages() -> list[Path]:
-    """The Markdown files of the docs: of the clone, else of the installed package."""
-    if (DOCS / "how-to/tui.md").is_file():  # and not the folder docs of another package
-        return [page for page in DOCS.rglob("*.md") if page.parent.name != "decisions"]
-    try:
-        paths = [
-            path for path in files("lora-workbench") or () if str(path).startswith(INSTALLED_DOCS)
-        ]
-    except PackageNotFoundError:
-        return []
-    return [Path(str(path.locate())) for path in paths if path.suffix == ".md"]

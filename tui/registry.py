@@ -1,37 +1,9 @@
 """The screens, in the order of their keys. A screen is imported when it is first shown."""
 
-from collections.abc import Callable
-from importlib import import_module
-from typing import Any, ClassVar, NamedTuple, Protocol
+from pkgutil import resolve_name
+from typing import Any, NamedTuple
 
-from textual.binding import ActiveBinding
 from textual.screen import Screen
-
-
-class NumberedScreen(Protocol):
-    """What the app and the palette know of a screen; `tui.screens.base` says what each means."""
-
-    NAME: ClassVar[str]
-    HELP: ClassVar[str]
-    is_mounted: bool
-
-    @property
-    def focused_pane(self) -> Any: ...
-
-    @property
-    def active_bindings(self) -> dict[str, ActiveBinding]: ...
-
-    def query(self, selector: Any) -> Any: ...
-
-    def open_with(self, **request: Any) -> None: ...
-
-    def unsaved(self) -> str: ...
-
-    def notice(self) -> None: ...
-
-    def tick(self) -> None: ...
-
-    def call_later(self, callback: Callable[[], None]) -> bool: ...
 
 
 class ScreenEntry(NamedTuple):
@@ -43,14 +15,14 @@ class ScreenEntry(NamedTuple):
     short: str
     source: str
 
-    def load(self) -> Screen[None]:
-        return self.kind()()
-
-    def kind(self) -> Callable[[], Screen[None]]:
+    @property
+    def kind(self) -> Any:
         """The class."""
-        module, _, name = self.source.partition(":")
-        kind: Callable[[], Screen[None]] = getattr(import_module(module), name)
-        return kind
+        return resolve_name(self.source)
+
+    def load(self) -> Screen[None]:
+        screen: Screen[None] = self.kind()
+        return screen
 
 
 SCREENS = {

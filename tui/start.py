@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
 
@@ -16,8 +17,7 @@ def main() -> None:
     from tui.app import PARAMS, Workbench
     from tui.config import config_path, load_config
 
-    # Without arguments, parsing them is not worth the 5 ms of argparse.
-    arguments = _read_arguments() if sys.argv[1:] else Arguments()
+    arguments = _read_arguments()
     try:
         require_current_folder()
         config = load_config(config_path())
@@ -60,11 +60,8 @@ def _require_terminal() -> None:
         return
     for variable in ("COLUMNS", "LINES"):
         os.environ.pop(variable, None)
-    for stream, name in (
-        (sys.stdin, "input"),
-        (sys.stdout, "output"),
-        (sys.stderr, "error output"),
-    ):
+    streams = {"input": sys.stdin, "output": sys.stdout, "error output": sys.stderr}
+    for name, stream in streams.items():
         if not stream.isatty():
             from pipeline.errors import UserError
 
@@ -74,17 +71,7 @@ def _require_terminal() -> None:
             )
 
 
-class Arguments:
-    """What is typed after `lora-tui`."""
-
-    params: Path | None = None
-    demo: str = ""
-    web: bool = False
-    port: int = 8000
-
-
-def _read_arguments() -> Arguments:
-    from argparse import ArgumentParser, ArgumentTypeError
+def _read_arguments() -> Namespace:
     from importlib.metadata import version
 
     def port(text: str) -> int:
@@ -110,4 +97,4 @@ def _read_arguments() -> Arguments:
     parser.add_argument(
         "--version", action="version", version=f"lora-tui {version('lora-workbench')}"
     )
-    return parser.parse_args(namespace=Arguments())
+    return parser.parse_args()

@@ -62,9 +62,7 @@ async def _weights(strength: float, **head: int) -> dict[str, Any]:
 
 
 DIALOGS: dict[str, Callable[[Workbench], Screen[Any]]] = {
-    "help": lambda app: HelpScreen(
-        page("What it shows.", app.keys_of(app.base_screen), None, app.theme_variables), "Help"
-    ),
+    "help": lambda app: HelpScreen(page(app.base_screen), "Help"),
     "messages": lambda app: MessagesScreen(app.message_history),
     "path": lambda _: PathScreen("Which folder?"),
     "sampling": lambda _: SamplingDialog(Sampling(), system="", chat=True),

@@ -11,7 +11,6 @@ from pipeline.errors import UserError
 from pipeline.files.worker import python_module
 
 COMMAND = python_module("cli.main")
-MAX_OUTPUT = 20_000  # last bytes of what it writes
 
 
 class LoraCommand:
@@ -24,7 +23,7 @@ class LoraCommand:
         self._process: asyncio.subprocess.Process | None = None
 
     async def run(self, *words: str) -> tuple[str, str]:
-        """The end of its output and of its errors. Raises UserError with its error if it fails or
+        """Its output and its errors. Raises UserError with its error if it fails or
         is killed.
         """
         pipe = asyncio.subprocess.PIPE
@@ -38,20 +37,20 @@ class LoraCommand:
                 stderr=pipe,
                 start_new_session=True,  # Ctrl+C in the terminal does not reach it
             )
-            output, errors = await asyncio.gather(_tail(process.stdout), _tail(process.stderr))
-            code = await process.wait()
+            written = await process.communicate()
         except OSError as error:
             raise UserError(
                 f"lora {words[0]} cannot be started: {error.strerror or error}."
             ) from None
         finally:
             self.stop()
-            self._process = None
+        output, errors = (text.decode(errors="replace").strip() for text in written)
+        code = process.returncode or 0
         if code < 0:
             raise UserError(f"lora {words[0]} was killed by {signal.Signals(-code).name}.")
         if code:
             raise UserError(*_reason(errors).splitlines())
-        return output.strip(), errors.strip()
+        return output, errors
 
     def stop(self) -> None:
         """End the process, if it runs."""
@@ -60,17 +59,8 @@ class LoraCommand:
                 os.killpg(self._process.pid, signal.SIGTERM)
 
 
-async def _tail(stream: asyncio.StreamReader | None) -> str:
-    text = b""
-    while stream and (chunk := await stream.read(4096)):
-        text = (text + chunk)[-MAX_OUTPUT:]
-    return text.decode(errors="replace")
-
-
 def _reason(errors: str) -> str:
-    """What a command says went wrong: from its line `error: …`."""
-    lines = errors.strip().splitlines() or ["it wrote no reason"]
-    start = next(
-        (number for number, line in enumerate(lines) if line.startswith("error: ")), len(lines) - 1
-    )
-    return "\n".join(lines[start : start + 4]).removeprefix("error: ")
+    """What a command says went wrong: four lines from its last `error: …`, else the last line."""
+    _, found, reason = errors.rpartition("error: ")
+    lines = reason.splitlines() or ["it wrote no reason"]
+    return "\n".join(lines[:4] if found else lines[-1:])

@@ -1,7 +1,7 @@
 """Writes to params files, and the way back from the last one."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,11 +70,10 @@ def follows_params(params: Path) -> bool:
     # not before the first paint
     from pipeline.project.dvc_yaml import EARLIER_HEADER, HEADER
 
-    try:
+    with suppress(OSError, ValueError):
         text = params.with_name("dvc.yaml").read_text(encoding="utf-8")
         return text.replace(EARLIER_HEADER, HEADER, 1) == _render(params)
-    except (OSError, ValueError):
-        return False
+    return False
 
 
 def _render(params: Path) -> str:
@@ -85,7 +84,6 @@ def _render(params: Path) -> str:
     from pipeline.project.dvc_yaml import HEADER, render_dvc_yaml
     from pipeline.project.new_project import PARAMS
 
-    try:
+    with suppress(UserError, OSError):
         return HEADER + render_dvc_yaml(open_project(params)) if params.name == PARAMS else ""
-    except (UserError, OSError):
-        return ""
+    return ""

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from pipeline.stages.registry import GRAPH
 
 LOCK, LOG, OLD_LOG = "pipeline.lock", "pipeline.log", "pipeline.old.log"
 BIN = Path(sys.executable).parent
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)  # one after the other
 
 
 @dataclass(frozen=True)
@@ -65,29 +66,25 @@ class Runner:
             )
         self.runs.mkdir(parents=True, exist_ok=True)
         self._child, self._stops = None, 0
+        path = self.runs / LOCK
         try:
-            with (self.runs / LOCK).open("a+") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise UserError(
-                        "Another workbench is starting the pipeline. Try again in a moment."
-                    ) from None
+            with path.open("a+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self._child = self._spawn([str(BIN / "dvc"), *arguments], lock.fileno())
-                running = Running(
-                    self._child.pid, " ".join(["dvc", *arguments]), time.time(), os.getpid()
-                )
+                command = " ".join(["dvc", *arguments])
+                running = Running(self._child.pid, command, time.time(), os.getpid())
                 lock.truncate(0)
                 lock.write(json.dumps(vars(running)))
+        except BlockingIOError:
+            raise UserError(
+                "Another workbench is starting the pipeline. Try again in a moment."
+            ) from None
         except OSError as error:
             # it could not be recorded: no workbench would know of it, and it holds the lock
             if self._child:
                 _send_signal(self._child.pid, signal.SIGKILL)
                 self._child.wait()
-                self._child = None
-            raise OSError(
-                error.errno, error.strerror, error.filename or str(self.runs / LOCK)
-            ) from None
+            raise OSError(error.errno, error.strerror, error.filename or str(path)) from None
         return running
 
     def _spawn(self, command: Sequence[str], lock: int) -> subprocess.Popen[bytes]:
@@ -95,17 +92,14 @@ class Runner:
         if self.log.exists():
             # renamed, so that a reader of the log sees a new file
             self.log.replace(self.runs / OLD_LOG)
+        # The stages' commands are those of this environment, and dvc wraps its text for a width
+        # of 100.
+        path = f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"
         with self.log.open("wb") as log:
             return subprocess.Popen(
                 command,
                 cwd=self.root,
-                # The stages' commands are those of this environment, and dvc wraps its text for a
-                # width of 100.
-                env={
-                    **os.environ,
-                    "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}",
-                    "COLUMNS": "100",
-                },
+                env={**os.environ, "PATH": path, "COLUMNS": "100"},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -135,34 +129,27 @@ class Runner:
 
         Raises UserError if nothing runs.
         """
-        groups, stages = self.groups(), list(self._stage_groups())
+        groups = self.groups()
         if not groups:
             raise UserError("Nothing is running.")
+        number = STOPS[min(self._stops, 2)]
         self._stops += 1
-        number = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)[min(self._stops, 3) - 1]
         for group in groups:
             _send_signal(group, number)
         if number == signal.SIGKILL:
             return "Killed. The last checkpoint is kept."
-        return (
-            f"Stopping{' at the next step, with a checkpoint' if stages else ''}. Press again if "
-            "it does not stop."
-        )
+        return "Stopping. A training ends with a checkpoint. Press again if it does not stop."
 
     def groups(self) -> list[int]:
         """The process groups that run stages of this project, no matter who started them."""
         pipeline = self.running()
-        leaders = [pipeline.pid] if pipeline else []
-        return list(dict.fromkeys([*leaders, *self._stage_groups()]))
-
-    def _stage_groups(self) -> Iterable[int]:
+        groups = [pipeline.pid] if pipeline else []
         for name in GRAPH.stages:
             run = run_state.read(self.runs / name)
             if run and run_state.alive(self.runs / name):
-                try:
-                    yield os.getpgid(run.pid)
-                except ProcessLookupError:
-                    continue
+                with suppress(ProcessLookupError):
+                    groups.append(os.getpgid(run.pid))
+        return list(dict.fromkeys(groups))
 
 
 def _send_signal(group: int, number: signal.Signals) -> None:

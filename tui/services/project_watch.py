@@ -5,8 +5,8 @@ they change.
 import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.errors import UserError
 from pipeline.files.base_model import path_to_watch
@@ -21,15 +21,15 @@ BUSY = 1.0  # seconds between two looks while something runs: a killed process c
 PAUSE = 0.9  # seconds between two looks at files that change: with 300 adapters one takes 10 ms
 
 
-@dataclass(frozen=True)
-class Look:
-    """What one look at the files found. `seen`: stamps that change when anything does."""
+class Look(NamedTuple):
+    """What one look at the files found."""
 
-    project: Project | None
-    problem: str  # with the params file; `project` is then the last valid one
-    states: Mapping[str, StageState]
-    branch: str
-    seen: object
+    project: Project | None  # while its params file is broken, as it was before
+    problem: str  # what is wrong with the params file, or ""
+    states: Mapping[str, StageState]  # while the first look lasts, those that are known
+    branch: str  # of git, or ""
+    params: object  # a stamp of the params file,
+    files: object  # and what changes when any other file does; None: look again
 
 
 class ProjectWatch:
@@ -54,30 +54,22 @@ class ProjectWatch:
         self._head = _git_head(params.parent)
         self.revision = 0  # counts the changes
         self.pipeline: Running | None = None  # that a workbench started
+        project, problem = self._open(None)
+        self._take(Look(project, problem, {}, "", None, None))
+
+    def _take(self, look: Look) -> None:
+        self._look = look
+        self.project, self.problem, self.states, self.branch, *_ = look
+
+    def _open(self, before: Project | None) -> tuple[Project | None, str]:
+        """The project, or the one before and what is wrong with the params file."""
         try:
-            self._look = Look(open_project(params), "", {}, "", None)
+            return open_project(self._params), ""
         except (UserError, OSError) as error:
-            self._look = Look(None, str(error), {}, "", None)
-
-    @property
-    def project(self) -> Project | None:
-        """The project; while its params file is broken, as it was before."""
-        return self._look.project
-
-    @property
-    def problem(self) -> str:
-        """What is wrong with the params file, or ""."""
-        return self._look.problem
-
-    @property
-    def states(self) -> Mapping[str, StageState]:
-        """State of each stage; while the first look lasts, of those that are known."""
-        return self._look.states
-
-    @property
-    def branch(self) -> str:
-        """The git branch, or ""."""
-        return self._look.branch
+            folder = self._params.parent
+            if folder.is_dir():
+                return before, str(error)
+            return before, f"{folder} was moved or deleted. Put it back, or quit with q."
 
     @property
     def stages(self) -> Mapping[str, Stage]:
@@ -86,12 +78,9 @@ class ProjectWatch:
         """
         if self.project is None:
             return GRAPH.stages
-        unlisted = {
-            name: state.stage
-            for name, state in self.states.items()
-            if name not in self.project.readable
-        }
-        return {**self.project.readable, **unlisted} or GRAPH.stages
+        readable = self.project.readable
+        shown = {name: state.stage for name, state in self.states.items()}
+        return {**readable, **shown} or GRAPH.stages
 
     @property
     def running(self) -> StageState | None:
@@ -114,47 +103,46 @@ class ProjectWatch:
 
     async def run(self) -> None:
         """Look at the files once, and again when they change."""
+        loop = asyncio.get_running_loop()
+        self._follow({self._params})
         followed: Project | None = None
-        self._files.follow("project", self._paths(None), self.look_now, PAUSE)
         while True:
             self._wake.clear()
-            pipeline = self._runner.running()
-            ended = self.pipeline if self.pipeline and not pipeline else None
-            if pipeline != self.pipeline:
+            pipeline, started = self._runner.running(), self.pipeline
+            if pipeline != started:
                 self.pipeline = pipeline
                 self._changed()
             before = self._look
-            look = await asyncio.to_thread(self._load, before, asyncio.get_running_loop())
-            if look != before or ended:
+            look = await asyncio.to_thread(self._load, before, loop)
+            has_ended = started is not None and pipeline is None
+            if look != before or has_ended:
                 self._show(look)
-            if ended:
-                self._on_end(ended)
-            if self.project is not followed:
+            if started and has_ended:
+                self._on_end(started)
+            if self.project and self.project is not followed:
                 followed = self.project
-                paths = await asyncio.to_thread(self._paths, followed)
-                self._files.follow("project", paths, self.look_now, PAUSE)
-            # `seen` is None if a file vanished while it was read
-            is_waiting = self.running is None and pipeline is None and look.seen is not None
+                self._follow(await asyncio.to_thread(self._paths, followed))
+            is_busy = self.running or pipeline or look.files is None
             # Not `wait_for`: before Python 3.12 it returns if it is cancelled in the moment in
             # which the event comes.
             with suppress(TimeoutError):
-                async with asyncio.timeout(None if is_waiting else BUSY):
+                async with asyncio.timeout(BUSY if is_busy else None):
                     await self._wake.wait()
 
     def _show(self, look: Look) -> None:
-        self._look = look
+        self._take(look)
         self._changed()
 
     def _changed(self) -> None:
         self.revision += 1
         self._on_change()
 
-    def _paths(self, project: Project | None) -> set[Path]:
+    def _follow(self, paths: set[Path]) -> None:
+        self._files.follow("project", paths, self.look_now, PAUSE)
+
+    def _paths(self, project: Project) -> set[Path]:
         """The files and folders that the states depend on."""
-        root = self._params.parent
-        paths = {self._params, root / "dvc.yaml", self._head, root / ARTIFACTS, root / RUNS}
-        if project is None:
-            return paths
+        paths = {self._params, project.root / "dvc.yaml", self._head}
         for name, stage in project.readable.items():
             paths |= {project.root / file for file in project.data_files(stage)}
             paths |= {project.home(name).root / folder for folder in (ARTIFACTS, RUNS)}
@@ -165,38 +153,26 @@ class ProjectWatch:
         """The files as they are now; `before` itself if nothing changed."""
         params = file_stamp(self._params)
         project, problem = before.project, before.problem
-        old = before.seen if isinstance(before.seen, tuple) else (None, None, None)
-        if params != old[0]:
-            try:
-                project, problem = open_project(self._params), ""
-            except (UserError, OSError) as error:
-                problem = str(error)
-                if not self._params.parent.is_dir():
-                    problem = (
-                        f"{self._params.parent} was moved or deleted. Put it back, or quit with q."
-                    )
-        seen = params, project and project_signature(project), file_stamp(self._head)
+        if params != before.params:
+            project, problem = self._open(project)
+        files = project_signature(project) if project else ()
+        look = Look(project, problem, before.states, _branch(self._head), params, files)
         # a killed process changes no file, so that a stage that runs is looked at each time
-        if seen == before.seen and not any(
-            state.state == "running" for state in before.states.values()
-        ):
+        if look == before and all(state.state != "running" for state in before.states.values()):
             return before
-        branch = before.branch if seen[2] == old[2] else _branch(self._head)
         states: dict[str, StageState] = {}
 
         def first(state: StageState) -> None:
             """Show each state as soon as it is known: the first look hashes all artifacts."""
             states[state.stage.name] = state
-            loop.call_soon_threadsafe(
-                self._show, Look(project, problem, dict(states), branch, before.seen)
-            )
+            loop.call_soon_threadsafe(self._show, look._replace(states=dict(states), files=None))
 
         try:
             if project:
                 states = self._status.of(project, *[first] * (not before.states))
         except (UserError, OSError):  # a file vanished while it was read: try again
-            return Look(project, problem, before.states, branch, None)
-        return Look(project, problem, states, branch, seen)
+            return look._replace(files=None)
+        return look._replace(states=states)
 
 
 def _git_head(folder: Path) -> Path:
@@ -207,11 +183,7 @@ def _git_head(folder: Path) -> Path:
         git = parent / ".git"
         if git.is_file():  # of a worktree: `gitdir: PATH`
             with suppress(OSError, ValueError):
-                return (
-                    parent
-                    / git.read_text(encoding="utf-8").removeprefix("gitdir:").strip()
-                    / "HEAD"
-                )
+                git = parent / git.read_text(encoding="utf-8").removeprefix("gitdir:").strip()
         if git.is_dir():
             return git / "HEAD"
     return folder / ".git" / "HEAD"

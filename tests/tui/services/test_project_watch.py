@@ -52,7 +52,7 @@ async def watching(root: Path) -> AsyncIterator[Watched]:
 async def test_states_are_told_one_by_one_and_then_only_changes(empty: Path) -> None:
     async with watching(empty) as watch:
         # the look has ended
-        await watch.comes(lambda: len(watch.states) == len(watch.stages) and watch._look.seen)
+        await watch.comes(lambda: len(watch.states) == len(watch.stages) and watch._look.files)
         assert {*range(1, len(watch.stages) + 1)} <= {*watch.counts}  # each as soon as it was known
         told = watch.revision
         for _ in range(5):
@@ -68,12 +68,12 @@ async def test_a_data_file_that_the_params_name_now_is_followed(empty: Path) -> 
     data.parent.mkdir()
     data.write_text("Ein Satz.\n", encoding="utf-8")
     async with watching(empty) as watch:
-        await watch.comes(lambda: len(watch.states) == len(watch.stages) and watch._look.seen)
+        await watch.comes(lambda: len(watch.states) == len(watch.stages) and watch._look.files)
         ParamEdits().save(empty / "params.yaml", {"pretrain.data": "elsewhere/new.txt"})
         await watch.comes(lambda: data.resolve() in watch.files._followers["project"].paths)
-        before = watch._look.seen
+        before = watch._look.files
         data.write_text("Ein anderer Satz.\n", encoding="utf-8")
-        await watch.comes(lambda: watch._look.seen != before)
+        await watch.comes(lambda: watch._look.files != before)
 
 
 async def test_broken_params_leave_the_last_valid_project(empty: Path) -> None:
@@ -93,7 +93,7 @@ async def test_a_watch_that_is_cancelled_in_the_moment_in_which_it_is_woken_ends
 ) -> None:
     watch = Watched(empty)
     task = asyncio.create_task(watch.run())
-    await watch.comes(lambda: len(watch.states) == len(watch.stages) and watch._look.seen)
+    await watch.comes(lambda: len(watch.states) == len(watch.stages) and watch._look.files)
     while watch._wake.is_set():  # `comes` woke it: it looks once more, and waits
         await asyncio.sleep(0.01)
     await asyncio.sleep(0.3)

@@ -41,10 +41,10 @@ class Watch(FileWatch):
 
     def _take(self, stop: threading.Event, changes: Changes) -> None:
         super()._take(stop, changes)
-        if changes == set():
+        if changes is None:
             self._begun.append(stop)
 
-    def count(self, name: str, *paths: Path, pause: float | None = None) -> None:
+    def count(self, name: str, *paths: Path, pause: float = 0.0) -> None:
         self.follow(name, paths, lambda: self.calls.update([name]), pause)
 
     async def comes(self, holds: Callable[[], object]) -> None:
@@ -58,7 +58,7 @@ class Watch(FileWatch):
             lambda: (
                 any(self._plan)
                 and self._begun.count(self._stop) == sum(map(bool, self._plan))
-                and not (self._is_broken or self._replan.is_set())
+                and not self._replan.is_set()
                 and not any(follower.due for follower in self._followers.values())
             )
         )
@@ -201,14 +201,13 @@ def fail(error: Exception) -> Callable[..., Iterator[Any]]:
 
 @pytest.fixture
 def quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(watch.DELAY, "30")
+    monkeypatch.setattr(watch, "POLL_DELAY", 0.03)
 
 
 REASONS = {
     "watches": "Files cannot be watched: OS file watch limit reached. Raise fs.inotify",
     "network": "is on a network file system (nfs4).",
     "size": "has more than 2 folders.",
-    "variable": "WATCHFILES_FORCE_POLLING is set.",
 }
 
 
@@ -225,8 +224,6 @@ async def test_where_the_system_does_not_tell_the_files_are_compared(
         monkeypatch.setattr(watchfiles, "watch", fail(OSError("OS file watch limit reached.")))
     if reason == "size":
         monkeypatch.setattr(watch, "MAX_FOLDERS", 2)
-    if reason == "variable":
-        monkeypatch.setenv(watch.FORCED, "1")
     for number in range(3):
         (tmp_path / f"runs/{number}").mkdir(parents=True)
     log = tmp_path / "runs/0/loss.csv"
@@ -283,7 +280,7 @@ async def test_the_project_is_not_looked_at_while_nothing_changes(
     )
     files.count("mark", empty / "mark")
     async with running(project, files):
-        await files.comes(lambda: project._look.seen)
+        await files.comes(lambda: project._look.files)
         await files.tells("mark", (empty / "mark").touch)
         await files.settled()
         before = len(looks)

@@ -3,7 +3,7 @@ of the project.
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from typing import ClassVar
 
@@ -22,7 +22,7 @@ from tui.panes.plot.series import Axis, Bars, Rule
 from tui.panes.table import Column, Table
 from tui.screens.base import WorkbenchScreen
 from tui.screens.monitor.series import Series, bars, machine_series
-from tui.services.machine.readings import ProcessReading, Sample
+from tui.services.machine.readings import Machine, ProcessReading
 from tui.widgets.units import unit_of
 
 SPANS = {"2 minutes": 120.0, "10 minutes": 600.0, "1 hour": 3600.0}
@@ -66,18 +66,17 @@ class Chart(Horizontal):
 
     def show(self, series: Series, now: float, seconds: float) -> None:
         is_low = self.size.height < 2
-        y = Axis(range=(0, series.high), shown=False)
         drawn: list[Bars | Rule] = [Bars(partial(bars, series, now, seconds))]
-        if series.level and not is_low:
-            drawn.append(Rule(y=series.level, style="$accent"))
-        self.plot.show(drawn, Axis(shown=False), y)
         first, *others = filter(None, series.facts)
+        facts = [Content.styled(first, "bold")]
         if series.level:
-            others.insert(0, f"{LEVEL} {in_units(round(series.level))} predicted")
-        parts = [Content.styled(first, "bold")]
-        for fact in others:
-            parts.append(Content.styled(fact, "$accent" if LEVEL in fact else "$foreground-muted"))
-        self.facts.update(Content("  " if is_low else "\n").join(parts), layout=False)
+            drawn += [Rule(y=series.level, style="$accent")] * (not is_low)
+            predicted = f"{LEVEL} {in_units(round(series.level))} predicted"
+            facts.append(Content.styled(predicted, "$accent"))
+        facts += [Content.styled(fact, "$foreground-muted") for fact in others]
+        y = Axis(range=(0, series.high or series.full), shown=False)
+        self.plot.show(drawn, Axis(shown=False), y)
+        self.facts.update(Content("  " if is_low else "\n").join(facts), layout=False)
         self.label.update(series.label, layout=False)
 
 
@@ -126,48 +125,46 @@ them. `t` shows a longer time, up to an hour.
 
     def tick(self) -> None:
         """Draw the present."""
-        machine, samples = self.workbench.machine, self.workbench.machine.samples
+        machine = self.workbench.machine
         if self.stage:
             self._read_prediction(self.stage)
         else:
             self.prediction = None
-        late = waiting = ""
-        if not samples:
-            waiting = "Reading the machine …"
+        late = ""
+        if not machine.samples:
+            late = "Reading the machine …"
         elif machine.last is None:
             late = "No reading for some seconds: the machine is very busy, or a driver hangs."
-        problems = [machine.problem, machine.gpu_problem, late, waiting]
-        _say(self.problem, "\n".join(filter(None, problems)))
-        self.problem.set_class(not any(problems), "-empty")
-        device = [machine.name] if machine.gpus and samples else []
-        facts = [f"{machine.cores:g} cores", *device, f"last {self.span}"]
+        problems = [*filter(None, (machine.problem, machine.gpu_problem, late))]
+        self.problem.update("\n".join(problems))
+        self.problem.set_class(not problems, "-empty")
+        facts = f"{machine.cores:g} cores", machine.name, f"last {self.span}"
         self.query_one("#machine", Pane).show_title(*facts)
-        if samples:
-            self._show_charts(samples)
-            self._show_processes(samples[-1])
+        if machine.samples:
+            self._show_charts(machine)
+            self._show_processes(machine.samples[-1].processes)
 
-    def _show_charts(self, samples: Sequence[Sample]) -> None:
-        seconds, machine = SPANS[self.span], self.workbench.machine
-        recent = [sample for sample in samples if sample.time > samples[-1].time - 2 * seconds]
-        series, charts = machine_series(machine, recent, self.stage, self.prediction), self.charts
-        shown = list(charts.query(Chart))
+    def _show_charts(self, machine: Machine) -> None:
+        seconds = SPANS[self.span]
+        recent = machine.samples[-round(2 * seconds) :]
+        series = machine_series(machine, recent, self.stage, self.prediction)
+        shown = list(self.charts.query(Chart))
         missing = [Chart() for _ in series[len(shown) :]]
-        charts.mount(*missing)
+        self.charts.mount(*missing)
         for number, chart in enumerate([*shown, *missing]):
             chart.display = number < len(series)
             if chart.display:
                 chart.show(series[number], time.time(), seconds)
 
-    def _show_processes(self, sample: Sample) -> None:
+    def _show_processes(self, processes: Mapping[str, ProcessReading]) -> None:
         """A row per process, and what the stage predicted of its memory."""
-        processes, stage = sample.processes, self.stage
-        self.processes.show(list(processes.items()), columns(processes.values(), stage))
-        note = "" if stage else "No stage runs. R runs the pipeline."
-        if stage and self.prediction:
+        self.processes.show(list(processes.items()), columns(processes.values(), self.stage))
+        note = "" if self.stage else "No stage runs. R runs the pipeline."
+        if self.stage and self.prediction:
             measured, predicted = self.prediction.measured, in_units(self.prediction.predicted)
             after = f"{in_units(measured)} measured" if measured else "not measured yet"
             note = f"{predicted} of tensors predicted at the peak of a step, {after}"
-        _say(self.note, note)
+        self.note.update(note)
 
     @work(thread=True, exclusive=True, group="prediction")
     def _read_prediction(self, stage: str) -> None:
@@ -176,37 +173,29 @@ them. `t` shows a longer time, up to an hour.
             self.prediction = read_prediction(watch.project.run_folder(stage), state.run)
 
 
-def _say(static: Static, text: str) -> None:
-    """Show a text; only another one, as it lays out the screen."""
-    if str(static.content) != text:
-        static.update(text)
-
-
-def columns(readings: Iterable[ProcessReading], stage: str) -> list[Column[Process]]:
+def columns(readings: Collection[ProcessReading], stage: str) -> list[Column[Process]]:
     """Name, cores' worth of CPU time, memory; the stage that runs is marked."""
-    known = list(readings)
-    unit = unit_of(reading.memory for reading in known)
-    on_gpu = [reading.gpu_memory for reading in known if reading.gpu_memory]
+    unit = unit_of(reading.memory for reading in readings)
+    on_gpu = [reading.gpu_memory for reading in readings if reading.gpu_memory]
     gpu_unit = unit_of(on_gpu)
 
     def name(process: Process) -> Content:
-        is_stage = process[0] == stage
-        text = f"{'▶' if is_stage else ' '} {process[0]}"
-        return Content.styled(text, "bold" if is_stage else "")
+        sign, style = ("▶", "bold") if process[0] == stage else (" ", "")
+        return Content.styled(f"{sign} {process[0]}", style)
 
     def cpu(process: Process) -> str:
         share = process[1].cpu
         return f"{share:.0%}" if share >= 0.1 else f"{share:.1%}"
 
-    def gpu(process: Process) -> str:
-        memory = process[1].gpu_memory
-        return "" if memory is None else gpu_unit.format(memory)
+    def memory(process: Process) -> str:
+        return unit.format(process[1].memory)
 
-    found = [
-        Column("process", name, fills=True),
-        Column("CPU", cpu, width=8, right=True),
-        Column(
-            f"memory, {unit}", lambda process: unit.format(process[1].memory), width=13, right=True
-        ),
-    ]
-    return [*found, Column(f"GPU, {gpu_unit}", gpu, width=13, right=True)] if on_gpu else found
+    def gpu(process: Process) -> str:
+        size = process[1].gpu_memory
+        return "" if size is None else gpu_unit.format(size)
+
+    found = [Column("process", name, fills=True), Column("CPU", cpu, width=8, right=True)]
+    found.append(Column(f"memory, {unit}", memory, width=13, right=True))
+    if on_gpu:
+        found.append(Column(f"GPU, {gpu_unit}", gpu, width=13, right=True))
+    return found

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from pipeline.files.text import in_units
 from pipeline.views.stage_logs import Prediction
-from tui.services.machine.nvml import Gpu, GpuReading
+from tui.services.machine.nvml import GpuReading
 from tui.services.machine.readings import Machine, Sample
 from tui.widgets.colors import share_style
 from tui.widgets.units import unit_of
@@ -15,73 +15,65 @@ Values = Sequence[tuple[float, float]]  # time, value; only where one was read
 
 
 class Series(NamedTuple):
-    """`high`: the value at the top; `full`: the one that is all of the machine's, by which it is
-    coloured.
+    """`full`: the value that is all of the machine's, by which it is coloured; it is at the top
+    unless `high` is.
 
     `facts`: the present value, then what belongs to it. `level`: a predicted value, 0 for none.
     """
 
     label: str
     values: Values
-    high: float
     full: float
     facts: tuple[str, ...]
     level: float = 0.0
+    high: float = 0.0
 
 
 def machine_series(
     machine: Machine, samples: Sequence[Sample], stage: str, prediction: Prediction | None
 ) -> list[Series]:
     """CPU and memory, each GPU's load and memory, then the memory of the stage that runs."""
-    last, whole, series = samples[-1], machine.memory, list[Series]()
-    if last.cpu is not None:
-        facts = _share(last.cpu), f"of {machine.cores:g} cores"
-        series.append(Series("cpu", _values(samples, lambda s: s.cpu), 1, 1, facts))
-    if last.memory is not None and whole:
-        limit = ["container's limit"] if machine.limited else []
-        values = _values(samples, lambda s: s.memory)
-        used = (*_of(last.memory, whole), *limit)
-        series.append(Series("memory", values, whole, whole, used))
+    last, whole = samples[-1], machine.memory
+    load = f"{last.cpu:.0%}", f"of {machine.cores:g} cores"
+    used = (*_of(last.memory, whole), "container's limit" if machine.limited else "")
+    series = [
+        Series("cpu", _values(samples, lambda s: s.cpu), 1, load),
+        Series("memory", _values(samples, lambda s: s.memory), whole, used),
+    ]
     for index, gpu in enumerate(machine.gpus):
-        series += _gpu_series(index, gpu, samples, prediction)
-    if stage in last.processes and whole:
-        memory = last.processes[stage].memory
+        readings = [(sample.time, sample.gpus[index]) for sample in samples]
+        series += _gpu_series(f"GPU {index} {gpu.name}", gpu.memory, readings, prediction)
+    if stage in last.processes:
         of_stage = [sample for sample in samples if stage in sample.processes]
         values = _values(of_stage, lambda s: s.processes[stage].memory)
         level = prediction.of_process if prediction else 0
         high = 1.1 * max(level, *(value for _, value in values))
-        facts = in_units(memory), "of the process"
-        series.append(Series(stage, values, high, whole, facts, level))
+        facts = in_units(last.processes[stage].memory), "of the process"
+        series.append(Series(stage, values, whole, facts, level, high))
     return series
 
 
 def _gpu_series(
-    index: int, gpu: Gpu, samples: Sequence[Sample], prediction: Prediction | None
+    label: str,
+    whole: int,
+    readings: Sequence[tuple[float, GpuReading]],
+    prediction: Prediction | None,
 ) -> list[Series]:
-    def reading(sample: Sample) -> GpuReading:
-        return sample.gpus[index] if index < len(sample.gpus) else GpuReading()
-
-    now, whole = reading(samples[-1]), gpu.memory
+    now = readings[-1][1]
     heat = "" if now.temperature is None else f"{now.temperature} °C"
     power = "" if now.power is None else f"{now.power:.0f} W"
-    load = "–" if now.load is None else _share(now.load)
-    facts = load, "  ".join(filter(None, (heat, power)))
-    loads = _values(samples, lambda s: reading(s).load)
-    memory = _values(samples, lambda s: reading(s).memory)
+    load = "–" if now.load is None else f"{now.load:.0%}"
+    loads = [(time, gpu.load) for time, gpu in readings if gpu.load is not None]
+    memory = [(time, gpu.memory) for time, gpu in readings if gpu.memory is not None]
     level = float(prediction.on_gpu) if prediction else 0.0
     return [
-        Series(f"GPU {index} {gpu.name}", loads, 1, 1, facts),
-        Series("  memory", memory, whole, whole, _of(now.memory, whole), level),
+        Series(label, loads, 1, (load, f"{heat}  {power}".strip())),
+        Series("  memory", memory, whole, _of(now.memory, whole), level),
     ]
 
 
-def _values(samples: Sequence[Sample], get: Callable[[Sample], float | None]) -> Values:
-    known = ((sample.time, get(sample)) for sample in samples)
-    return [(time, value) for time, value in known if value is not None]
-
-
-def _share(share: float) -> str:
-    return f"{share:.0%}"
+def _values(samples: Sequence[Sample], get: Callable[[Sample], float]) -> Values:
+    return [(sample.time, get(sample)) for sample in samples]
 
 
 def _of(used: int | None, total: int) -> tuple[str, str]:

@@ -4,10 +4,9 @@ thread.
 
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from threading import Event, Lock, Thread
+from threading import Event, Thread
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.files.cgroup import cpu_quota, cpu_seconds
@@ -18,9 +17,7 @@ from tui.services.machine.nvml import Gpu, GpuReading, Gpus
 if TYPE_CHECKING:
     from psutil import Process
 
-# seconds before the first reading: its imports take 40 ms, which the first paint should not wait
-# for
-FIRST = 0.5
+FIRST = 0.5  # seconds before the first reading
 EVERY = 1.0  # seconds between two readings
 KEPT = 3600  # readings: an hour
 CHILDREN_EVERY = 10  # readings: a list of all processes takes as long as all else together
@@ -38,13 +35,11 @@ class ProcessReading(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A reading of everything: `cpu` is the share of all usable cores, memory is in bytes; None:
-    cannot be read.
-    """
+    """A reading of everything: `cpu` is the share of all usable cores, memory is in bytes."""
 
     time: float  # seconds since the epoch
-    cpu: float | None
-    memory: int | None
+    cpu: float
+    memory: int
     gpus: tuple[GpuReading, ...] = ()
     processes: Mapping[str, ProcessReading] = {}
 
@@ -63,36 +58,30 @@ class Machine:
         self.problem = ""  # why CPU and memory cannot be read
         self.gpu_problem = ""  # why no GPU can be read, or one of them
         self._processes = processes
-        self._samples: deque[Sample] = deque(maxlen=KEPT)
-        self._lock, self._ended = Lock(), Event()
-        self._thread: Thread | None = None
+        self.samples: tuple[Sample, ...] = ()  # the oldest first
+        self._host: _Host | None = None
+        self._gpus: Gpus | None = None
+        self._ended = Event()
 
     def start(self) -> None:
-        """Begin to read, once."""
-        if self._thread is None:
-            self._thread = Thread(target=self._run, name="machine", daemon=True)
-            self._thread.start()
+        """Begin to read."""
+        Thread(target=self._run, name="machine", daemon=True).start()
 
     def stop(self) -> None:
         self._ended.set()
 
     @property
-    def samples(self) -> tuple[Sample, ...]:
-        """The readings, oldest first."""
-        with self._lock:
-            return tuple(self._samples)
-
-    @property
     def last(self) -> Sample | None:
         """The last reading; None if there is none, or none lately: a driver may hang."""
-        with self._lock:
-            last = self._samples[-1] if self._samples else None
-        return last if last and time.time() - last.time < STALE else None
+        if self.samples and time.time() - self.samples[-1].time < STALE:
+            return self.samples[-1]
+        return None
 
     @property
     def name(self) -> str:
         """The device that trains: H100, 4 × H100, or cpu."""
-        if not (gpus := self.gpus[self._asked]):
+        gpus = self.gpus[self._asked]
+        if not gpus:
             return "cpu"
         return f"{len(gpus)} × {gpus[0].name}" if len(gpus) > 1 else gpus[0].name
 
@@ -102,8 +91,8 @@ class Machine:
         all.
         """
         name = asked().name
-        index = int(name[5:]) if is_valid(name) and name.startswith("cuda:") else 0
-        if name.startswith("cuda:"):
+        if is_valid(name) and name.startswith("cuda:"):
+            index = int(name[5:])
             return slice(index, index + 1)
         return slice(0, None if name in (AUTO, "cuda") else 0)
 
@@ -111,55 +100,41 @@ class Machine:
         """Used of total memory of the device that trains, as H100 12/80 GiB; "" while nothing was
         read.
         """
-        last = self.last
+        last, gpus = self.last, self.gpus[self._asked]
         if last is None:
             return ""
-        gpus, sizes = self.gpus[self._asked], [reading.memory for reading in last.gpus[self._asked]]
-        used = last.memory
+        used, total = last.memory, self.memory
         if gpus:
-            used = None if None in sizes else sum(size or 0 for size in sizes)
-        total = sum(gpu.memory for gpu in gpus) or self.memory
-        return (
-            f"{self.name} {_gib(used)}/{_gib(total)} GiB"
-            if used is not None and total
-            else self.name
-        )
+            sizes = [reading.memory for reading in last.gpus[self._asked]]
+            if None in sizes:  # a GPU that was lost
+                return self.name
+            used, total = sum(filter(None, sizes)), sum(gpu.memory for gpu in gpus)
+        return f"{self.name} {_gib(used)}/{_gib(total)} GiB"
 
     def _run(self) -> None:
-        if self._ended.wait(FIRST):
-            return
-        gpus, host = None, None
-        try:
-            host = _Host()
-            self.cores = host.cores
-            self.memory, self.limited = host.memory.total, host.memory.limited
-        # whatever a broken /proc or driver does: a traceback would be drawn over the screen
-        except Exception as error:
-            self.problem = f"CPU and memory cannot be read: {error}."
-        try:
-            gpus = Gpus()
-            self.gpus = gpus.devices
-        except Exception as error:
-            self.gpu_problem = f"GPUs cannot be read: {error}."
-        # a share of CPU needs a while
-        while not self._ended.wait(EVERY if self._samples else FIRST):
+        # a share of CPU needs a while, and the first paint should not wait for imports of 40 ms
+        while not self._ended.wait(EVERY if self.samples else FIRST):
             try:
-                self._read(host, gpus)
+                self._read()
+                self.problem = ""
+            # whatever a broken /proc or driver does: a traceback would be drawn over the screen
             except Exception as error:
                 self.problem = f"The machine cannot be read: {error}."
 
-    def _read(self, host: "_Host | None", gpus: Gpus | None) -> None:
-        readings = gpus.read() if gpus else ()
-        cpu, used, processes = None, None, dict[str, ProcessReading]()
-        if host:
-            followed = self._processes()
-            on_gpus = gpus.memory_by_process() if gpus and gpus.devices and followed else None
-            cpu, used, processes = host.cpu(), host.used(), host.processes(followed, on_gpus)
-            self.problem = ""
-        if gpus:
-            self.gpu_problem = gpus.problem
-        with self._lock:
-            self._samples.append(Sample(time.time(), cpu, used, readings, processes))
+    def _read(self) -> None:
+        if not self._host or not self._gpus:
+            self._gpus, self._host = Gpus(), _Host()
+            self.gpus, self.gpu_problem = self._gpus.devices, self._gpus.problem
+            self.cores = self._host.cores
+            self.memory, self.limited = self._host.memory.total, self._host.memory.limited
+            return
+        gpus, followed = self._gpus.read(), self._processes()
+        self.gpu_problem = self._gpus.problem
+        on_gpus = self._gpus.memory_by_process()
+        cpu, used = self._host.cpu(), self._host.used()
+        processes = self._host.processes(followed, on_gpus)
+        sample = Sample(time.time(), cpu, used, gpus, processes)
+        self.samples = (*self.samples[1 - KEPT :], sample)
 
 
 class _Host:
@@ -171,14 +146,13 @@ class _Host:
         self._psutil = psutil
         self.memory = read_memory()
         self._quota = cpu_quota()
-        self.cores = (
-            min(self._quota[0], psutil.cpu_count() or 1)
-            if self._quota
-            else float(psutil.cpu_count() or 1)
-        )
+        self.cores = float(psutil.cpu_count() or 1)
+        if self._quota:
+            self.cores = min(self._quota[0], self.cores)
         # time, and CPU seconds of the control group, at the last call of `cpu`
         self._before = (0.0, 0.0)
-        self._trees: dict[int, list[Process]] = {}  # process id → itself and its children
+        self._followed: Mapping[str, int] = {}
+        self._trees: dict[str, list[Process]] = {}  # label → the process and its children
         self._count = 0
         self.cpu()  # begins the interval of the first reading
 
@@ -194,40 +168,38 @@ class _Host:
         return read_memory().used
 
     def processes(
-        self, followed: Mapping[str, int], on_gpus: Mapping[int, int] | None
+        self, followed: Mapping[str, int], on_gpus: Mapping[int, int]
     ) -> dict[str, ProcessReading]:
         """A reading of each process that is still there."""
-        for pid in self._trees.keys() - followed.values():
-            del self._trees[pid]
+        if followed != self._followed or self._count % CHILDREN_EVERY == 0:
+            self._followed = followed
+            self._find(followed)
+        self._count += 1
         readings = {}
-        for label, pid in followed.items():
-            if pid not in self._trees or self._count % CHILDREN_EVERY == 0:
-                self._find_children(pid)
-            cpu, memory, gpu_memory, seen = 0.0, 0, 0, False
-            for process in self._trees[pid]:
+        for label, tree in self._trees.items():
+            known = list[ProcessReading]()
+            for process in tree:
                 # it may be gone, or another user's
                 with suppress(self._psutil.Error), process.oneshot():
-                    cpu += process.cpu_percent(None) / 100
-                    memory += process.memory_info().rss
-                    gpu_memory += (on_gpus or {}).get(process.pid, 0)
-                    seen = True
-            if seen:
+                    cpu, memory = process.cpu_percent(None) / 100, process.memory_info().rss
+                    known.append(ProcessReading(cpu, memory, on_gpus.get(process.pid, 0)))
+            if known:
+                cpu, memory, gpu_memory = map(sum, zip(*known, strict=True))
                 readings[label] = ProcessReading(cpu, memory, gpu_memory if on_gpus else None)
-        self._count += 1
         return readings
 
-    def _find_children(self, pid: int) -> None:
-        """List the process and its children. Known ones keep their object, which has the CPU time
-        at its last call.
+    def _find(self, followed: Mapping[str, int]) -> None:
+        """List the processes and their children. Known ones keep their object, which has the CPU
+        time at its last call.
         """
-        known = {process.pid: process for process in self._trees.get(pid, ())}
-        tree: list[Process] = []
-        with suppress(self._psutil.Error):
-            root = self._psutil.Process(pid)
-            # Of this program the children are what it started: the pipeline and the engine.
-            tree = [root] if pid == os.getpid() else [root, *root.children(recursive=True)]
-        # A process that has another's id now is not equal to the one before.
-        self._trees[pid] = [known[p.pid] if known.get(p.pid) == p else p for p in tree]
+        known = {process: process for tree in self._trees.values() for process in tree}
+        self._trees = {}
+        for label, pid in followed.items():
+            with suppress(self._psutil.Error):
+                tree = [self._psutil.Process(pid)]
+                if pid != os.getpid():  # its children are the pipeline and the engine
+                    tree += tree[0].children(recursive=True)
+                self._trees[label] = [known.get(process, process) for process in tree]
 
 
 def _gib(size: int) -> str:

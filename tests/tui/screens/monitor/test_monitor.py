@@ -48,7 +48,7 @@ def test_readings_a_second_apart_leave_no_holes_where_columns_are_shorter() -> N
 
 def test_a_chart_is_coloured_by_load_and_marks_the_level_where_it_is_above() -> None:
     values = [(float(second), share) for second, share in enumerate((0.2, 0.6, 1.0))]
-    chart = Series("memory", values, 1.0, 1.0, ("1 GiB", "of 4"), 0.5)
+    chart = Series("memory", values, 1.0, ("1 GiB", "of 4"), 0.5)
     drawn: list[Bars | Rule] = [Bars(partial(bars, chart, 3.0, 3.0)), Rule(y=0.5, style="$accent")]
     rows = draw(drawn, 12, 4, Axis(shown=False), Axis(range=(0, 1), shown=False)).rows
     styles = {str(span.style) for row in rows for span in row.spans}
@@ -206,7 +206,7 @@ async def test_what_cannot_be_read_is_one_sentence(
 
     monkeypatch.setattr("tui.services.machine.readings._Host.cpu", broken)
     async with monitor(empty) as (pilot, screen):
-        await until(pilot, lambda: "CPU and memory cannot be read: no /proc." in text_of(screen))
+        await until(pilot, lambda: "The machine cannot be read: no /proc." in text_of(screen))
         assert pilot.app.is_running
 
 
@@ -254,9 +254,8 @@ def test_picture(
                 "lora-tui": ProcessReading(0.012, 2**26, 0),
             }
             memory = round((10 + 4 * wave) * GIB)
-            machine._samples.append(
-                Sample(NOW - 119 + n, 0.1 + 0.5 * wave, memory, (gpu,), processes)
-            )
+            sample = Sample(NOW - 119 + n, 0.1 + 0.5 * wave, memory, (gpu,), processes)
+            machine.samples += (sample,)
 
     monkeypatch.setattr(Machine, "start", started)
     monkeypatch.setattr("tui.services.machine.readings.STALE", math.inf)
