@@ -41,7 +41,7 @@ class Session(AppSession[ModelsScreen]):
     def names(self) -> list[str]:
         """The labels of the models that are listed, and of folders their names with a slash."""
         lines = self.table.shown
-        return [f"{line.name}/" if isinstance(line, Folder) else line.label for line in lines]
+        return [f"{line.label}/" if isinstance(line, Folder) else line.label for line in lines]
 
     def pointed(self) -> str:
         line = self.table.pointed
@@ -51,7 +51,7 @@ class Session(AppSession[ModelsScreen]):
         return self.table.head().plain.split()
 
     def shown_details(self) -> str:
-        return self.screen.model.plain
+        return self.screen.details_pane.text.plain
 
     def row(self, name: str) -> str:
         return self.rows()[self.names().index(name)]
@@ -65,10 +65,10 @@ class Session(AppSession[ModelsScreen]):
     def is_generating(self) -> bool:
         return self.screen.is_writing()
 
-    def completions(self, shown: bool = False) -> str:
-        """The answers to the last prompt as they are shown, or only those that are displayed."""
+    def completions(self) -> str:
+        """The answers to the last prompt as they are shown."""
         texts = self.screen.history.views[-1].replied.texts
-        return "\n".join(str(text.render()) for text in texts if text.display or not shown)
+        return "\n".join(str(text.render()) for text in texts)
 
     def engine_line(self) -> str:
         return str(self.screen.engine_line.render())
@@ -88,22 +88,25 @@ class Session(AppSession[ModelsScreen]):
 
     async def checked(self, count: int) -> None:
         def all_checked() -> bool:
-            entries = self.screen.entries
+            entries = self.screen.table.entries
             return len(entries) == count and all(entry.verdict for entry in entries)
 
         await until(self.pilot, all_checked)
 
     async def point(self, name: str) -> None:
-        entry = next(entry for entry in self.screen.entries if entry.label == name)
+        entry = next(entry for entry in self.screen.table.entries if entry.label == name)
         assert self.table.point(entry.model.path)
         await until(
             self.pilot,
-            lambda: bool(self.screen.details and self.screen.details.entry.label == name),
+            lambda: bool(
+                self.screen.details_pane.details
+                and self.screen.details_pane.details.entry.label == name
+            ),
         )
 
     def details(self) -> str:
-        assert self.screen.details is not None
-        return "\n".join(line.plain for line in detail_lines(self.screen.details, 100))
+        assert self.screen.details_pane.details is not None
+        return "\n".join(line.plain for line in detail_lines(self.screen.details_pane.details))
 
 
 @asynccontextmanager

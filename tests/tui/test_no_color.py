@@ -17,7 +17,7 @@ from tui.dialogs import Ask, HelpScreen, MessagesScreen, PathScreen
 from tui.help import page
 from tui.panes.plot.plot import Plot
 from tui.registry import SCREENS
-from tui.screens.conversation.sampling import SamplingDialog
+from tui.screens.conversation.sampling import SamplingDialog, Settings
 from tui.screens.models.attention import AttentionDialog
 from tui.services.loaded_models import Sampling
 
@@ -56,18 +56,18 @@ async def test_every_screen_is_drawn_without_colors(watched: Path, name: str) ->
             assert not colors(app), size
 
 
-async def _weights(strength: float, **head: int) -> dict[str, Any]:
+async def _weights(**head: int) -> dict[str, Any]:
     fake = FakeInference()
-    return fake._attention(**head) if head else fake._attention_maps(strength)
+    return fake._attention(**head) if head else fake._attention_maps(1.0)
 
 
 DIALOGS: dict[str, Callable[[Workbench], Screen[Any]]] = {
     "help": lambda app: HelpScreen(page(app.base_screen), "Help"),
     "messages": lambda app: MessagesScreen(app.message_history),
     "path": lambda _: PathScreen("Which folder?"),
-    "sampling": lambda _: SamplingDialog(Sampling(), system="", chat=True),
+    "sampling": lambda _: SamplingDialog(Settings(Sampling(), "", True)),
     "ask": lambda _: Ask("finetune_lora.rank: 8 → 16", {"y": "write it"}, "Write to params.yaml"),
-    "attention": lambda _: AttentionDialog("lora", True, 1.0, _weights),
+    "attention": lambda _: AttentionDialog("lora", _weights),
 }
 
 

@@ -19,11 +19,13 @@ async def test_an_adapter_is_shipped_with_three_answers(project: Path) -> None:
     app = Workbench(project / "params.yaml")
     app.first_screen = "models"
     async with app.run_test(size=(120, 40)) as pilot:
-        await until(pilot, lambda: isinstance(app.screen, ModelsScreen) and app.screen.entries)
+        await until(
+            pilot, lambda: isinstance(app.screen, ModelsScreen) and app.screen.table.entries
+        )
         screen = app.screen
         assert isinstance(screen, ModelsScreen)
         screen.open_with(select="artifacts/lora_adapter")
-        await until(pilot, lambda: [e.label for e in screen.chosen_entries()] == ["lora"])
+        await until(pilot, lambda: [e.label for e in screen.table.chosen_entries()] == ["lora"])
         await pilot.press("x")
         await screen_opens(pilot, Menu)
         await pilot.press("enter")  # peft, the first
@@ -35,7 +37,7 @@ async def test_an_adapter_is_shipped_with_three_answers(project: Path) -> None:
         )
         assert read_json(out / "adapter_config.json")["peft_type"] == "LORA"
         screen.open_with(select="artifacts/base")
-        await until(pilot, lambda: [e.label for e in screen.chosen_entries()] == ["base"])
+        await until(pilot, lambda: [e.label for e in screen.table.chosen_entries()] == ["base"])
         await pilot.press("x")
         await until(pilot, lambda: "Only adapters are exported" in app.message_history[-1].text)
 

@@ -18,8 +18,9 @@ from tests.helpers.pilot import until
 from tests.helpers.projects import BRIEF, make, save
 from tests.helpers.run_folders import hold, journal
 from tui.app import Workbench, _replaced_by
-from tui.screens.models.columns import columns
+from tui.screens.models.columns import ModelList
 from tui.screens.monitor.screen import MonitorScreen
+from tui.services.evaluation import Evaluation as Evaluator
 
 
 @pytest.fixture
@@ -114,7 +115,7 @@ def test_what_a_run_replaces_is_marked_and_said_before(
     assert list(marked) == ["lora"]
     cells = {
         column.title: str(column.cell(marked["lora"]))
-        for column in columns(lambda _: False, lambda _: False, lambda _: False, lambda: False)
+        for column in ModelList(Evaluator(project / "params.yaml"))._columns
     }
     assert cells["name"] == "lora ●"
     assert "rank 2 → 4" in cells["state"]

@@ -3,10 +3,9 @@ prompt share.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.project.params.load import Params
@@ -31,16 +30,15 @@ class Sampling:
     k: int = 5
 
     def __str__(self) -> str:
-        cuts = [f"top-k {self.top_k}"] * (self.top_k > 0) + [f"top-p {self.top_p:g}"] * (
-            self.top_p < 1
-        )
-        parts = (
-            [f"temperature {self.temperature:g}", *cuts, f"seed {self.seed}"]
-            if self.temperature
-            else ["greedy"]
-        )
-        candidates = [f"{self.k} candidates"] * bool(self.k)
-        return " · ".join([*parts, f"{self.limit} tokens", *candidates])
+        facts = ["greedy"]
+        if self.temperature:
+            facts = [f"temperature {self.temperature:g}"]
+            facts += [f"top-k {self.top_k}"] * (self.top_k > 0)
+            facts += [f"top-p {self.top_p:g}"] * (self.top_p < 1)
+            facts += [f"seed {self.seed}"]
+        facts += [f"{self.limit} tokens"]
+        facts += [f"{self.k} candidates"] * bool(self.k)
+        return " · ".join(facts)
 
     def fields(self) -> dict[str, float | int]:
         """The arguments of the engine's `generate`."""
@@ -56,91 +54,56 @@ class LoadedModels:
     def __init__(self, inference: Inference, library: Library, params: Path) -> None:
         self.inference, self.library, self._params = inference, library, params
         self._pid: int | None = None  # of the process that has the models loaded
-        # with the engine's facts
-        self._loaded: dict[Path, tuple[str, dict[str, Any]]] = {}
+        # path → stamp of its files, and whether it has a chat template
+        self._loaded: dict[Path, tuple[str, bool]] = {}
         self._load_lock = asyncio.Lock()
 
-    def has_chat(self, entries: Sequence[Entry]) -> bool:
-        """Whether all models are loaded and have a chat template."""
-        loaded = [self._loaded.get(entry.model.path) for entry in entries]
-        return bool(loaded) and all(model and model[1].get("chat") for model in loaded)
-
-    def is_loaded(self, entry: Entry) -> bool:
-        """Whether the model is loaded. Does not check whether its files changed since."""
-        return self._pid == self.inference.pid and entry.model.path in self._loaded
-
-    async def load(self, entry: Entry) -> None:
-        """Load the model unless it is loaded and its files are the same. Raises UserError if it
-        cannot.
+    async def load(self, entry: Entry) -> bool:
+        """Load the model unless it is loaded and its files are the same; returns whether it has a
+        chat template. Raises UserError if it cannot.
         """
         path = entry.model.path
         async with self._load_lock:
             if self._pid != self.inference.pid:  # another process has none of them
                 self._loaded.clear()
             stamp = await asyncio.to_thread(self.library.stamp, entry.model)
-            if path in self._loaded and self._loaded[path][0] == stamp:
-                return
+            loaded, has_chat = self._loaded.get(path, (GONE, False))
             if stamp == GONE:
                 raise UserError(f"{path} no longer exists. Select another model.")
-            verdict = (await asyncio.to_thread(self.library.check, entry)).verdict
-            is_missing = verdict and verdict.state == WITHOUT_WEIGHTS
-            if verdict and (
-                verdict.state == REFUSED or (is_missing and not self.inference.replays)
-            ):
-                raise UserError(verdict.reason or verdict.state)
-            base = await asyncio.to_thread(self.library.base, entry.model)
-            trust = base is not None and await asyncio.to_thread(
-                trusts_remote_code, self._params, base
-            )
-            adapter = path if entry.model.kind == "adapter" else None
-            fields = {"base": base, "adapter": adapter, "trust_remote_code": trust}
-            facts = await self.inference.ask("load", name=str(path), **fields)
+            if stamp == loaded:
+                return has_chat
+            request = await asyncio.to_thread(self._request, entry)
+            facts = await self.inference.ask("load", name=str(path), **request)
             for name in facts["unloaded"]:  # they made room
                 self._loaded.pop(Path(name), None)
-            self._loaded[path] = stamp, facts
+            self._loaded[path] = stamp, bool(facts["chat"])
             self._pid = self.inference.pid
+            return self._loaded[path][1]
+
+    def _request(self, entry: Entry) -> dict[str, Any]:
+        """What is to be loaded. Raises UserError if the files are not what they should be."""
+        refused = [REFUSED] if self.inference.replays else [REFUSED, WITHOUT_WEIGHTS]
+        verdict = self.library.check(entry).verdict
+        if verdict and verdict.state in refused:
+            raise UserError(verdict.reason or verdict.state)
+        base = self.library.base(entry.model)
+        return {
+            "base": base,
+            "adapter": entry.model.path if entry.model.kind == "adapter" else None,
+            "trust_remote_code": base is not None and trusts_remote_code(self._params, base),
+        }
 
 
-class Host(Protocol):
-    """The workbench, which has one inference process and its models for all screens."""
-
-    root: Path
-    params_path: Path
-    inference: Inference | None
-    models: LoadedModels | None
-
-
-def shared_models(workbench: Host) -> LoadedModels:
-    """The workbench's models, for all its screens."""
-    if workbench.inference is None:
-        workbench.inference = Inference(workbench.root)
+def shared_models(workbench: Any) -> LoadedModels:
+    """The models of the workbench, which has one inference process for all its screens."""
+    workbench.inference = workbench.inference or Inference(workbench.root)
     if workbench.models is None:
         try:
             project = open_project(workbench.params_path)
         # its models are listed anyway, and the pipeline screen says what is wrong
         except (UserError, OSError):
             project = Project(workbench.root, Params(kinds=GRAPH.sections), GRAPH)
-        workbench.models = LoadedModels(
-            workbench.inference, Library(project), workbench.params_path
-        )
-    return workbench.models
-
-
-class Latest:
-    """Runs a job one at a time. Any number of requests during a run cause a single further run."""
-
-    def __init__(self, job: Callable[[], Awaitable[None]]) -> None:
-        self._job = job
-        self._running = self._again = False
-
-    async def run(self) -> None:
-        self._again = True
-        if self._running:
-            return
-        self._running = True
-        try:
-            while self._again:
-                self._again = False
-                await self._job()
-        finally:
-            self._running = False
+        library = Library(project)
+        workbench.models = LoadedModels(workbench.inference, library, workbench.params_path)
+    models: LoadedModels = workbench.models
+    return models

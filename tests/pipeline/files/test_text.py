@@ -8,7 +8,7 @@ from rich.cells import cell_len
 from pipeline.files.text import abbreviate_repr, escape_whitespace
 from pipeline.inference.talk import Answer
 from tui.screens.conversation.turns import MAX_TOKEN, next_tokens
-from tui.screens.models.attention import HEAVIEST, bars, matrix
+from tui.screens.models.attention import looks
 from tui.widgets.cells import pad_or_truncate
 
 TOKENS = [
@@ -84,12 +84,10 @@ def test_attention_of_many_tokens_is_in_columns(count: int) -> None:
     ]
     weights = [[weight / sum(row) for weight in row] for row in weights]
     for token in {0, count // 2, count - 1}:
-        rows = matrix(tokens, weights, token)
-        assert [row.plain.startswith("▸") for row in rows].index(True) == token
-        starts = {cell_len(row.plain) - 2 * (number + 1) for number, row in enumerate(rows)}
-        assert len(starts) == 1, "the rows begin below one another"
-        lines = bars(tokens, weights, weights, token)
-        assert len(lines) <= HEAVIEST + 2 and ("others" in str(lines[-1]) or token < HEAVIEST)
+        head, *rows = looks(tokens, weights[token], token)
+        assert head.plain == f"{tokens[token]} looks at"
+        assert len(rows) == token + 1
+        assert len({row.cell_length for row in rows}) == 1, "the bars are below one another"
 
 
 class Nameless:

@@ -1,19 +1,19 @@
 """The dialog that chooses one or two models."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import ClassVar
 
 from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.content import Content
 from textual.screen import ModalScreen
 
 from pipeline.views.model_library import Entry
 from tui.panes.pane import About, FilterField, Pane
-from tui.panes.table import Column, Table
-from tui.screens.conversation.session import method_of
-from tui.widgets.cells import method_sign
+from tui.panes.table import Table
+from tui.screens.models.columns import Folder, ModelList
+from tui.services.evaluation import Evaluation
 
 MOST_MODELS = 2  # side by side
 ABOUT = About(
@@ -27,7 +27,7 @@ ABOUT = About(
 )
 
 
-class ModelPicker(ModalScreen[list[str] | None]):
+class ModelPicker(ModalScreen[list[Path] | None]):
     """Returns the paths of the chosen models, first the one that was chosen first; None on
     Escape.
     """
@@ -37,68 +37,47 @@ class ModelPicker(ModalScreen[list[str] | None]):
         Binding("slash", "filter", "Filter"),
     ]
 
-    def __init__(self, entries: Sequence[Entry], chosen: Sequence[str]) -> None:
+    def __init__(self, entries: Sequence[Entry], chosen: Sequence[Path]) -> None:
         super().__init__()
-        paths = {_path(entry) for entry in entries}
         self._entries = entries
-        self._chosen = [path for path in chosen if path in paths]
         self._was_chosen = False  # with Space: else Enter means the model under the cursor alone
-        self.table = Table[Entry](key=_path, words=lambda entry: entry.label, titles=False)
+        self.table = ModelList(Evaluation(Path()))
+        self.table.chosen = list(chosen)
+        self.pane = Pane(ABOUT, self.table, classes="dialog")
 
     def compose(self) -> ComposeResult:
-        yield Pane(ABOUT, self.table, classes="dialog")
+        yield self.pane
 
     def on_mount(self) -> None:
-        columns = [
-            Column("", self._number, width=1),
-            Column("", _sign, width=1),
-            Column("name", self._label, fills=True),
-            Column("facts", _facts),
-        ]
-        self.table.show(self._entries, columns)
+        self.table.show_entries(self._entries)
+        self.table.show(self.table.rows, self.table.columns[:3])  # what it is called
         self.set_focus(self.table)
 
-    def _number(self, entry: Entry) -> str:
-        path = _path(entry)
-        return str(self._chosen.index(path) + 1) if path in self._chosen else ""
-
-    def _label(self, entry: Entry) -> Content:
-        return Content.styled(entry.label, "bold" if _path(entry) in self._chosen else "")
-
     def action_filter(self) -> None:
-        self.query_one(Pane).open_filter()
+        self.pane.open_filter()
 
     def action_leave(self) -> None:
-        pane = self.query_one(Pane)
-        if isinstance(self.focused, FilterField) or pane.filter_text:
-            pane.close_filter()
+        if isinstance(self.focused, FilterField) or self.pane.filter_text:
+            self.pane.close_filter()
         else:
             self.dismiss(None)
 
     @on(Table.Chosen)
     def _choose(self, event: Table.Chosen) -> None:
-        path, self._was_chosen = _path(event.row), True
-        if path in self._chosen:
-            self._chosen.remove(path)
+        if isinstance(event.row, Folder):
+            return
+        path, chosen = event.row.model.path, self.table.chosen
+        self._was_chosen = True
+        if path in chosen:
+            chosen.remove(path)
         else:  # the one chosen last makes room
-            self._chosen = [*self._chosen[: MOST_MODELS - 1], path]
+            self.table.chosen = [*chosen[: MOST_MODELS - 1], path]
         self.table.refresh()
 
     @on(Table.Opened)
     def _use(self, event: Table.Opened) -> None:
-        self.dismiss(self._chosen if self._was_chosen and self._chosen else [_path(event.row)])
-
-
-def _path(entry: Entry) -> str:
-    return str(entry.model.path)
-
-
-def _sign(entry: Entry) -> Content:
-    return Content.styled(*method_sign(method_of(entry)))
-
-
-def _facts(entry: Entry) -> Content:
-    model = entry.model
-    facts = [model.method] if model.method != entry.label else []
-    facts += [f"rank {model.rank}"] if model.rank else []
-    return Content.styled(" · ".join(facts), "$foreground-muted")
+        if isinstance(event.row, Folder):
+            self.table.toggle(event.row)
+        else:
+            chosen = self.table.chosen if self._was_chosen else []
+            self.dismiss(chosen or [event.row.model.path])

@@ -15,7 +15,14 @@ from tui.screens.chat.picker import MOST_MODELS, ModelPicker
 from tui.screens.conversation.screen import STYLES, ConversationScreen
 from tui.services.loaded_models import Sampling
 
-EMPTY = """Type a message below; Enter asks. A model without a chat template goes on with the text.
+
+class ChatScreen(ConversationScreen):
+    """A conversation stays when another screen is shown."""
+
+    NAME = "chat"
+    SAMPLING = Sampling(limit=512, k=0)
+    EMPTY = """\
+Type a message below; Enter asks. A model without a chat template goes on with the text.
 
 Ctrl+O    the model, or two side by side
 Ctrl+↑ ↓  strength of adapters
@@ -23,13 +30,6 @@ Ctrl+L    system prompt and sampling
 Ctrl+T    thoughts of reasoning models, shown or folded
 Ctrl+G    correct an answer: it becomes a row of training data
 Ctrl+S    save the conversation as text or as data"""
-
-
-class ChatScreen(ConversationScreen):
-    """A conversation stays when another screen is shown."""
-
-    NAME: ClassVar[str] = "chat"
-    SAMPLING = Sampling(limit=512, k=0)
     HELP = """\
 Talk to one model, or to two side by side: each reads the same messages and its own answers.
 Nothing that was said is lost: an edited message and an answer that was asked again begin a branch.
@@ -50,13 +50,13 @@ An answer can become a row of training data (Ctrl+G), the conversation a file (C
 
     def on_mount(self) -> None:
         self._find_models()
-        self.start_engine()
+        self.engine_line.start()
 
     def open_with(self, models: Sequence[Path | str] = (), prompt: str = "", **_: Any) -> None:
         """Chat with these models; `prompt` is put into the field."""
         if models:
             self._are_given = True
-            self._use_paths([str(path) for path in models[:MOST_MODELS]])
+            self._use_paths([Path(path) for path in models[:MOST_MODELS]])
         if prompt:
             self.field.fill(prompt)
         self.give_focus(self.field)
@@ -65,13 +65,6 @@ An answer can become a row of training data (Ctrl+G), the conversation a file (C
         if not self.session.entries:
             self._find_models()
 
-    def empty(self) -> str:
-        return EMPTY
-
-    def leave_field(self) -> None:
-        """Esc in the field goes to the history."""
-        self.set_focus(self.history.last)
-
     # Models
 
     @work(exclusive=True, group="find")
@@ -79,34 +72,24 @@ An answer can become a row of training data (Ctrl+G), the conversation a file (C
         """List the models, the pipeline's own first; without a choice, chat with its first
         adapter.
         """
+        self.search_folders()
         library = self.session.models.library
-        library.folders = [*library.artifacts, *self.folders()]
-
-        def found() -> list[Entry]:
-            # what a model is decides the order of the pipeline's own
-            return [entry if entry.group else library.read(entry) for entry in library.scan()]
-
-        entries = await asyncio.to_thread(found)
+        entries = await asyncio.to_thread(lambda: [*library.scan()])
         self.entries = sorted(entries, key=lambda entry: entry.sort_key)
         if not self.session.entries and self.entries and not self._are_given:
             adapters = (entry for entry in self.entries if entry.model.kind == "adapter")
             await self.use([next(adapters, self.entries[0])])
 
     @work(exclusive=True, group="use")
-    async def _use_paths(self, paths: Sequence[str]) -> None:
+    async def _use_paths(self, paths: Sequence[Path]) -> None:
         """Chat with the models in these folders, also if they were not found yet."""
-        library = self.session.models.library
-        known = {str(entry.model.path): entry for entry in self.entries}
-        chosen = list[Entry]()
-        for path in paths:
-            folder = Path(path)
-            if path in known:
-                chosen.append(known[path])
-            elif folder.is_dir():
+        library, chosen = self.session.models.library, list[Entry]()
+        for folder in paths:
+            if folder.is_dir():
                 model = await asyncio.to_thread(describe, folder)
-                chosen.append(Entry(library.label(folder), model, None))
+                chosen.append(Entry(library.label(folder), model, None, group=folder.parent.name))
             else:
-                self.warn(f"{path} is not a model folder. Choose another model (Ctrl+O).")
+                self.warn(f"{folder} is not a model folder. Choose another model (Ctrl+O).")
         if chosen:
             await self.use(chosen)
 
@@ -114,9 +97,9 @@ An answer can become a row of training data (Ctrl+G), the conversation a file (C
     async def action_models(self) -> None:
         await self._find_models().wait()  # some may have been trained since
         if not self.entries:
-            self.warn(self.no_models())
+            self.warn(self.NO_MODELS)
             return
-        chosen = [str(entry.model.path) for entry in self.session.entries]
+        chosen = [entry.model.path for entry in self.session.entries]
         paths = await self.app.push_screen_wait(ModelPicker(self.entries, chosen))
         if paths:
             self._use_paths(paths)

@@ -1,12 +1,10 @@
 """The field in which a message is typed. It grows to several lines; Enter sends."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 from textual.binding import Binding, BindingType
 from textual.events import Key
-from textual.message import Message
 from textual.widgets import TextArea
 
 SCREEN_KEYS = ("f6", "f7")  # a TextArea selects with these; here they show screens
@@ -18,28 +16,13 @@ class MessageField(TextArea):
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("enter", "send", "Ask", id="chat.ask"),
+        Binding("enter", "screen.send", "Ask", id="chat.ask"),
         Binding("ctrl+j,alt+enter,shift+enter", "new_line", "New line", id="chat.newline"),
         Binding("up", "up", "history", show=False),
         Binding("down", "down", "later prompt", show=False),
-        Binding("pageup", "page(-1)", "history up", show=False),
-        Binding("pagedown", "page(1)", "history down", show=False),
+        Binding("pageup", "screen.page(-1)", "history up", show=False),
+        Binding("pagedown", "screen.page(1)", "history down", show=False),
     ]
-
-    @dataclass
-    class Sent(Message):
-        """Enter was pressed."""
-
-        text: str
-
-    class Left(Message):
-        """The cursor left the field at its top."""
-
-    @dataclass
-    class Paged(Message):
-        """The history is to be scrolled by pages."""
-
-        by: int
 
     def __init__(self) -> None:
         super().__init__(
@@ -66,19 +49,16 @@ class MessageField(TextArea):
         self.text = text
         self.move_cursor(self.document.end)
 
-    def action_send(self) -> None:
-        self.post_message(self.Sent(self.text))
-
     def action_new_line(self) -> None:
         self.insert("\n")
 
-    def action_up(self) -> None:
+    async def action_up(self) -> None:
         if not self.cursor_at_first_line:
             self.action_cursor_up()
         elif self.earlier:
             self._recall(1)
         else:
-            self.post_message(self.Left())
+            await self.run_action("screen.to_history")
 
     def action_down(self) -> None:
         if self._back and self.cursor_at_last_line:
@@ -93,6 +73,3 @@ class MessageField(TextArea):
             self._draft = self._draft if self._back else self.text
             self._back = back
             self._put(self.earlier[-back] if back else self._draft)
-
-    def action_page(self, by: int) -> None:
-        self.post_message(self.Paged(by))

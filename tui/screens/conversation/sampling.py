@@ -16,7 +16,6 @@ from tui.panes.fields import Field, Kind
 from tui.panes.form import Form
 from tui.services.loaded_models import Sampling
 
-CANDIDATES = "k"  # is about the table of the next token's candidates
 CHAT = Field(
     "chat",
     "choice",
@@ -45,15 +44,13 @@ FIELDS = (
     _declare("top_p", "above 0 up to 1 (1 cuts nothing)", lambda value: 0 < value <= 1),
     _declare("seed", "a whole number below 2^63", lambda value: 0 <= value < 2**63),
     _declare("limit", "a whole number from 1 to 10000", lambda value: 1 <= value <= 10_000),
-    _declare(
-        CANDIDATES, "a whole number from 0 to 50 (0: no table)", lambda value: 0 <= value <= 50
-    ),
+    _declare("k", "a whole number from 0 to 50 (0: no table)", lambda value: 0 <= value <= 50),
 )
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How models are asked."""
+    """How models are asked. The dialog leaves out what is None."""
 
     sampling: Sampling
     system: str | None = None
@@ -61,9 +58,7 @@ class Settings:
 
 
 class SamplingDialog(ModalScreen[Settings | None]):
-    """Edits the sampling; the system prompt and whether prompts use the chat template, unless these
-    are None. Returns all once they are valid, or None on Escape.
-    """
+    """Edits the settings; returns them once they are valid, or None on Escape."""
 
     AUTO_FOCUS = ""
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -78,47 +73,36 @@ class SamplingDialog(ModalScreen[Settings | None]):
     }
     """
 
-    def __init__(
-        self,
-        sampling: Sampling,
-        *,
-        system: str | None = None,
-        chat: bool | None = None,
-        candidates: bool = True,
-    ) -> None:
+    def __init__(self, given: Settings) -> None:
         super().__init__()
-        fields = [field for field in FIELDS if candidates or field.key != CANDIDATES]
-        values = {key: str(value).removesuffix(".0") for key, value in asdict(sampling).items()}
-        if chat is not None:
-            fields.append(CHAT)
-            values["chat"] = "on" if chat else "off"
-        self._given = Settings(sampling, system, chat)
+        values = {**asdict(given.sampling), "chat": "on" if given.chat else "off"}
+        fields = [*FIELDS, CHAT] if given.chat is not None else FIELDS
         self.form = Form(fields, values, always=True)
-        self.system = TextArea(system or "", compact=True, tab_behavior="focus")
+        self.system = TextArea(given.system or "", compact=True, tab_behavior="focus")
+        self._has_system = given.system is not None
 
     def compose(self) -> ComposeResult:
         with VerticalScroll(classes="dialog") as dialog:
-            dialog.border_title = "Sampling" if self._given.system is None else "Settings"
+            dialog.border_title = "Settings"
             dialog.border_subtitle = "Enter, Ctrl+S use  Tab next field  Esc cancel"
-            if self._given.system is not None:
-                yield Label("System prompt", markup=False)
+            if self._has_system:
+                yield Label("System prompt")
                 yield self.system
             yield self.form
 
     def on_mount(self) -> None:
-        if self._given.system is None:
-            self.form.take_focus()
-        else:
+        if self._has_system:
             self.set_focus(self.system)
+        else:
+            self.form.take_focus()
 
     @on(Form.Submitted)
     def action_use(self) -> None:
-        form, given = self.form, self._given
-        wrong = next((key for key in form.fields if form.problem(key)), "")
+        form = self.form
+        wrong = [key for key in form.fields if form.problem(key)]
         if wrong:
-            form.point(wrong)
+            form.point(wrong[0])
             return
-        values = asdict(given.sampling) | {key: form.value(key) for key in form.fields}
-        chat = values.pop("chat", None)
-        system = None if given.system is None else self.system.text.strip()
-        self.dismiss(Settings(Sampling(**values), system, None if chat is None else chat == "on"))
+        values = {key: form.value(key) for key in form.fields}
+        chat = values.pop("chat", None) == "on"
+        self.dismiss(Settings(Sampling(**values), self.system.text.strip(), chat))

@@ -1,6 +1,7 @@
 """Asks the inference process for the answers to a message, one model after the other."""
 
-from collections.abc import AsyncGenerator, Sequence
+import asyncio
+from collections.abc import Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -18,9 +19,14 @@ from pipeline.inference.talk import (
     Answer,
     Message,
 )
+from pipeline.stages.registry import METHODS
 from pipeline.views.model_library import Entry
 from tui.services.loaded_models import LoadedModels, Sampling
+from tui.widgets.cells import method_sign
 from tui.widgets.colors import LOOKS
+
+# folder → method
+SWEEPS = {stage.output: name for name, stage in METHODS.items() if stage.kind == "adapters"}
 
 
 class Session:
@@ -34,12 +40,16 @@ class Session:
         self.models, self.sampling, self.chats = models, sampling, chats
         self.strength, self.template = 1.0, chats
         self.entries: list[Entry] = []
-        self.asked: dict[str, Entry] = {}  # path → model, of all that were chosen so far
+        # path → model, and the style of its name, of all that were chosen so far
+        self.asked: dict[str, Entry] = {}
+        self.styles: dict[str, str] = {}
 
     def use(self, entries: Sequence[Entry]) -> None:
         """Ask these models from now on."""
         self.entries = list(entries)
-        self.asked.update({str(entry.model.path): entry for entry in entries})
+        for entry in entries:
+            self.asked[str(entry.model.path)] = entry
+            self.styles[str(entry.model.path)] = sign_of(entry)[1]
 
     @property
     def scales(self) -> bool:
@@ -53,46 +63,39 @@ class Session:
             answers.append(Answer(str(entry.model.path), entry.label, strength))
         return answers
 
-    async def write(
-        self, text: str, requests: Sequence[tuple[Answer, list[Message]]]
-    ) -> AsyncGenerator[Answer, None]:
-        """Fill in the answers to a text. Yields an answer whenever it changed.
+    async def write(self, text: str, requests: Sequence[tuple[Answer, list[Message]]]) -> None:
+        """Fill in the answers to a text, as they arrive.
 
         The models are loaded first, then comes the table of next tokens of all, which takes a step
         each. If a model fails, the reason is its answer's `error`. Raises WorkerDied if the process
-        ends. Text that arrived until then, or until the generator was closed, stays.
+        ends. Text that arrived until then, or until it was cancelled, stays.
         """
         unfinished, answers = (INTERRUPTED, ""), [answer for answer, _ in requests]
         try:
             for answer in answers:
-                if not self.models.is_loaded(self.asked[answer.model]):
-                    answer.state = LOADING if self.models.inference.running else STARTING
-                    yield answer
                 await self._load(answer)
-                yield answer
-            if not self.chats and not all(answer.chat for answer in answers):
-                for answer in answers:  # a template is for all or none: they are compared
-                    answer.chat = False
+            if not self.chats:  # a template is for all or none: they are compared
+                chat = all(answer.chat for answer in answers)
+                for answer in answers:
+                    answer.chat = chat
             if self.sampling.k:
                 await self.fill_table(text, answers)
-                yield answers[0]
             for answer, messages in requests:
-                async with aclosing(self._write_one(answer, text, messages)) as changes:
-                    async for _ in changes:
-                        yield answer
+                await self._write_one(answer, text, messages)
         except WorkerDied:
             unfinished = (FAILED, "the engine ended")
             raise
-        finally:  # also when it is cancelled or closed
+        finally:  # also when it is cancelled
             for answer in answers:
                 if answer.unfinished:
                     answer.state, answer.error = unfinished
 
     async def _load(self, answer: Answer) -> None:
         entry = self.asked[answer.model]
+        answer.state = LOADING if self.models.inference.running else STARTING
         try:
-            await self.models.load(entry)
-            answer.chat = self.template and self.models.has_chat([entry])
+            has_chat = await self.models.load(entry)
+            answer.chat = has_chat and self.template
             answer.state = WAITING
         except UserError as error:
             _fail(answer, error)
@@ -114,9 +117,7 @@ class Session:
             answer.probabilities = facts.get("of", {})
             answer.top_k = [(one["token"], one["probability"]) for one in facts.get("top_k", [])]
 
-    async def _write_one(
-        self, answer: Answer, text: str, messages: list[Message]
-    ) -> AsyncGenerator[None, None]:
+    async def _write_one(self, answer: Answer, text: str, messages: list[Message]) -> None:
         if answer.state == FAILED:
             return
         fields: dict[str, Any] = {"model": answer.model, **self.sampling.fields()}
@@ -124,17 +125,15 @@ class Session:
         if answer.strength is not None:
             fields["strength"] = answer.strength
         answer.state = READING
-        yield
         try:
             await self.models.load(self.asked[answer.model])  # another may have taken its place
             # Closing the stream cancels the request: it must not wait for the garbage collector.
             async with aclosing(self.models.inference.stream("generate", **fields)) as events:
                 async for event in events:
                     _take(answer, event)
-                    yield
+                    await asyncio.sleep(0)  # tokens may arrive fast: let keys through
         except UserError as error:
             _fail(answer, error)
-            yield
 
 
 def _take(answer: Answer, event: dict[str, Any]) -> None:
@@ -163,11 +162,10 @@ def _fail(answer: Answer, error: UserError | str) -> None:
     answer.state, answer.error = FAILED, text
 
 
-def method_of(entry: Entry) -> str:
-    """The name of its method in the registry: a variant's own (`prefix`), which its adapter calls
-    otherwise.
+def sign_of(entry: Entry) -> tuple[str, str]:
+    """The sign of a model and its style: its method's, as its curve has them. A variant's own name
+    (`prefix`) comes first, which its adapter calls otherwise.
     """
-    if entry.label in LOOKS:
-        return entry.label
     method = entry.model.method.removesuffix("_tuning")
-    return "lora" if method == "dora" else method
+    names = entry.label, SWEEPS.get(entry.group, ""), "lora" if method == "dora" else method
+    return method_sign(next((name for name in names if name in LOOKS), ""))

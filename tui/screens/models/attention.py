@@ -1,8 +1,8 @@
-"""Attention (`a`): the heads of a model, and where one of them looks: the adapter, and its base."""
+"""Attention (`a`): the heads of a model, and where one of them looks."""
 
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from textual import on, work
 from textual.app import ComposeResult
@@ -19,20 +19,12 @@ from tui.panes.text import Text
 from tui.widgets.cells import bar, pad_or_truncate, shade
 
 BAR, MOVED = 20, 5  # cells
-HEAVIEST = 8  # tokens with the largest weights, as bars; the rest is summed
 MAX_NAME = 14  # cells of a token's name
+# asks the engine: for all heads, or for one
+Ask = Callable[..., Awaitable[dict[str, Any]]]
 Weights = Sequence[Sequence[float]]  # (T, T): row t has the weights of token t and sums to 1
 HEADS = About("Heads", "How much an adapter moved each head, and where the last token looks.")
-HEAD = About(
-    "Attention",
-    "Where a token looks, and how that differs from the base; below, a row per token: darker is more.",
-)
-
-
-class Ask(Protocol):
-    """Asks the engine at a strength: for all heads, or for one."""
-
-    def __call__(self, strength: float, **head: int) -> Awaitable[dict[str, Any]]: ...
+HEAD = About("Attention", "Where a token looks: the weight of each token up to it.")
 
 
 @dataclass(frozen=True)
@@ -54,13 +46,13 @@ class AttentionDialog(ModalScreen[None]):
         Binding("right", "token(1)", "Next token", priority=True),
     ]
 
-    def __init__(self, title: str, is_adapter: bool, strength: float, ask: Ask) -> None:
+    def __init__(self, title: str, ask: Ask) -> None:
         super().__init__()
-        self._title, self._is_adapter, self._strength, self._ask = title, is_adapter, strength, ask
-        self.heads, self.head = Table[Head](key=_key, favourite="moved"), Text("asking…", wide=True)
-        self._token = -1
-        # tokens, the weights of the model, and those of its base
-        self._shown: tuple[list[str], Weights, Weights | None] | None = None
+        self._title, self._ask = title, ask
+        self.heads = Table[Head](key=lambda head: (head.layer, head.number), favourite="moved")
+        self.head = Text("asking…", wide=True)
+        self._token = -1  # the last
+        self._shown: tuple[list[str], Weights] | None = None
 
     def compose(self) -> ComposeResult:
         with Horizontal(classes="dialog") as dialog:
@@ -70,13 +62,12 @@ class AttentionDialog(ModalScreen[None]):
             yield Pane(HEAD, self.head, id="head")
 
     def on_mount(self) -> None:
-        self.set_focus(self.heads)
         self._read_heads()
 
     @work
     async def _read_heads(self) -> None:
         try:
-            found = await self._ask(self._strength)
+            found = await self._ask()
         except UserError as error:
             self.head.show(f"✗ {error}")
             return
@@ -85,7 +76,7 @@ class AttentionDialog(ModalScreen[None]):
             for number, weights in enumerate(maps):
                 moved = found["change"][layer][number] if found["change"] else None
                 heads.append(Head(layer, number, moved, weights[-1]))
-        self.heads.show(heads, list(_columns(self._is_adapter)))
+        self.heads.show(heads, COLUMNS if found["change"] else COLUMNS_OF_A_BASE)
 
     @on(Table.Pointed)
     def _pointed(self, event: Table.Pointed) -> None:
@@ -93,83 +84,47 @@ class AttentionDialog(ModalScreen[None]):
 
     @work(exclusive=True, group="head")  # keys may be faster than the engine
     async def _read_head(self, head: Head) -> None:
-        place = {"layer": head.layer, "head": head.number}
         try:
-            own = await self._ask(self._strength, **place)
-            base = (await self._ask(0.0, **place))["weights"] if self._is_adapter else None
+            found = await self._ask(layer=head.layer, head=head.number)
         except UserError as error:
             self.head.show(f"✗ {error}")
             return
-        tokens = [escape_whitespace(token) for token in own["tokens"]]
-        self._shown = tokens, own["weights"], base
+        self._shown = [*map(escape_whitespace, found["tokens"])], found["weights"]
         pane = self.query_one("#head", Pane)
         pane.show_title(title=f"layer {head.layer + 1}, head {head.number + 1}")
         self._show()
 
     def action_token(self, by: int) -> None:
-        if self._shown:
-            count = len(self._shown[0])
-            at = self._token if self._token >= 0 else count - 1
-            self._token = (at + by) % count
-            self._show()
+        self._token += by
+        self._show()
 
     def _show(self) -> None:
         if self._shown:
-            tokens, own, base = self._shown
-            token = min(self._token, len(tokens) - 1)
-            lines = [*bars(tokens, own, base, token), Content(""), *matrix(tokens, own, token)]
+            tokens, weights = self._shown
+            token = self._token % len(tokens)
+            lines = looks(tokens, weights[token], token)
             self.head.show(lambda _: lines, again=True)
 
 
-def _key(head: Head) -> tuple[int, int]:
-    return head.layer, head.number
+COLUMNS = [
+    Column[Head]("layer", lambda head: str(head.layer + 1), lambda head: head.layer),
+    Column[Head]("head", lambda head: str(head.number + 1), lambda head: head.number),
+    Column[Head]("moved", lambda head: _moved(head), lambda head: head.moved, largest_first=True),
+    Column[Head]("last token looks at", lambda head: "".join(map(shade, head.last))),
+]
+COLUMNS_OF_A_BASE = [column for column in COLUMNS if column.title != "moved"]
 
 
-def _columns(is_adapter: bool) -> Iterator[Column[Head]]:
-    yield Column("layer", lambda head: str(head.layer + 1), lambda head: head.layer)
-    yield Column("head", lambda head: str(head.number + 1), lambda head: head.number)
-    if is_adapter:
-        yield Column("moved", _moved, lambda head: head.moved, largest_first=True)
-    yield Column("last token looks at", lambda head: "".join(map(shade, head.last)))
+def _moved(head: Head) -> str:
+    share = head.moved or 0.0
+    return f"{bar(share, MOVED)} {share:.0%}"
 
 
-def _moved(head: Head) -> Content:
-    return Content(f"{bar(head.moved or 0.0, MOVED)} {head.moved or 0.0:.0%}")
-
-
-def aligned(base: Weights, tokens: int) -> Weights:
-    """The base's weights for as many tokens: virtual ones, which it does not have, are the first."""
-    more = tokens - len(base)
-    return [[0.0] * tokens] * more + [[0.0] * more + list(row) for row in base]
-
-
-def bars(tokens: Sequence[str], own: Weights, base: Weights | None, token: int) -> list[Content]:
-    """`dem looks at`, and a bar for each of the largest weights, with the base's beside it."""
-    token = token if token >= 0 else len(tokens) - 1
-    before = aligned(base, len(tokens))[token] if base is not None else None
-    ranked = sorted(enumerate(own[token][: token + 1]), key=lambda pair: -pair[1])
+def looks(tokens: Sequence[str], weights: Sequence[float], token: int) -> list[Content]:
+    """`dem looks at`, and a bar for each token up to it."""
     lines = [Content.assemble((tokens[token], "bold"), " looks at")]
-    for other, weight in ranked[:HEAVIEST]:
-        name = pad_or_truncate(tokens[other], MAX_NAME)
-        line = Content(f"  {name} {weight:.2f} {bar(weight, BAR)}")
-        if before is not None:
-            change = weight - before[other]
-            line += Content.styled(f" {change:+.2f}", "bold" if abs(change) >= 0.1 else "dim")
-        lines.append(line)
-    if others := [weight for _, weight in ranked[HEAVIEST:]]:
+    for name, weight in zip(tokens[: token + 1], weights, strict=False):
         lines.append(
-            Content.styled(f"  {len(others)} others {sum(others):.2f}", "$foreground-muted")
+            Content(f"  {pad_or_truncate(name, MAX_NAME)} {weight:.2f} {bar(weight, BAR)}")
         )
-    return lines
-
-
-def matrix(tokens: Sequence[str], weights: Weights, token: int) -> list[Content]:
-    """A row per token, two cells per token that it looks at."""
-    token = token if token >= 0 else len(tokens) - 1
-    lines = []
-    for number, row in enumerate(weights):
-        mark = "▸" if number == token else " "
-        cells = "".join(2 * shade(weight) for weight in row[: number + 1])
-        text = f"{mark} {pad_or_truncate(tokens[number], MAX_NAME)} {cells}"
-        lines.append(Content.styled(text, "bold" if number == token else ""))
     return lines

@@ -1,8 +1,7 @@
 """Finds and checks all models in a thread: names first, verdicts as they come."""
 
 import threading
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
 from time import monotonic
 
@@ -10,20 +9,23 @@ from pipeline.views.model_library import Entry, Library
 
 # seconds for which verdicts are collected: those of small models come faster than a list is drawn
 BATCH = 0.25
-Found = Callable[[list[Entry] | None, Sequence[Entry]], object]
 
 
 class Scan:
     """One at a time: a scan that still runs when another starts reports nothing more.
 
-    `found(all, checked)` is called in the thread: once with all models, then with those that were
-    checked since. `seen`: the paths that are checked first.
+    `found` is called in the thread with all models, again and again as they are checked; `seen`
+    names those that are checked first.
     """
 
-    def __init__(self, library: Library, found: Found) -> None:
-        self._library, self._found = library, found
+    def __init__(
+        self,
+        library: Library,
+        found: Callable[[list[Entry]], object],
+        seen: Callable[[], Collection[Path]],
+    ) -> None:
+        self._library, self._found, self._seen = library, found, seen
         self._stop = threading.Event()
-        self.seen: Sequence[Path] = ()
 
     def start(self) -> None:
         """Begin anew."""
@@ -36,19 +38,18 @@ class Scan:
         self._stop.set()
 
     def _run(self, stop: threading.Event) -> None:
-        entries: list[Entry] = []
+        entries: dict[Path, Entry] = {}
         for entry in self._library.scan():
             if stop.is_set():
                 return
-            entries.append(entry)
-        self._found(entries, ())
-        checked, since = deque[Entry](), monotonic()
-        for entry in self._library.check_all(entries, lambda: self.seen):
+            entries[entry.model.path] = entry
+        self._found([*entries.values()])
+        since = monotonic()
+        for entry in self._library.check_all([*entries.values()], self._seen):
             if stop.is_set():
                 return
-            checked.append(entry)
+            entries[entry.model.path] = entry
             if monotonic() - since > BATCH:
-                self._found(None, list(checked))
-                checked.clear()
+                self._found([*entries.values()])
                 since = monotonic()
-        self._found(None, list(checked))
+        self._found([*entries.values()])

@@ -22,7 +22,7 @@ async def asked(
     size: tuple[int, int] = (100, 30), **options: Any
 ) -> AsyncIterator[tuple[Pilot[None], SamplingDialog, list[Any]]]:
     app, answers = App[None](), list[Any]()
-    dialog = SamplingDialog(Sampling(), **options)
+    dialog = SamplingDialog(Settings(Sampling(), **options))
     async with app.run_test(size=size) as pilot:
         await app.push_screen(dialog, answers.append)
         await pilot.pause()
@@ -39,7 +39,7 @@ async def test_what_is_typed_into_each_field_is_returned() -> None:
             await input_is_on(pilot, dialog.form, line)
             await pilot.press(*text, "tab")
         await pilot.press("7", "enter")
-        assert answers == [Settings(Sampling(0.7, 5, 0.9, 3, 40, 7))]
+        assert answers[0].sampling == Sampling(0.7, 5, 0.9, 3, 40, 7)
 
 
 async def test_the_rules_are_beside_the_fields_and_a_wrong_value_is_not_used() -> None:
@@ -62,9 +62,9 @@ async def test_garbage_is_not_used(text: str) -> None:
 
 
 async def test_the_system_prompt_and_the_template_are_asked_for_where_there_are_any() -> None:
-    async with asked(system="Be brief.", chat=True, candidates=False) as (pilot, dialog, answers):
-        assert isinstance(dialog.focused, TextArea) and "k" not in dialog.form.fields
-        await pilot.press("end", *" Yes.", "tab", *["down"] * 5)
+    async with asked(system="Be brief.", chat=True) as (pilot, dialog, answers):
+        assert isinstance(dialog.focused, TextArea)
+        await pilot.press("end", *" Yes.", "tab", *["down"] * 6)
         assert dialog.form.key == "chat"
         await pilot.press("right", "ctrl+s")
         assert answers == [Settings(Sampling(), "Be brief. Yes.", False)]

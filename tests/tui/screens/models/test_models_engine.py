@@ -74,17 +74,17 @@ async def test_a_model_of_subwords_answers_beside_one_of_words(project: Path) ->
         s.screen.session.template = True
         (answer,) = await answers(s, "hi")
         assert answer.text == continued(loaded, render(folder, "hi"))
-        (entry,) = s.screen.chosen_entries()
+        (entry,) = s.screen.table.chosen_entries()
         text, tokens = "", 0
         while tokens < 512:
             text += " euro."
             tokens = len(loaded.tokenizer.encode(text))
         s.screen.session.template = False
-        weights = (await s.screen._attention(entry, text, 1.0, layer=1, head=3))["weights"]
+        weights = (await s.screen._attention(entry, text, layer=1, head=3))["weights"]
         assert len(weights) == tokens == 512
         assert sum(weights[-1]) == pytest.approx(1, abs=1e-4)
         with pytest.raises(UserError, match="attention is shown for up to 512"):
-            await s.screen._attention(entry, text + " euro.", 1.0, layer=1, head=3)
+            await s.screen._attention(entry, text + " euro.", layer=1, head=3)
 
 
 @pytest.mark.slow
@@ -128,13 +128,13 @@ async def test_a_killed_engine_is_reported_and_the_next_prompt_starts_a_new_one(
         await s.ask(PROMPT)
         await until(s.pilot, lambda: engine._process is not None and engine._process._pending)
         os.kill(pid, signal.SIGKILL)
-        await until(s.pilot, lambda: s.screen.engine_state == "died")
+        await until(s.pilot, lambda: s.screen.engine_line.state == "died")
         await until(s.pilot, lambda: "it was killed" in s.messages())
         for _ in range(4):
             tick()
         await s.pilot.pause()
         assert not engine.running, "a check of its status must not start a new one"
-        assert len(s.screen.entries) == COUNT
+        assert len(s.screen.table.entries) == COUNT
         again = await answers(s, PROMPT)
         assert [answer.text for answer in again] == [answer.text for answer in first]
         assert engine.pid != pid

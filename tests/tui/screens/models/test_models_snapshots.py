@@ -102,10 +102,13 @@ async def wait_until_checked(pilot: Pilot[None], count: int) -> ModelsScreen:
     screen = await screen_opens(pilot, ModelsScreen)
     await until(
         pilot,
-        lambda: len(screen.entries) == count and all(entry.verdict for entry in screen.entries),
+        lambda: (
+            len(screen.table.entries) == count
+            and all(entry.verdict for entry in screen.table.entries)
+        ),
     )
     await until(pilot, lambda: "looking" not in str(screen.table.nothing))
-    await until(pilot, lambda: not count or screen.engine_facts)
+    await until(pilot, lambda: not count or screen.engine_line.facts)
     watch = screen.workbench.project_watch
     await until(pilot, lambda: watch.project and len(watch.states) == len(watch.project.stages))
     screen.workbench.refresh_header()
@@ -138,7 +141,11 @@ def test_models_with_one_refused(snap_compare: Snap, fixed: Path, size: tuple[in
         screen = await wait_until_checked(pilot, 5)
         await pilot.press("space", "end")
         await until(
-            pilot, lambda: screen.details is not None and screen.details.entry.label == "edited"
+            pilot,
+            lambda: (
+                screen.details_pane.details is not None
+                and screen.details_pane.details.entry.label == "edited"
+            ),
         )
         await wait_until_drawn(pilot, screen)
 
@@ -153,7 +160,7 @@ def test_answers_side_by_side(snap_compare: Snap, fixed: Path, size: tuple[int, 
         screen.field.fill("die katze sitzt auf dem")
         await pilot.press("enter")
         await until(pilot, lambda: has_answered(screen))
-        await until(pilot, lambda: "1 model" in screen.engine_facts)
+        await until(pilot, lambda: "1 model" in screen.engine_line.facts)
         await wait_until_drawn(pilot, screen)
 
     assert snap_compare(workbench(fixed), terminal_size=size, run_before=before)
@@ -163,7 +170,7 @@ def test_answers_side_by_side(snap_compare: Snap, fixed: Path, size: tuple[int, 
 def test_attention_of_all_heads(snap_compare: Snap, fixed: Path, size: tuple[int, int]) -> None:
     async def before(pilot: Pilot[None]) -> None:
         screen = await wait_until_checked(pilot, 5)
-        lora = next(entry for entry in screen.entries if entry.label == "lora")
+        lora = next(entry for entry in screen.table.entries if entry.label == "lora")
         screen.table.point(lora.model.path)
         await until(pilot, lambda: screen.session.entries == [lora])
         screen.send("die katze")

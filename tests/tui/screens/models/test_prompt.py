@@ -102,12 +102,12 @@ async def test_an_engine_that_dies_is_reported_and_the_next_prompt_loads_again(b
         await s.press("p")
         await s.ask("die katze")
         await s.answered()
-        assert (DEATH in s.messages(), s.screen.engine_state) == (True, "died")
+        assert (DEATH in s.messages(), s.screen.engine_line.state) == (True, "died")
         assert [answer.error for answer in s.answers] == ["the engine ended"] * len(USUAL)
         await s.ask("die katze")
         await s.answered()
         assert len(s.engine.done("load")) == 2 * len(USUAL)
-        assert s.screen.engine_state == "ready"
+        assert s.screen.engine_line.state == "ready"
         assert len(s.screen.talk.turns) == 2
 
 
@@ -127,32 +127,21 @@ async def test_models_stay_loaded_while_their_files_stay(project: Path) -> None:
         assert "was changed after the artifact was made" in errors["full"]
 
 
-async def test_a_word_that_no_model_knows_is_reported_once(brief: Path) -> None:
+async def test_a_word_that_no_model_knows_is_reported_of_each(brief: Path) -> None:
     async with open_models(brief) as s:
         await s.press("p")
         await s.ask("wortlos")
         await s.answered()
-        assert s.completions(shown=True).count("it does not know: wortlos") == 1
-        assert "base, expanded, scratch" in s.completions(shown=True)
+        assert s.completions().count("it does not know: wortlos") == len(USUAL)
         assert not s.top_k(), "no table of models without an answer"
         assert s.engine.done("generate") == []
-
-
-@pytest.mark.slow
-async def test_unknown_words_are_named_while_they_are_typed(brief: Path) -> None:
-    async with open_models(brief) as s:
-        await s.press("space", "down", "space", "enter", *"die herd isst")
-        title = s.screen.message_pane
-        await until(s.pilot, lambda: "not in the vocabulary: herd isst" in str(title.border_title))
-        s.screen.field.fill("die katze")
-        await until(s.pilot, lambda: "vocabulary" not in str(title.border_title))
 
 
 async def test_the_engine_starts_before_the_first_prompt_and_says_so(brief: Path) -> None:
     async with open_models(brief, starts_held=True) as s:
         await until(s.pilot, lambda: "engine starting · importing libraries" in s.engine_line())
         s.engine.starts.set()
-        await until(s.pilot, lambda: s.screen.engine_state == "ready")
+        await until(s.pilot, lambda: s.screen.engine_line.state == "ready")
         assert "starting" not in s.engine_line()
         assert s.engine.running, "before the first prompt"
 
@@ -258,7 +247,7 @@ async def test_a_slow_load_is_shown_and_keys_come_through_meanwhile(brief: Path)
         # the first waits for the second
         await until(s.pilot, lambda: s.completions().count("loading") == 1)
         s.engine.loads.release()
-        await until(s.pilot, lambda: s.screen.engine_state == "ready")
+        await until(s.pilot, lambda: s.screen.engine_line.state == "ready")
         assert s.completions().count("tisch und stuhl") == 2 and "loading" not in s.completions()
         await s.ask("noch einmal")
         await s.answered()
@@ -292,7 +281,7 @@ async def test_a_slow_load_is_interrupted(brief: Path) -> None:
 
 
 @pytest.mark.slow
-async def test_attention_shows_all_heads_then_one_and_what_the_adapter_changed(brief: Path) -> None:
+async def test_attention_shows_all_heads_then_one(brief: Path) -> None:
     async with open_models(brief) as s:
         await s.press("a")
         assert "Enter one first" in s.messages()
@@ -307,8 +296,8 @@ async def test_attention_shows_all_heads_then_one_and_what_the_adapter_changed(b
         await s.press("down", "down", "down", "down", "down")
         await until(s.pilot, lambda: "sitzt11 looks at" in dialog.head.plain)
         assert "0.50" in dialog.head.plain and "0.30" in dialog.head.plain
-        asked = {(f["layer"], f["head"], f["strength"]) for f in s.engine.done("attention")}
-        assert {(1, 1, 1.0), (1, 1, 0.0)} <= asked
+        asked = s.engine.done("attention")[-1]
+        assert (asked["layer"], asked["head"], asked["strength"]) == (1, 1, 1.0)
         await s.press("left")
         assert "katze looks at" in dialog.head.plain and "0.75" in dialog.head.plain
         await s.press("escape")
@@ -322,13 +311,13 @@ async def test_attention_of_a_model_without_adapter_has_no_difference(brief: Pat
         await s.press("escape", "escape", "a")
         dialog = await screen_opens(s.pilot, AttentionDialog)
         await until(s.pilot, lambda: "looks at" in dialog.head.plain)
-        assert "+0.00" not in dialog.head.plain and "moved" not in dialog.heads.head().plain
+        assert "moved" not in dialog.heads.head().plain
 
 
 async def test_copy_takes_the_last_answer(brief: Path) -> None:
     async with open_models(brief) as s:
         await s.press("y")
-        assert "no answer to copy" in s.messages()
+        assert "nothing to copy" in s.messages()
         await s.ask("die katze")
         await s.answered()
         await s.press("escape", "escape", "y")
@@ -382,7 +371,7 @@ async def test_forty_adapters_are_listed_and_at_most_nine_stay_loaded(project: P
         assert "At most 9 models" in s.messages()
         await s.ask("die katze")
         await s.answered()
-        s.screen._choose([])
+        s.screen.choose([])
         assert s.table.point(project / "artifacts/many/a20")
         await s.ask("die katze")
         await s.answered()
@@ -399,7 +388,7 @@ async def test_the_status_bar_has_device_and_absolute_memory(brief: Path) -> Non
             s.pilot, lambda: "cpu · 1.00 GiB of 8.00 GiB · 1 model · a machine" in s.engine_line()
         )
         s.engine.life = 0
-        await until(s.pilot, lambda: s.screen.engine_state == "died")
+        await until(s.pilot, lambda: s.screen.engine_line.state == "died")
 
 
 @pytest.mark.slow
@@ -423,7 +412,7 @@ async def test_leaving_asks_if_a_conversation_would_be_lost(brief: Path) -> None
         for prompt in ("eins", "zwei"):
             await s.ask(prompt)
             await s.answered()
-        assert s.screen.unsaved() == "a conversation of 2 turns"
+        assert s.screen.unsaved() == "an unsaved conversation"
 
 
 @pytest.mark.slow
