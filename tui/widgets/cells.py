@@ -65,10 +65,10 @@ def share_cell(share: float | None, width: int) -> Content:
     return bar_cell(share, width, share_style(1 - share), f"{share:>4.0%}")
 
 
-def interval_strip(low: float, value: float, high: float) -> str:
+def interval_strip(low: float, value: float, high: float, width: int = INTERVAL) -> str:
     """A 95% interval from 0 to 1 in cells: `  ──●────  `."""
-    first, at, last = (round(min(max(n, 0.0), 1.0) * (INTERVAL - 1)) for n in (low, value, high))
-    cells = ["─" if first <= n <= last else "·" for n in range(INTERVAL)]
+    first, at, last = (round(min(max(n, 0.0), 1.0) * (width - 1)) for n in (low, value, high))
+    cells = ["─" if first <= n <= last else "·" for n in range(width)]
     cells[at] = "●"
     return "".join(cells)
 
