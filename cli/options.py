@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from typer import Argument, BadParameter, Option, Typer
 from typer.core import TyperGroup
 
+from pipeline.errors import UserError
 from pipeline.files.text import printable
 from pipeline.project import process
 
@@ -142,14 +143,12 @@ def size_of(text: str) -> int:
 
 def columns_of(text: str | None) -> dict[str, str]:
     """The columns of `--columns`: key of a format → name in the file."""
-    pairs = [part.partition("=") for part in text.split(",")] if text else []
-    columns = {key.strip(): column.strip() for key, _, column in pairs}
-    if not all(columns) or not all(columns.values()) or len(columns) < len(pairs):
-        raise BadParameter(
-            f"{text!r} must be KEY=COLUMN,…, each key once, such as "
-            "prompt=question,completion=answer."
-        )
-    return columns
+    from pipeline.data.columns import parse_columns
+
+    try:
+        return parse_columns(text or "")
+    except UserError as error:
+        raise BadParameter(str(error)) from None
 
 
 class Lazy(Mapping[str, Any]):

@@ -15,7 +15,6 @@ from textual.screen import ModalScreen
 from textual.widget import Widget
 from textual.widgets import Input, Static
 
-from tui.panes.markdown import markdown
 from tui.panes.text import Draw, Text
 
 Severity = Literal["information", "warning", "error"]
@@ -62,6 +61,8 @@ class Reader(ModalScreen[str | None]):
         yield _frame(self.page, self._title, "Esc close")
 
     def on_mount(self) -> None:
+        from tui.panes.markdown import markdown  # 25 ms, which the first paint should not wait for
+
         page = self._page
         draw = markdown(page, self.app.theme_variables) if isinstance(page, str) else page
         self.page.show(draw, slowly=True)
@@ -109,7 +110,7 @@ class PathScreen(ModalScreen[str | None]):
     def compose(self) -> ComposeResult:
         with _frame(Vertical(classes="dialog"), "", "Enter confirm  Esc cancel"):
             yield Static(f"{self._question}\n", markup=False)
-            yield Input(self._value, placeholder="a path", select_on_focus=False)
+            yield Input(self._value, select_on_focus=False)
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
         self.dismiss(event.value.strip() or None)

@@ -164,3 +164,17 @@ def some(keys: Any) -> str:
     if len(names) > MAX_SHOWN:
         names[MAX_SHOWN:] = [f"and {len(names) - MAX_SHOWN} more"]
     return ", ".join(names)
+
+
+def parse_columns(text: str) -> dict[str, str]:
+    """`prompt=question, completion=answer` as key of a format → name in the file; empty for an empty
+    text. Raises UserError.
+    """
+    pairs = [part.partition("=") for part in text.split(",")] if text.strip() else []
+    columns = {key.strip(): column.strip() for key, _, column in pairs}
+    if not all(columns) or not all(columns.values()) or len(columns) < len(pairs):
+        raise UserError(
+            f"{text!r} must be KEY=COLUMN,…, each key once, such as "
+            "prompt=question,completion=answer."
+        )
+    return columns

@@ -7,6 +7,7 @@ from textual.binding import Binding, BindingType
 from tui.panes.pane import About
 
 OPEN = Binding("o", "screen.open_file", "Open a file", id="data.open")
+COLUMNS = Binding("c", "screen.columns", "Columns", id="data.columns")
 EDIT = Binding("e", "screen.edit", "Edit", id="data.edit")
 COPY = Binding("y", "screen.copy", "Copy", id="data.copy")
 EXPORT = Binding("x", "screen.export", "Export", id="data.export")
@@ -18,9 +19,10 @@ FILES = About(
     """\
 The data files of the project with what reads them, then other files in `data/`. Enter opens one;
 `o` asks for any other: .txt, .jsonl, .json, .csv, .tsv (also .gz, .zst), .parquet, .arrow, a
-folder of `save_to_disk`, a hub id.
+folder of `save_to_disk`, a hub id. `c` says which columns of a file hold the prompt and the answer;
+of a file that is trained on, params.yaml says it.
 """,
-    [OPEN],
+    [OPEN, COLUMNS],
 )
 ROWS = About(
     "Rows",
@@ -75,4 +77,4 @@ the first 50 are listed, all are counted.
 PANES = {"files": FILES, "rows": ROWS, "row": ROW, "lengths": LENGTHS, "problems": PROBLEMS}
 # from anywhere on the screen
 BINDINGS: list[BindingType] = [OPEN, EXPORT]
-BINDINGS += [replace(each, show=False) for each in (EDIT, CHECK, NEXT, PREVIOUS, COPY)]
+BINDINGS += [replace(each, show=False) for each in (COLUMNS, EDIT, CHECK, NEXT, PREVIOUS, COPY)]

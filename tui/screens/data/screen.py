@@ -3,7 +3,8 @@ and edits.
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from textual import on, work
@@ -11,6 +12,7 @@ from textual.containers import Horizontal, Vertical
 from textual.content import Content
 from textual.widget import Widget
 
+from pipeline.data.columns import parse_columns
 from pipeline.files.home import expand
 from pipeline.project.stage_graph import Project
 from pipeline.views.data_files import (
@@ -57,6 +59,7 @@ Both can be put into `params.yaml` from here, so that the next run (`R`) trains 
         super().__init__()
         self.reader = Reader(self.workbench.root)
         self.known: dict[str, DataFile] = {}  # by name
+        self._columns: dict[str, Mapping[str, str]] = {}  # by name, of files that nothing reads
         # They are attributes, as messages can arrive while the screen closes.
         column = Column[DataFile]("file", self._file_line, fills=True)
         self.files = Table[DataFile](key=lambda file: file.name, columns=[column], titles=False)
@@ -89,7 +92,7 @@ Both can be put into `params.yaml` from here, so that the next run (`R`) trains 
         project, shown = self._project, self.reader.file
         own = project_files(project) if project else {}
         others = other_files(self.workbench.root, own)
-        self.known = own | {name: other_file(project, name) for name in others}
+        self.known = own | {name: self._other_file(name) for name in others}
         if shown.name:
             if self._file(shown.name) != shown:
                 self._open(self._file(shown.name), self.rows.position)
@@ -101,7 +104,11 @@ Both can be put into `params.yaml` from here, so that the next run (`R`) trains 
 
     def _file(self, name: str) -> DataFile:
         """The file of this name, which is listed from now on."""
-        return self.known.setdefault(name, other_file(self._project, name))
+        return self.known.setdefault(name, self._other_file(name))
+
+    def _other_file(self, name: str) -> DataFile:
+        file = other_file(self._project, name)
+        return replace(file, columns=self._columns.get(name, file.columns))
 
     def _file_line(self, file: DataFile) -> Content:
         is_shown, name = file == self.reader.file, flat(file.name.removeprefix("data/"))
@@ -132,6 +139,22 @@ Both can be put into `params.yaml` from here, so that the next run (`R`) trains 
         question = "Data file, folder of save_to_disk, or hub id:"
         if name := await self.app.push_screen_wait(PathScreen(question)):
             self.open_with(file=str(expand(name)))
+
+    @work(group="ask")
+    async def action_columns(self) -> None:
+        """Ask which columns of a file that nothing reads are which."""
+        file = self.reader.file
+        if not file.name or file.uses:
+            self.warn("Choose a file that no stage reads; of the others params.yaml says it.")
+            return
+        question = f"Columns of {flat(file.name)}, such as prompt=question, completion=answer:"
+        before = ", ".join(f"{key}={column}" for key, column in file.columns.items())
+        text = await self.app.push_screen_wait(PathScreen(question, before))
+        with self.workbench.errors_shown():
+            if text is not None:
+                self._columns[file.name] = parse_columns(text)
+                self.known.pop(file.name, None)
+                self._open(self._file(file.name))
 
     def open_with(self, **request: Any) -> None:
         """`file` and `row` to show; or `add`, a row to train on: {"messages": …} or {"prompt",

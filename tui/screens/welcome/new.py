@@ -34,6 +34,12 @@ FIELDS = (
         "with commas",
         placeholder="MiniGPT's own sentences",
     ),
+    Field(
+        "columns",
+        rule="where the file names them otherwise: prompt=question, completion=answer; or "
+        "messages=dialog",
+        placeholder="as the format has them",
+    ),
     Field("methods", default="lora", rule=f"of {', '.join(METHODS)}", choices=tuple(METHODS)),
 )
 
@@ -113,6 +119,8 @@ class NewProject(ModalScreen[Made | None]):
         arguments = [folder, *(["--base", base] if base else [])]
         for name in data:
             arguments += ["--data", _path(name)]
+        if texts["columns"].strip():
+            arguments += ["--columns", texts["columns"].strip()]
         if methods:
             arguments += ["--methods", ",".join(methods)]
         self.app.push_screen(Creation(arguments, self._root), self._made)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,6 +17,7 @@ from textual.widgets.option_list import Option
 
 from tui.dialogs import Reader
 from tui.panes.key_bar import KeyBar
+from tui.panes.lines import wrapped
 from tui.registry import SCREENS
 from tui.screens.base import WorkbenchScreen
 from tui.screens.welcome.new import Creation, Made, NewProject
@@ -110,8 +112,8 @@ class WelcomeScreen(WorkbenchScreen):
     async def _open(self, params: Path, greeting: str, report: str = "") -> None:
         await self.workbench.open_project(params, greeting)
         if report:
-            lines = [Content(line) for line in report.splitlines()]
-            self.workbench.push_screen(Reader(lambda _: lines, "What was chosen, and why"))
+            reader = Reader(partial(_fitted, report), "What was chosen, and why")
+            self.workbench.push_screen(reader)
 
     @work(group="demo", exclusive=True)
     async def _open_demo(self) -> None:
@@ -121,6 +123,10 @@ class WelcomeScreen(WorkbenchScreen):
         with self.workbench.errors_shown():
             params = await asyncio.to_thread(open_demo)
             self._open(params, greet(params.parent))
+
+
+def _fitted(report: str, width: int) -> Iterable[Content]:
+    return [part for line in report.splitlines() for part in wrapped(Content(line), width)]
 
 
 def _option(choice: str) -> Option:

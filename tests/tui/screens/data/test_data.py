@@ -458,6 +458,25 @@ async def test_any_file_is_opened_by_its_path_and_one_that_is_not_there_says_so(
         await at_row(pilot, screen, 5)
 
 
+async def test_of_a_file_with_columns_of_its_own_one_says_which_are_which(
+    chat_project: Path,
+) -> None:
+    (chat_project / "tickets.csv").write_text("customer,reply\nHelp!,At once.\n", encoding="utf-8")
+    async with open_data(chat_project) as (pilot, screen):
+        screen.open_with(file="tickets.csv")
+        await until(pilot, lambda: "the keys must be" in row_text(screen))
+        await pilot.press("c")
+        await screen_opens(pilot, PathScreen)
+        await pilot.press(*"prompt=customer, completion=reply", "enter")
+        await until(pilot, lambda: "Help!" in row_text(screen) and "⟦At once." in row_text(screen))
+        screen.project_changed()
+        await pilot.pause()
+        assert "⟦At once." in row_text(screen), "it stays when the project is looked at again"
+        screen.open_with(file="data/chat.jsonl")
+        await pilot.press("c")
+        assert "params.yaml says it" in screen.workbench.message_history[-1].text
+
+
 @pytest.mark.slow
 async def test_the_reading_process_can_die_and_the_next_file_starts_it_again(
     chat_project: Path,

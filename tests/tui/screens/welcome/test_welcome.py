@@ -98,7 +98,8 @@ async def test_a_new_project_is_asked_for_and_made(nothing: Path, asked: list[li
         assert isinstance(dialog, NewProject)
         assert "org/base needs data to train on" in str(dialog.wrong.content)
         assert asked == []
-        await pilot.press("down", *"a.csv, b.csv", "down", *"lora,full", "enter")
+        await pilot.press("down", *"a.csv, b.csv", "down", *"prompt=q, completion=a")
+        await pilot.press("down", *"lora,full", "enter")
         await until(
             pilot, lambda: mode(app) == "pipeline" and type(app.screen).__name__ == "Reader"
         )
@@ -111,6 +112,8 @@ async def test_a_new_project_is_asked_for_and_made(nothing: Path, asked: list[li
                 "a.csv",
                 "--data",
                 "b.csv",
+                "--columns",
+                "prompt=q, completion=a",
                 "--methods",
                 "lora,full",
             ]
