@@ -26,6 +26,7 @@ from textual.dom import DOMNode
 from textual.events import Event, Key, Paste
 from textual.filter import LineFilter
 from textual.keys import format_key
+from textual.reactive import reactive
 from textual.screen import ModalScreen
 from textual.worker import WorkerFailed
 
@@ -128,6 +129,8 @@ class Workbench(App[None]):
         Binding("q", "quit", "Quit", id="app.quit"),
         Binding("ctrl+c", "interrupted", "Quit (twice)", show=False, system=True),
     ]
+
+    is_busy: reactive[bool] = reactive(False, bindings=True)  # whether something runs
 
     def __init__(
         self, params: Path = Path(PARAMS), config: Config | None = None, greeting: str = ""
@@ -263,7 +266,8 @@ class Workbench(App[None]):
 
     def _project_changed(self) -> None:
         self._tell("notice")
-        self.refresh_bindings()  # `stop` is offered while something runs
+        watch = self.project_watch
+        self.is_busy = watch.pipeline is not None or watch.running is not None
 
     def _tick(self) -> None:
         """The one clock: screens set no interval."""
@@ -327,8 +331,7 @@ class Workbench(App[None]):
         """Which of `R` and `X` is not offered now. It is answered all the same: the watch learns
         later what ended.
         """
-        busy = self.project_watch.pipeline is not None or self.project_watch.running is not None
-        return "app.run" if busy else "app.stop"
+        return "app.run" if self.is_busy else "app.stop"
 
     def action_run(self) -> None:
         """Run `dvc repro`, in a process group of its own (services/pipeline_process.py)."""

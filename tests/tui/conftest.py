@@ -66,7 +66,6 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Changed files are shown at once, even on a busy machine."""
     monkeypatch.setattr("tui.app.TICK", 0.1)
     monkeypatch.setattr("tui.services.project_watch.BUSY", 0.1)
-    monkeypatch.setattr("tui.services.project_watch.PAUSE", 0.05)
     monkeypatch.setattr("tui.services.watch.STEP", 20)
     monkeypatch.setattr("tui.services.watch.STARTED", 50)
     monkeypatch.setattr("tui.services.watch.PAUSE", 0.05)

@@ -8,6 +8,7 @@ from textual.binding import Binding, BindingType
 from textual.content import Content
 from textual.reactive import reactive
 from textual.scrollbar import ScrollTo
+from textual.widgets import Static
 
 from tui.panes.lines import FromPane, Lines, wrapped
 
@@ -180,6 +181,12 @@ class Text(Lines):
         """The scroll bar was dragged."""
         if event.y is not None and event.y < self.max_scroll_y:
             self.follows = False
+
+
+def say(static: Static, text: str) -> None:
+    """Show a text in a Static; only another one than it has, as it lays out the screen."""
+    if str(static.content) != text:
+        static.update(text)
 
 
 def _split(text: Content | str) -> list[Content]:

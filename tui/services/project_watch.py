@@ -18,7 +18,6 @@ from tui.services.pipeline_process import Runner, Running
 from tui.services.watch import FileWatch
 
 BUSY = 1.0  # seconds between two looks while something runs: a killed process changes no file
-PAUSE = 0.9  # seconds between two looks at files that change: with 300 adapters one takes 10 ms
 
 
 class Look(NamedTuple):
@@ -138,7 +137,7 @@ class ProjectWatch:
         self._on_change()
 
     def _follow(self, paths: set[Path]) -> None:
-        self._files.follow("project", paths, self.look_now, PAUSE)
+        self._files.follow("project", paths, self.look_now)
 
     def _paths(self, project: Project) -> set[Path]:
         """The files and folders that the states depend on."""

@@ -44,8 +44,8 @@ class Watch(FileWatch):
         if changes is None:
             self._begun.append(stop)
 
-    def count(self, name: str, *paths: Path, pause: float = 0.0) -> None:
-        self.follow(name, paths, lambda: self.calls.update([name]), pause)
+    def count(self, name: str, *paths: Path) -> None:
+        self.follow(name, paths, lambda: self.calls.update([name]))
 
     async def comes(self, holds: Callable[[], object]) -> None:
         async with asyncio.timeout(30):
@@ -163,12 +163,13 @@ async def test_a_name_that_follows_other_paths_follows_the_former_no_more(tmp_pa
 
 
 async def test_a_burst_of_changes_is_a_few_calls_the_last_after_the_last_change(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log, pause, seen = tmp_path / "loss.csv", 0.3, [0]
+    monkeypatch.setattr("tui.services.watch.PAUSE", pause)
     log.touch()
     files = Watch()
-    files.follow("log", [log], lambda: seen.append(log.stat().st_size), pause)
+    files.follow("log", [log], lambda: seen.append(log.stat().st_size))
     async with running(files):
         await files.settled()
         calls, start = len(seen), time.monotonic()

@@ -38,7 +38,8 @@ class EngineLine(Static):
         sign, style, hint = STATES[state]
         name = f"{sign} engine {state} {model}".rstrip()
         facts = [f" · {fact}" for fact in (hint, self.facts) if fact]
-        self.update(Content.assemble((name, style), ("".join(facts), MUTED)))
+        text = Content.assemble((name, style), ("".join(facts), MUTED))
+        self.update(text, layout=False)
 
     def start(self) -> None:
         """Start the process before the first question: importing libraries takes seconds."""

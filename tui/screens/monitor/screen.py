@@ -20,6 +20,7 @@ from tui.panes.pane import About, Pane
 from tui.panes.plot.plot import Plot
 from tui.panes.plot.series import Axis, Bars, Rule
 from tui.panes.table import Column, Table
+from tui.panes.text import say
 from tui.screens.base import WorkbenchScreen
 from tui.screens.monitor.series import Series, bars, machine_series
 from tui.services.machine.readings import Machine, ProcessReading
@@ -136,7 +137,7 @@ them. `t` shows a longer time, up to an hour.
         elif machine.last is None:
             late = "No reading for some seconds: the machine is very busy, or a driver hangs."
         problems = [*filter(None, (machine.problem, machine.gpu_problem, late))]
-        self.problem.update("\n".join(problems))
+        say(self.problem, "\n".join(problems))
         self.problem.set_class(not problems, "-empty")
         facts = f"{machine.cores:g} cores", machine.name, f"last {self.span}"
         self.query_one("#machine", Pane).show_title(*facts)
@@ -164,7 +165,7 @@ them. `t` shows a longer time, up to an hour.
             measured, predicted = self.prediction.measured, in_units(self.prediction.predicted)
             after = f"{in_units(measured)} measured" if measured else "not measured yet"
             note = f"{predicted} of tensors predicted at the peak of a step, {after}"
-        self.note.update(note)
+        say(self.note, note)
 
     @work(thread=True, exclusive=True, group="prediction")
     def _read_prediction(self, stage: str) -> None:

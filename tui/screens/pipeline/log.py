@@ -22,18 +22,18 @@ class LogPane(Pane):
     def __init__(self) -> None:
         self.text = Text(follow=True)
         super().__init__(LOG, self.text, id="log")
-        self._log = StageLog()
+        self.shown = StageLog()
         self._state: StageState | None = None
 
     def show(self, log: StageLog, state: StageState | None) -> None:
         """Show a log; what was read of another is left."""
-        again = log.stage == self._log.stage
-        self._log, self._state = log, state
+        again = log.stage == self.shown.stage
+        self.shown, self._state = log, state
         self.text.show(self._draw, again=again)
         self._show_facts()
 
     def lines(self, width: int) -> Sequence[str]:
-        return self._log.lines(self._state, width)
+        return self.shown.lines(self._state, width)
 
     def _draw(self, width: int) -> Iterator[Content]:
         return map(styled, self.lines(width) or [EMPTY])
@@ -47,7 +47,7 @@ class LogPane(Pane):
             facts.append(f"{at} of {len(matches)}")
         if text.follows:
             facts.append("following")
-        self.show_title(*facts, title=f"Log of {self._log.stage or 'all stages'}")
+        self.show_title(*facts, title=f"Log of {self.shown.stage or 'all stages'}")
 
     def action_follow(self) -> None:
         self.text.follows = not self.text.follows

@@ -5,6 +5,7 @@ Its own keys run one stage. `R` and `X`, which run and stop the pipeline, are th
 
 import asyncio
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,7 +25,7 @@ from tui.panes.fields import Field, format_value
 from tui.panes.form import Form
 from tui.panes.pane import Pane
 from tui.panes.table import Table
-from tui.panes.text import Text
+from tui.panes.text import Text, say
 from tui.screens.base import HUGE, WIDE, WorkbenchScreen
 from tui.screens.pipeline import stages
 from tui.screens.pipeline.about import PANES
@@ -78,6 +79,7 @@ and all below, run again."""
         self.logs = StageLogs(runner.runs / OLD_LOG, runner.log)
         self.is_whole = False  # whether the log is that of all stages
         self._filled = ""  # the stage that the panes show
+        self._shown: tuple[Project | None, StageState | None] = None, None  # they are filled from
         # They are attributes, as messages can arrive while the screen closes.
         self.problem, self.rows, self.facts = Static(markup=False), StageTree(), Text()
         self.params, self.log_pane, self.metrics = Form(), LogPane(), Metrics()
@@ -144,7 +146,7 @@ and all below, run again."""
         watch, project = self.workbench.project_watch, self.project
         is_last = project is not None and project.root.is_dir()
         self.problem.display = bool(watch.problem)
-        self.problem.update(f"✗ {watch.problem}{' Showing the last valid state.' * is_last}")
+        say(self.problem, f"✗ {watch.problem}{' Showing the last valid state.' * is_last}")
         self.rows.show(stage_rows(self.stages, self.needs, watch.states))
         self.query_one("#stages", Pane).show_title(stages.counts(watch.states.values()))
         self.rows.follow(watch, move=not self.params.is_typing)
@@ -167,6 +169,12 @@ and all below, run again."""
         name, project = self.chosen, self.project
         if name not in self.stages:
             return
+        state = self.states.get(name)
+        shown = project, replace(state, run=None) if state else None
+        if name == self._filled and shown == self._shown:  # a run goes on: only that is new
+            self._show_facts()
+            return
+        self._shown = shown
         fields, values = list[Field](), dict[str, Any]()
         if project and name in project.readable:  # of an unlisted stage no file says the params
             fields, values = await asyncio.to_thread(params_of, project, self.stages[name])
@@ -179,15 +187,18 @@ and all below, run again."""
         await self._show_log()
 
     async def _show_log(self) -> None:
-        """Show the log of the stage that the cursor is on, and what is to say of it."""
+        """Show the log of the stage that the cursor is on, and what is to say of the stage."""
         name = self.chosen
         wanted, folder = ALL if self.is_whole else name, self._run_folder(name)
         log = await asyncio.to_thread(self.logs.read, wanted, folder, self.stages)
-        if name != self.chosen:
-            return
+        if name == self.chosen:
+            self.log_pane.show(log, self.states.get(name))
+            self._show_facts()
+
+    def _show_facts(self) -> None:
+        name = self.chosen
         state, pipeline = self.states.get(name), self.workbench.project_watch.pipeline
-        self.log_pane.show(log, state)
-        losses = [step.loss for step in log.steps]
+        losses = [step.loss for step in self.log_pane.shown.steps]
         rows = list(stages.facts(state, pipeline, losses)) if state else []
         self.facts.show(partial(stages.draw_facts, rows))
         self.query_one("#facts", Pane).show_title(stages.headline(state), title=name)
