@@ -137,7 +137,7 @@ def test_qwen3_is_calculated_and_changed_by_keys(tmp_path: Path) -> None:
         terminal.keys("7")
         terminal.see("qwen3-8b", "8.19 B", "7,667,712", "FITS")
         terminal.keys("C-t")
-        terminal.see("pinned")
+        terminal.see("① qwen3-8b")
 
 
 @pytest.mark.slow
