@@ -66,9 +66,11 @@ def rows(seed: int, points: int = POINTS) -> list[LogRow]:
     ]
 
 
-class _Chart(App[None]):
+class _Charts(App[None]):
+    """A plot for each redraw: one whose labels change is drawn twice."""
+
     def compose(self) -> ComposeResult:
-        yield Plot()
+        yield from (Plot(), Plot(), Plot())
 
     def get_theme_variable_defaults(self) -> dict[str, str]:
         return look_variables(Color.parse("#000000"))
@@ -78,10 +80,12 @@ async def _time_redraws() -> dict[str, float]:
     """Median seconds from the log to the rendered lines."""
     three, many = _logs(len(SHOWN), POINTS), _logs(ADAPTERS, STEPS)
     looks = [look for name in SHOWN if (look := STAGES[name].look)]
-    async with _Chart().run_test(size=(200, 60)) as pilot:
-        chart = pilot.app.query_one(Plot)
+    async with _Charts().run_test(size=(200, 3 * 60)) as pilot:
+        charts = list(pilot.app.query(Plot))
 
-        def draw(logs: Sequence[Log], looks: Sequence[Look], points: int, dim: int = 0) -> None:
+        def draw(
+            chart: Plot, logs: Sequence[Log], looks: Sequence[Look], points: int, dim: int = 0
+        ) -> None:
             def series(columns: int) -> list[Line]:
                 lines = []
                 for number, (log, look) in enumerate(zip(logs, looks, strict=True)):
@@ -99,9 +103,9 @@ async def _time_redraws() -> dict[str, float]:
         sweep = [STAGES["finetune_sweep"].look or other_look(0)] * ADAPTERS
         return in_turns(
             {
-                "three": lambda: draw(three, looks, POINTS),
-                "sweep": lambda: draw(many, sweep, STEPS, dim=ADAPTERS - 1),
-                "runs": lambda: draw(many, [*map(other_look, range(ADAPTERS))], STEPS),
+                "three": lambda: draw(charts[0], three, looks, POINTS),
+                "sweep": lambda: draw(charts[1], many, sweep, STEPS, dim=ADAPTERS - 1),
+                "runs": lambda: draw(charts[2], many, [*map(other_look, range(ADAPTERS))], STEPS),
             },
             ROUNDS,
         )

@@ -183,9 +183,9 @@ class Text(Lines):
             self.follows = False
 
 
-def say(static: Static, text: str) -> None:
+def say(static: Static, text: Content | str) -> None:
     """Show a text in a Static; only another one than it has, as it lays out the screen."""
-    if str(static.content) != text:
+    if str(static.content) != str(text):
         static.update(text)
 
 

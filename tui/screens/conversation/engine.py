@@ -1,5 +1,7 @@
 """The line of the process that runs the models: its state, and what it says of itself."""
 
+import time
+
 from textual import work
 from textual.content import Content
 from textual.widgets import Static
@@ -8,10 +10,12 @@ from pipeline.errors import UserError
 from pipeline.files.text import in_units
 from tui.app import Workbench
 from tui.panes.lines import MUTED
+from tui.panes.text import say
 from tui.services.engine_client import Inference
 
 NOT_STARTED, STARTING, READY = "not started", "starting", "ready"
 LOADING, BUSY, DIED = "loading", "busy", "died"
+REST = 5.0  # seconds between two questions while nothing happens
 STATES = {  # sign, style, hint
     NOT_STARTED: ("○", "", "the first prompt starts it"),
     STARTING: ("◌", "", "importing libraries"),
@@ -28,18 +32,19 @@ class EngineLine(Static):
     def __init__(self, workbench: Workbench, engine: Inference) -> None:
         super().__init__(id="engine", markup=False)
         self._workbench, self._engine = workbench, engine
-        self.facts = ""
+        self.facts, self.state = "", NOT_STARTED
+        self._asked = 0.0  # when, by the monotonic clock
 
     def on_mount(self) -> None:
         self.show(NOT_STARTED)
 
     def show(self, state: str, model: str = "") -> None:
-        self.state = state
+        if state != self.state:
+            self.state, self._asked = state, 0.0
         sign, style, hint = STATES[state]
         name = f"{sign} engine {state} {model}".rstrip()
         facts = [f" · {fact}" for fact in (hint, self.facts) if fact]
-        text = Content.assemble((name, style), ("".join(facts), MUTED))
-        self.update(text, layout=False)
+        say(self, Content.assemble((name, style), ("".join(facts), MUTED)))
 
     def start(self) -> None:
         """Start the process before the first question: importing libraries takes seconds."""
@@ -47,9 +52,10 @@ class EngineLine(Static):
             self._ask()
 
     def look(self) -> None:
-        """See whether it still runs, unless it is at work."""
+        """See whether it still runs, and what it says, unless it is at work."""
         if self._engine.running and self.state in (NOT_STARTED, READY, DIED):
-            self._ask()
+            if time.monotonic() - self._asked > REST:
+                self._ask()
         elif self.state == READY:
             self.show(DIED)
 
@@ -69,3 +75,4 @@ class EngineLine(Static):
         self.facts = " · ".join([facts["device"], memory, models, facts["name"]])
         if self.state not in (LOADING, BUSY):
             self.show(READY)
+            self._asked = time.monotonic()

@@ -30,6 +30,7 @@ class MessageField(TextArea):
             placeholder="a message; ↑ goes to the history",
             highlight_cursor_line=False,
         )
+        self.cursor_blink = False  # half a percent of a core, and a frame over SSH each half second
         self.earlier: Sequence[str] = ()  # prompts, the newest last
         self._back = 0  # position among them: 0 is the draft, 1 the newest
         self._draft = ""
