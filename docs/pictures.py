@@ -79,7 +79,7 @@ def keys(typed: str) -> list[str]:
 
 
 async def calculator(pilot: Pilot[None]) -> None:
-    await until(pilot, lambda screen: "FITS" in text(screen) and "one at a time" in text(screen))
+    await until(pilot, lambda screen: "FITS" in text(screen) and "at most" in text(screen))
 
 
 async def monitor(pilot: Pilot[None]) -> None:
