@@ -186,4 +186,5 @@ def texts_of(project: Project) -> Texts:
     """The question that describes what a project trains. Raises UserError if its base is invalid."""
     options = options_of_project(project).items()
     known = {key: _text(value) for key, value in options if key in FIELDS and value is not None}
+    known["model"] = known["model"].removeprefix(f"{project.root}/")
     return {**DEFAULTS, **known}

@@ -117,7 +117,8 @@ params file, after it has said what is written.
     def _show(self, result: Result) -> None:
         """Show what takes no search."""
         size, pins = short_count(result.model.total), [*self.pins]
-        self.query_one("#verdict", Pane).show_title(f"{result.model.name}, {size}")
+        name = result.model.name.removeprefix(f"{self.workbench.root}/")
+        self.query_one("#verdict", Pane).show_title(f"{name}, {size}")
         self.texts["verdict"].show(partial(verdict, result, pins), again=True)
         self.texts["memory"].show(partial(memory, result, pins), again=True)
 
@@ -144,7 +145,7 @@ params file, after it has said what is written.
         model = self._models.get(name)
         if isinstance(model, Architecture):
             return model
-        source = _source(name)
+        source = _source(name, self.workbench.root)
         if model is None and source and source.is_local:
             self._load_model(name, str(source.path))
             raise UserError(f"model: {name} is being read …")
@@ -157,7 +158,7 @@ params file, after it has said what is written.
     def fetch(self) -> None:
         """Read or fetch the model if it is not built in, and calculate again."""
         name = self.form.texts["model"].strip()
-        source = _source(name)
+        source = _source(name, self.workbench.root)
         if source and not isinstance(self._models.get(name), Architecture):
             self._load_model(name, source.hub_id or str(source.path))
         self.calculate()
@@ -247,9 +248,9 @@ params file, after it has said what is written.
         return None
 
 
-def _source(name: str) -> Source | None:
-    """The file, the folder or the model of the hub that a name refers to."""
+def _source(name: str, root: Path) -> Source | None:
+    """The file, the folder or the model of the hub that a name refers to, as in params.yaml."""
     with suppress(UserError):
-        source = parse_source(name, Path())
+        source = parse_source(name, root)
         return source if source.hub_id or source.is_local else None
     return None

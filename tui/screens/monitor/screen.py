@@ -139,7 +139,8 @@ them. `t` shows a longer time, up to an hour.
         problems = [*filter(None, (machine.problem, machine.gpu_problem, late))]
         say(self.problem, "\n".join(problems))
         self.problem.set_class(not problems, "-empty")
-        facts = f"{machine.cores:g} cores", machine.name, f"last {self.span}"
+        device = machine.name if machine.gpus else ""
+        facts = f"{machine.cores:g} cores", device, f"last {self.span}"
         self.query_one("#machine", Pane).show_title(*facts)
         if machine.samples:
             self._show_charts(machine)
