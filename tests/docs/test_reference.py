@@ -78,4 +78,4 @@ def test_each_key_with_a_name_is_on_the_page_of_keys_once_in_each_pane() -> None
         if re.search(r"`\w+\.\w+` \|$", line)
     ]
     assert len(rows) == len(set(rows)) > 100
-    assert "| `1` `F2` | Pipeline | `app.pipeline` |" in rows
+    assert "| `1` `F2` | Go to Pipeline | `app.pipeline` |" in rows

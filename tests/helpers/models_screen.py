@@ -27,6 +27,11 @@ class Session(AppSession[ModelsScreen]):
 
     kind = ModelsScreen
 
+    async def press(self, *keys: str) -> None:
+        """Press keys, and wait until what changed is drawn."""
+        await super().press(*keys)
+        await until(self.pilot, lambda: not any(w.group == "show" for w in self.app.workers))
+
     def __init__(self, pilot: Pilot[None], engine: FakeInference | None = None) -> None:
         super().__init__(pilot)
         self.engine = engine or FakeInference()

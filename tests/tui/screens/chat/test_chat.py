@@ -64,6 +64,11 @@ class Session(AppSession[ChatScreen]):
 
     async def press(self, *keys: str) -> None:
         await self.pilot.press(*keys)
+        await self.shown()
+
+    async def shown(self) -> None:
+        """Wait until what changed is drawn."""
+        await until(self.pilot, lambda: not any(w.group == "show" for w in self.app.workers))
 
     async def write(self, text: str) -> None:
         await self.pilot.press(*("space" if letter == " " else letter for letter in text))
@@ -76,6 +81,7 @@ class Session(AppSession[ChatScreen]):
 
     async def quiet(self) -> None:
         await until(self.pilot, lambda: not self.screen.is_writing())
+        await self.shown()
 
     async def dialog(self, kind: type[Any]) -> Any:
         await until(
@@ -204,7 +210,8 @@ async def test_strength_marks_the_answer_as_given_at_another(
         assert chatty.done("generate")[-1]["strength"] == 0.9
         assert "lora ×0.90" in s.lines()
         assert "asks again" not in s.lines()
-        await s.press("up", "right_square_bracket")
+        await s.press("up")
+        await s.press("right_square_bracket")
         assert "asks again at ×0.95" in s.lines()
 
 
