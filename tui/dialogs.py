@@ -1,4 +1,4 @@
-"""Dialogs over any screen: a text to read, messages, a question for a path, yes or no, one of
+"""Dialogs over any screen: a text to read, messages, a question for a text, yes or no, one of
 several.
 """
 
@@ -61,7 +61,7 @@ class Reader(ModalScreen[str | None]):
         yield _frame(self.page, self._title, "Esc close")
 
     def on_mount(self) -> None:
-        from tui.panes.markdown import markdown  # 25 ms, which the first paint should not wait for
+        from tui.panes.markdown import markdown  # 30 ms, which the first paint should not wait for
 
         page = self._page
         draw = markdown(page, self.app.theme_variables) if isinstance(page, str) else page
@@ -96,9 +96,9 @@ def read_page(path: Path) -> str:
         return f"{path.name} cannot be read: {error.strerror}."
 
 
-class PathScreen(ModalScreen[str | None]):
-    """Returns the typed text without surrounding spaces; None if it is empty or Escape was
-    pressed.
+class AskText(ModalScreen[str | None]):
+    """A question, answered by a text, such as a path: returns it without surrounding spaces, or
+    None if it is empty or Escape was pressed.
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Close")]

@@ -9,7 +9,7 @@ from textual.content import Content
 
 from pipeline.files.home import expand
 from pipeline.inference.catalog import VERDICT, measured_of
-from tui.dialogs import PathScreen
+from tui.dialogs import AskText
 from tui.panes.menu import Menu
 from tui.services.lora_command import LoraCommand
 
@@ -33,7 +33,7 @@ async def ship(workbench: Any, name: str, adapter: Path) -> None:
         return
     default = f"{FOLDER}/{name.replace('/', '-')}-{kind}"
     folder = await workbench.push_screen_wait(
-        PathScreen(f"Folder to write {name} to, as {kind}:", default)
+        AskText(f"Folder to write {name} to, as {kind}:", default)
     )
     if folder is None:
         return

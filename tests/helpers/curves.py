@@ -123,9 +123,9 @@ async def save_as(pilot: Pilot[Any], path: str) -> None:
     """Press x and type a path."""
     from textual.widgets import Input
 
-    from tui.dialogs import PathScreen
+    from tui.dialogs import AskText
 
     await pilot.press("x")
-    await screen_opens(pilot, PathScreen)
+    await screen_opens(pilot, AskText)
     pilot.app.screen.query_one(Input).value = path
     await pilot.press("enter")

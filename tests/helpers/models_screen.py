@@ -10,7 +10,7 @@ from textual.pilot import Pilot
 from pipeline.inference.talk import Answer
 from pipeline.views.model_library import Entry
 from tests.helpers.fake_engine import FakeInference
-from tests.helpers.pilot import AppSession, until
+from tests.helpers.pilot import AppSession, drawn, until
 from tui.app import Workbench
 from tui.panes.table import Table
 from tui.screens.models.columns import Folder, Line
@@ -30,7 +30,7 @@ class Session(AppSession[ModelsScreen]):
     async def press(self, *keys: str) -> None:
         """Press keys, and wait until what changed is drawn."""
         await super().press(*keys)
-        await until(self.pilot, lambda: not any(w.group == "show" for w in self.app.workers))
+        await drawn(self.pilot)
 
     def __init__(self, pilot: Pilot[None], engine: FakeInference | None = None) -> None:
         super().__init__(pilot)

@@ -53,6 +53,11 @@ async def until(pilot: Pilot[Any], holds: Callable[[], object], seconds: float =
     await pilot.pause()
 
 
+async def drawn(pilot: Pilot[Any]) -> None:
+    """Wait until a conversation shows what changed: it does so in a worker."""
+    await until(pilot, lambda: not any(w.group == "show" for w in pilot.app.workers))
+
+
 async def screen_opens(pilot: Pilot[Any], kind: type[S], seconds: float = 30) -> S:
     """Wait until a screen of this kind is on top; returns it."""
     await until(pilot, lambda: isinstance(pilot.app.screen, kind), seconds)

@@ -13,7 +13,7 @@ from tests.helpers.fake_engine import FakeInference
 from tests.helpers.pilot import until
 from tests.helpers.run_folders import write_measured, write_methods
 from tui.app import Workbench
-from tui.dialogs import Ask, HelpScreen, MessagesScreen, PathScreen
+from tui.dialogs import Ask, AskText, HelpScreen, MessagesScreen
 from tui.help import page
 from tui.panes.plot.plot import Plot
 from tui.registry import SCREENS
@@ -64,7 +64,7 @@ async def _weights(**head: int) -> dict[str, Any]:
 DIALOGS: dict[str, Callable[[Workbench], Screen[Any]]] = {
     "help": lambda app: HelpScreen(page(app.base_screen), "Help"),
     "messages": lambda app: MessagesScreen(app.message_history),
-    "path": lambda _: PathScreen("Which folder?"),
+    "path": lambda _: AskText("Which folder?"),
     "sampling": lambda _: SamplingDialog(Settings(Sampling(), "", True)),
     "ask": lambda _: Ask("finetune_lora.rank: 8 → 16", {"y": "write it"}, "Write to params.yaml"),
     "attention": lambda _: AttentionDialog("lora", _weights),

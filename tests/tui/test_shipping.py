@@ -8,7 +8,7 @@ from pipeline.errors import UserError
 from tests.helpers.json_files import edit_json, read_json
 from tests.helpers.pilot import screen_opens, until
 from tui.app import Workbench
-from tui.dialogs import PathScreen
+from tui.dialogs import AskText
 from tui.panes.menu import Menu
 from tui.screens.models.screen import ModelsScreen
 from tui.services.lora_command import LoraCommand
@@ -29,7 +29,7 @@ async def test_an_adapter_is_shipped_with_three_answers(project: Path) -> None:
         await pilot.press("x")
         await screen_opens(pilot, Menu)
         await pilot.press("enter")  # peft, the first
-        await screen_opens(pilot, PathScreen)
+        await screen_opens(pilot, AskText)
         await pilot.press("enter")  # the folder that is offered
         out = project / "shipped/lora-peft"
         await until(
@@ -56,7 +56,7 @@ async def test_limits_that_it_breaks_are_named_before_it_is_shipped_and_after(
         await screen_opens(pilot, Menu)
         assert app.screen.query_one(".dialog").border_title == "✗ lora breaks 1 limit. Ship lora as"
         await pilot.press("enter")
-        await screen_opens(pilot, PathScreen)
+        await screen_opens(pilot, AskText)
         await pilot.press("enter")
         await until(
             pilot,

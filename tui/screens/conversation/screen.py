@@ -16,7 +16,7 @@ from pipeline.files.home import expand
 from pipeline.inference.talk import Answer, Talk, Turn
 from pipeline.inference.transcript import render, training_row
 from pipeline.views.model_library import Entry
-from tui.dialogs import Ask, PathScreen
+from tui.dialogs import Ask, AskText
 from tui.panes.menu import Menu
 from tui.panes.pane import About
 from tui.screens.base import WorkbenchScreen
@@ -342,7 +342,7 @@ class ConversationScreen(WorkbenchScreen):
     async def action_save(self) -> None:
         if not self._place("save"):
             return
-        name = await self.app.push_screen_wait(PathScreen(SAVE_QUESTION, "chat.md"))
+        name = await self.app.push_screen_wait(AskText(SAVE_QUESTION, "chat.md"))
         if name is None:
             return
         path = self.workbench.root / expand(name)

@@ -14,7 +14,7 @@ from pipeline.project.logs.runs import Run
 from pipeline.views.runs import steps_csv
 from pipeline.views.series import METRICS
 from tui.app import Workbench
-from tui.dialogs import Ask, PathScreen
+from tui.dialogs import Ask, AskText
 from tui.panes.plot.scale import Range
 from tui.screens.curves.lines import Drawn
 
@@ -44,7 +44,7 @@ async def ask_path(workbench: Workbench) -> Path | None:
     """Ask where to save; None if the user does not. Raises UserError if nothing can be written
     there.
     """
-    answer = await workbench.push_screen_wait(PathScreen(QUESTION, "curves.svg"))
+    answer = await workbench.push_screen_wait(AskText(QUESTION, "curves.svg"))
     if answer is None:
         return None
     path = workbench.root / expand(answer)

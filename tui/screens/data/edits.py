@@ -18,7 +18,7 @@ from pipeline.views.data_files import (
 )
 from pipeline.views.data_rows import Answer
 from tui.app import Workbench
-from tui.dialogs import PathScreen
+from tui.dialogs import AskText
 from tui.panes.menu import Menu
 from tui.screens.data.editor import Editor
 from tui.screens.data.reader import Reader
@@ -92,7 +92,7 @@ async def export_rows(workbench: Workbench, reader: Reader) -> None:
     formats = ".jsonl, .json, .csv, .tsv, .txt, .parquet, .arrow"
     question = f"Write the rows of {file.name} to ({formats}):"
     proposed = edited_name(file.name).replace(".edited", ".export")
-    out = await workbench.push_screen_wait(PathScreen(question, proposed))
+    out = await workbench.push_screen_wait(AskText(question, proposed))
     if out:
         answer = await reader.process.ask("convert", **file.request(), out=out)
         facts = [f"{answer['rows']:,} rows of {answer['format']}", *answer["notes"]]

@@ -23,7 +23,7 @@ from pipeline.views.data_files import (
     other_files,
     project_files,
 )
-from tui.dialogs import PathScreen
+from tui.dialogs import AskText
 from tui.panes.table import Column, Table
 from tui.screens.base import WorkbenchScreen
 from tui.screens.data import about
@@ -137,7 +137,7 @@ Both can be put into `params.yaml` from here, so that the next run (`R`) trains 
     async def action_open_file(self) -> None:
         """Ask for a file."""
         question = "Data file, folder of save_to_disk, or hub id:"
-        if name := await self.app.push_screen_wait(PathScreen(question)):
+        if name := await self.app.push_screen_wait(AskText(question)):
             self.open_with(file=str(expand(name)))
 
     @work(group="ask")
@@ -149,7 +149,7 @@ Both can be put into `params.yaml` from here, so that the next run (`R`) trains 
             return
         question = f"Columns of {flat(file.name)}, such as prompt=question, completion=answer:"
         before = ", ".join(f"{key}={column}" for key, column in file.columns.items())
-        text = await self.app.push_screen_wait(PathScreen(question, before))
+        text = await self.app.push_screen_wait(AskText(question, before))
         with self.workbench.errors_shown():
             if text is not None:
                 self._columns[file.name] = parse_columns(text)

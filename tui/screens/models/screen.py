@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.files.home import expand
 from pipeline.inference.requests import MAX_LOADED
 from pipeline.views.model_library import Entry
-from tui.dialogs import PathScreen
+from tui.dialogs import AskText
 from tui.panes.pane import About
 from tui.panes.table import Table
 from tui.screens.conversation.screen import STYLES, ConversationScreen
@@ -252,7 +252,7 @@ sweep's."""
         """Add a folder to search, also in later sessions; a folder that was added before is
         removed.
         """
-        name = await self.app.push_screen_wait(PathScreen(FOLDER_QUESTION))
+        name = await self.app.push_screen_wait(AskText(FOLDER_QUESTION))
         if name is None:
             return
         folders, folder = self.workbench.state.folders, self.workbench.root / expand(name)

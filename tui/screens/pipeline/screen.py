@@ -79,7 +79,8 @@ and all below, run again."""
         self.logs = StageLogs(runner.runs / OLD_LOG, runner.log)
         self.is_whole = False  # whether the log is that of all stages
         self._filled = ""  # the stage that the panes show
-        self._shown: tuple[Project | None, StageState | None] = None, None  # they are filled from
+        # what the params are read for: the project, and the state without its run
+        self._filled_from: tuple[Project | None, StageState | None] = None, None
         # They are attributes, as messages can arrive while the screen closes.
         self.problem, self.rows, self.facts = Static(markup=False), StageTree(), Text()
         self.params, self.log_pane, self.metrics = Form(), LogPane(), Metrics()
@@ -171,10 +172,10 @@ and all below, run again."""
             return
         state = self.states.get(name)
         shown = project, replace(state, run=None) if state else None
-        if name == self._filled and shown == self._shown:  # a run goes on: only that is new
+        if name == self._filled and shown == self._filled_from:  # a run goes on: only that is new
             self._show_facts()
             return
-        self._shown = shown
+        self._filled_from = shown
         fields, values = list[Field](), dict[str, Any]()
         if project and name in project.readable:  # of an unlisted stage no file says the params
             fields, values = await asyncio.to_thread(params_of, project, self.stages[name])

@@ -14,9 +14,9 @@ from textual.pilot import Pilot
 from pipeline.errors import UserError
 from pipeline.inference.talk import Answer
 from tests.helpers.fake_engine import DEATH, FakeInference
-from tests.helpers.pilot import AppSession, screen_text, until
+from tests.helpers.pilot import AppSession, drawn, screen_text, until
 from tui.app import Workbench
-from tui.dialogs import Ask, PathScreen
+from tui.dialogs import Ask, AskText
 from tui.panes.key_bar import KeyBar
 from tui.panes.menu import Menu
 from tui.screens.chat.picker import ModelPicker
@@ -64,11 +64,7 @@ class Session(AppSession[ChatScreen]):
 
     async def press(self, *keys: str) -> None:
         await self.pilot.press(*keys)
-        await self.shown()
-
-    async def shown(self) -> None:
-        """Wait until what changed is drawn."""
-        await until(self.pilot, lambda: not any(w.group == "show" for w in self.app.workers))
+        await drawn(self.pilot)
 
     async def write(self, text: str) -> None:
         await self.pilot.press(*("space" if letter == " " else letter for letter in text))
@@ -81,7 +77,7 @@ class Session(AppSession[ChatScreen]):
 
     async def quiet(self) -> None:
         await until(self.pilot, lambda: not self.screen.is_writing())
-        await self.shown()
+        await drawn(self.pilot)
 
     async def dialog(self, kind: type[Any]) -> Any:
         await until(
@@ -434,7 +430,7 @@ async def test_a_conversation_is_saved_and_is_then_no_longer_unsaved(
         await s.press("ctrl+r")
         await s.quiet()
         await s.press("ctrl+s")
-        await s.dialog(PathScreen)
+        await s.dialog(AskText)
         await s.press("ctrl+u", *name, "enter")
         await until(s.pilot, lambda: "Saved the conversation" in s.messages())
         text = (project / name).read_text(encoding="utf-8")
@@ -450,7 +446,7 @@ async def test_a_conversation_is_saved_and_is_then_no_longer_unsaved(
             (turn,) = json.loads(text)["turns"]
             assert (turn["text"], turn["shown"], len(turn["replies"])) == ("eins", 1, 2)
         await s.press("ctrl+s")
-        await s.dialog(PathScreen)
+        await s.dialog(AskText)
         await s.press("ctrl+u", *name, "enter")
         await s.dialog(Ask)
         await s.press("escape")
@@ -466,7 +462,7 @@ async def test_a_full_disk_is_one_sentence(
     async with open_chat(brief, chatty) as s:
         await s.ask("eins")
         await s.press("ctrl+s")
-        await s.dialog(PathScreen)
+        await s.dialog(AskText)
         await s.press("enter")
         await until(s.pilot, lambda: "No space left on device" in s.messages())
         assert s.screen.unsaved() == "an unsaved conversation"

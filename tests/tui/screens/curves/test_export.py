@@ -11,7 +11,7 @@ from pipeline.project.logs.run_log import read_steps
 from tests.helpers.curves import open_curves, ranges, save_as, window
 from tests.helpers.pilot import screen_opens, until
 from tests.helpers.run_folders import write_measured
-from tui.dialogs import Ask, PathScreen
+from tui.dialogs import Ask, AskText
 from tui.screens.curves import export
 from tui.screens.curves.screen import CurvesScreen
 
@@ -99,7 +99,7 @@ async def test_what_exists_is_replaced_after_a_question(
     (three_runs / "curves.svg").write_text("before", encoding="utf-8")
     async with open_curves(three_runs) as (pilot, _):
         await pilot.press("x")
-        await screen_opens(pilot, PathScreen)
+        await screen_opens(pilot, AskText)
         await pilot.press("enter")
         await screen_opens(pilot, Ask)
         await pilot.press("escape")

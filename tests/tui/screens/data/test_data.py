@@ -18,7 +18,7 @@ from tests.helpers.chat_projects import PARAMS, new_chat_project
 from tests.helpers.json_files import read_json
 from tests.helpers.pilot import screen_opens, until
 from tui.app import Workbench
-from tui.dialogs import PathScreen
+from tui.dialogs import AskText
 from tui.panes.menu import Menu
 from tui.screens.data.editor import Editor
 from tui.screens.data.screen import DataScreen
@@ -446,7 +446,7 @@ async def test_any_file_is_opened_by_its_path_and_one_that_is_not_there_says_so(
     (chat_project / "elsewhere.txt").write_text("one\ntwo\n", encoding="utf-8")
     async with open_data(chat_project) as (pilot, screen):
         await pilot.press("o")
-        await screen_opens(pilot, PathScreen)
+        await screen_opens(pilot, AskText)
         await pilot.press(*"elsewhere.txt", "enter")
         await until(
             pilot, lambda: title(screen, "rows").startswith("elsewhere.txt") and screen.row.row
@@ -466,7 +466,7 @@ async def test_of_a_file_with_columns_of_its_own_one_says_which_are_which(
         screen.open_with(file="tickets.csv")
         await until(pilot, lambda: "the keys must be" in row_text(screen))
         await pilot.press("c")
-        await screen_opens(pilot, PathScreen)
+        await screen_opens(pilot, AskText)
         await pilot.press(*"prompt=customer, completion=reply", "enter")
         await until(pilot, lambda: "Help!" in row_text(screen) and "⟦At once." in row_text(screen))
         screen.project_changed()
@@ -498,7 +498,7 @@ async def test_rows_are_written_in_another_format(chat_project: Path) -> None:
         screen.open_with(file="data/heldout.csv")
         await until(pilot, lambda: screen.reader.file.name == "data/heldout.csv" and screen.row.row)
         await pilot.press("x")
-        await screen_opens(pilot, PathScreen)
+        await screen_opens(pilot, AskText)
         pilot.app.screen.query_one(Input).value = "out.jsonl"
         await pilot.press("enter")
         await until(pilot, lambda: (chat_project / "out.jsonl").exists())

@@ -25,7 +25,7 @@ from tests.helpers.models_screen import COUNT, LISTED, USUAL, Session, open_mode
 from tests.helpers.pilot import screen_opens, until
 from tests.helpers.projects import new_houses, save
 from tui.app import Workbench
-from tui.dialogs import PathScreen, Reader
+from tui.dialogs import AskText, Reader
 from tui.panes.menu import Menu
 from tui.panes.table import Table, sorted_rows
 from tui.screens.models.screen import ModelsScreen
@@ -411,7 +411,7 @@ async def test_a_folder_is_added_remembered_and_taken_away(project: Path, tmp_pa
 
     async def name(s: Session, folder: Path) -> None:
         await s.press("f")
-        await screen_opens(s.pilot, PathScreen)
+        await screen_opens(s.pilot, AskText)
         s.app.screen.query_one(Input).value = str(folder)
         await s.press("enter")
 

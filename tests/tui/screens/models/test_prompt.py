@@ -12,7 +12,7 @@ from tests.helpers.fake_engine import DEATH
 from tests.helpers.models_screen import COUNT, USUAL, open_models
 from tests.helpers.pilot import screen_opens, until
 from tests.helpers.projects import save
-from tui.dialogs import PathScreen
+from tui.dialogs import AskText
 from tui.registry import SCREENS
 from tui.screens.conversation.sampling import SamplingDialog
 from tui.screens.models.attention import AttentionDialog
@@ -233,7 +233,8 @@ async def test_a_slow_load_is_shown_and_keys_come_through_meanwhile(brief: Path)
         await s.press("space", "down", "space")
         await s.ask("die katze")
         await until(s.pilot, lambda: "◌ loading" in s.completions())
-        assert "engine loading" in s.engine_line() and "Esc interrupts" in s.engine_line()
+        await until(s.pilot, lambda: "engine loading" in s.engine_line())
+        assert "Esc interrupts" in s.engine_line()
         s.screen.action_browse()
         await s.press("down", "up", "greater_than_sign")
         s.screen.action_prompt()
@@ -334,7 +335,7 @@ async def test_a_full_disk_on_save_is_one_message_and_leaves_nothing(
         await s.ask("eins")
         await s.answered()
         await s.press("ctrl+s")
-        await screen_opens(s.pilot, PathScreen)
+        await screen_opens(s.pilot, AskText)
         monkeypatch.setattr("os.fsync", full)
         messages = len(s.app.message_history)
         await s.press("enter")
