@@ -4,8 +4,8 @@ A stage is up to date if the inputs recorded in its artifact equal the current o
 cache's key.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -255,13 +255,31 @@ def apart(project: Project) -> dict[str, tuple[str, ...]]:
     return differing
 
 
-def project_signature(project: Project) -> tuple[Signature, ...]:
-    """A value that changes when anything changes that a state depends on."""
+def going_on(project: Project, states: Mapping[str, StageState]) -> dict[str, StageState] | None:
+    """The states, where nothing changed but what the running stages say; None if one has ended."""
+    now = dict(states)
+    for name in running_of(states):
+        folder = project.run_folder(name)
+        if not run_state.alive(folder):
+            return None
+        now[name] = replace(states[name], run=run_state.read(folder))
+    return now
+
+
+def running_of(states: Mapping[str, StageState]) -> list[str]:
+    """The stages that run."""
+    return [name for name, state in states.items() if state.state == "running"]
+
+
+def project_signature(project: Project, running: Collection[str] = ()) -> tuple[Signature, ...]:
+    """A value that changes when anything changes that a state depends on, but for the journals of
+    the `running` stages, which are written all the time.
+    """
     data = set[Path]()
     for stage in project.readable.values():
         data.update(project.root / name for name in project.data_files(stage))
     shown = project.shown
-    runs = [project.run_folder(name) / run_state.JOURNAL for name in shown]
+    runs = [project.run_folder(n) / run_state.JOURNAL for n in shown if n not in running]
     artifacts = [project.artifact(name) for name in shown]
     base = base_model.files_to_watch(project.params.origin.base, project.home("import").root)
     return tuple(map(signature, (*sorted(data), *runs, *artifacts, *base)))

@@ -110,6 +110,7 @@ def hold(folder: Path) -> TextIO:
     """The run's lock, as its process holds it, until the file is closed."""
     file = (folder / "lock").open("a+")
     fcntl.flock(file, fcntl.LOCK_EX)
+    file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
     return file

@@ -6,7 +6,7 @@ from typing import ClassVar
 from textual.binding import Binding, BindingType
 from textual.content import Content
 from textual.events import Resize
-from textual.geometry import Size
+from textual.geometry import Region, Size
 from textual.message import Message
 from textual.scroll_view import ScrollView
 from textual.selection import Selection
@@ -41,11 +41,13 @@ class FromPane(Message):
 
 
 class Lines(ScrollView, can_focus=True):
-    """Subclasses implement `line`, `lay_out` and `action_move`, and call `refresh` when lines look
+    """Subclasses implement `line`, `lay_out` and `action_move`, and call `redraw` when lines look
     otherwise.
 
     With `head_height` 1 the line `head` stays at the top.
     """
+
+    auto_links = False  # no line has one, and what they look like is costly to find out
 
     DEFAULT_CSS = """
     Lines {
@@ -58,6 +60,11 @@ class Lines(ScrollView, can_focus=True):
     COMPONENT_CLASSES: ClassVar[set[str]] = {"lines--head", "lines--cursor"}
     BINDINGS: ClassVar[list[BindingType]] = [*MOVE_KEYS]
     head_height = 0
+
+    def __init__(self, id: str | None) -> None:  # as Textual names it
+        super().__init__(id=id)
+        # row of the widget → its text and component class when it was drawn
+        self._looks: dict[int, tuple[Content, str]] = {}
 
     def lay_out(self) -> None:
         """Find the lines for the width that there is, and call `set_size`."""
@@ -106,7 +113,15 @@ class Lines(ScrollView, can_focus=True):
             else:  # only the scroll bars move, so the screen needs no layout
                 self.set_reactive(Lines.virtual_size, size)
             self._scroll_update(size)
-        self.refresh()
+        self.redraw()
+
+    def redraw(self) -> None:
+        """Draw those lines again that look otherwise than before: of a table mostly one."""
+        for y, (content, name) in self._looks.items():
+            if y < self.size.height:
+                now, name_now = self._look(y)
+                if name != name_now or not content.is_same(now):
+                    self.refresh(Region(0, y, self.size.width, 1))
 
     def show_line(self, number: int, lines: int = 1) -> None:
         """Scroll until a line, and as many after it, are seen."""
@@ -133,19 +148,28 @@ class Lines(ScrollView, can_focus=True):
         self.refresh_line(number + self.head_height)
 
     def render_line(self, y: int) -> Strip:
-        x, top = self.scroll_offset
-        width = max(self.size.width, self.virtual_size.width)
-        number, name = y + round(top) - self.head_height, ""
-        if y < self.head_height:
-            content, name = self.head(), "lines--head"
-        elif number < self.line_count:
-            content, name = self._selected(number), self.line_class(number)
-        else:
-            return Strip.blank(self.size.width, self.rich_style)
+        x, width = self.scroll_offset.x, max(self.size.width, self.virtual_size.width)
+        content, name = self._looks[y] = self._look(y)
         style: Style = self.get_visual_style(name) if name else self.visual_style
-        strips = Visual.to_strips(self, content, width, 1, style, apply_selection=False, pad=True)
-        strip = strips[0] if strips else Strip.blank(width)
-        return strip.apply_offsets(0, number).crop(x, x + self.size.width)
+        if not content:
+            return Strip.blank(self.size.width, style.rich_style)
+        strip, *_ = Visual.to_strips(
+            self, content, width, 1, style, apply_selection=False, pad=True
+        )
+        return strip.apply_offsets(0, self._line_at(y)).crop(x, x + self.size.width)
+
+    def _line_at(self, y: int) -> int:
+        """The line in a row of the widget, which there may not be."""
+        return y + round(self.scroll_offset.y) - self.head_height
+
+    def _look(self, y: int) -> tuple[Content, str]:
+        """The text in a row of the widget, and its component class."""
+        number = self._line_at(y)
+        if y < self.head_height:
+            return self.head(), "lines--head"
+        if number < self.line_count:
+            return self._selected(number), self.line_class(number)
+        return Content(), ""
 
     def _selected(self, number: int) -> Content:
         """The line, with the part that the mouse selected."""

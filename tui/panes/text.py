@@ -38,7 +38,7 @@ class Text(Lines):
         wide: bool = False,
         id: str | None = None,  # as Textual names it
     ) -> None:
-        super().__init__(id=id)
+        super().__init__(id)
         self._draw: Draw = lambda _: _split(text)
         self._lines: Sequence[Content] = ()
         self._wide, self._slow, self._drawn_width = wide, False, -1
@@ -150,7 +150,7 @@ class Text(Lines):
         if self.found >= 0:
             self.follows = False
             self.scroll_to(y=max(self.found - self.page_height // 2, 0), animate=False, force=True)
-        self.refresh()
+        self.redraw()
         self.post_message(self.Moved(self))
 
     # Movement: lines that come and go scroll too, so only what the user does ends or begins to follow

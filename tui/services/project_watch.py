@@ -13,7 +13,7 @@ from pipeline.files.base_model import path_to_watch
 from pipeline.files.file_tail import file_stamp
 from pipeline.project.stage_graph import ARTIFACTS, RUNS, Project, Stage
 from pipeline.stages.registry import GRAPH, open_project
-from pipeline.views.stages import StageState, Status, project_signature
+from pipeline.views.stages import StageState, Status, going_on, project_signature, running_of
 from tui.services.pipeline_process import Runner, Running
 from tui.services.watch import FileWatch
 
@@ -149,16 +149,16 @@ class ProjectWatch:
         return paths | ({base} if base else set())
 
     def _load(self, before: Look, loop: asyncio.AbstractEventLoop) -> Look:
-        """The files as they are now; `before` itself if nothing changed."""
+        """The files as they are now. A killed process changes none, so what runs is looked at."""
         params = file_stamp(self._params)
         project, problem = before.project, before.problem
         if params != before.params:
             project, problem = self._open(project)
-        files = project_signature(project) if project else ()
+        files = project_signature(project, running_of(before.states)) if project else ()
         look = Look(project, problem, before.states, _branch(self._head), params, files)
-        # a killed process changes no file, so that a stage that runs is looked at each time
-        if look == before and all(state.state != "running" for state in before.states.values()):
-            return before
+        now = going_on(project, before.states) if project and look == before else None
+        if now is not None:
+            return look._replace(states=now)
         states: dict[str, StageState] = {}
 
         def first(state: StageState) -> None:

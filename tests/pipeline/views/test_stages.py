@@ -15,7 +15,7 @@ from pipeline.project.logs import run_state
 from pipeline.project.runner import Event, Job, Note, Progress, run
 from pipeline.project.stage_graph import Project
 from pipeline.stages.registry import open_project
-from pipeline.views.stages import Status, outdated, project_signature
+from pipeline.views.stages import Status, going_on, outdated, project_signature, running_of
 from tests.helpers.json_files import edit_json
 from tests.helpers.projects import (
     BRIEF,
@@ -28,6 +28,7 @@ from tests.helpers.projects import (
     save,
     wait_for,
 )
+from tests.helpers.run_folders import hold
 
 
 def project_of(root: Path) -> Project:
@@ -173,6 +174,21 @@ def test_the_signature_changes_with_params_data_runs_and_artifacts(project: Path
         (project / name).write_text("changed", encoding="utf-8")
         seen.add(project_signature(project_of(project)))
     assert len(seen) == 4
+
+
+def test_of_a_stage_that_goes_on_the_journal_alone_is_read(project: Path) -> None:
+    folder = project / "runs/finetune_lora"
+    writer = run_state.Writer(folder)
+    with hold(folder):
+        states = Status().of(project_of(project))
+        before = project_signature(project_of(project), running_of(states))
+        assert running_of(states) == ["finetune_lora"]
+        writer.progress(3, 10, "loss 1.2")
+        assert project_signature(project_of(project), running_of(states)) == before
+        now = going_on(project_of(project), states)
+        assert now and now["finetune_lora"].run and now["finetune_lora"].run.done == 3
+        assert now == Status().of(project_of(project))
+    assert going_on(project_of(project), states) is None
 
 
 def test_a_base_that_cannot_be_used_is_the_reason_of_its_stage(project: Path) -> None:

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from textual.containers import Vertical
 from textual.content import Content
+from textual.strip import Strip
 
 from tests.helpers.panes import HOSTILE, SIZES, mounted, numbers_table
+from tui.panes.lines import Lines
 from tui.panes.pane import About, Pane
 from tui.panes.table import MEASURED, UNSORTED, Column, Table, fitted, sorted_rows
 
@@ -100,6 +102,33 @@ async def test_of_a_lazy_sequence_only_what_is_seen_is_asked_for() -> None:
         assert rows.asked <= set(range(40))
         await user.press("end")
         assert rows.asked <= {*range(40), *range(9_980, 10_000)}
+
+
+async def test_of_rows_shown_anew_only_those_are_drawn_that_look_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn, plain = list[int](), Lines.render_line
+
+    def noted(table: Lines, y: int) -> Strip:
+        drawn.append(y)
+        return plain(table, y)
+
+    monkeypatch.setattr(Lines, "render_line", noted)
+    table = people()
+    async with mounted(table, size=(40, 12)) as user:
+        for rows, changed in {
+            (*PEOPLE,): [],
+            (*PEOPLE[:2], Person("Bob", 41, "staff"), *PEOPLE[3:]): [3],
+            (*PEOPLE, Person("Dee", 9, "guests")): [3, 6],
+            (*PEOPLE[:3],): [4, 5, 6],
+        }.items():
+            drawn.clear()
+            table.show(rows)
+            await user.settle()
+            assert sorted(drawn) == changed
+            assert [line.split()[:1] for line in user.lines[1:7] if line.strip()] == [
+                [row.name] for row in rows
+            ]
 
 
 async def test_widths_are_those_of_rows_at_both_ends() -> None:
