@@ -65,7 +65,7 @@ def chart_text(screen: CurvesScreen) -> str:
 
 
 def plot_text(plot: Plot) -> str:
-    return plot.render().plain
+    return plot.plain
 
 
 def small_plots(screen: CurvesScreen) -> dict[str, Plot]:

@@ -61,8 +61,8 @@ class Lines(ScrollView, can_focus=True):
     BINDINGS: ClassVar[list[BindingType]] = [*MOVE_KEYS]
     head_height = 0
 
-    def __init__(self, id: str | None) -> None:  # as Textual names it
-        super().__init__(id=id)
+    def __init__(self, *, name: str | None = None, id: str | None = None) -> None:
+        super().__init__(name=name, id=id)
         # row of the widget → its text and component class when it was drawn
         self._looks: dict[int, tuple[Content, str]] = {}
 
@@ -93,6 +93,11 @@ class Lines(ScrollView, can_focus=True):
     @property
     def line_count(self) -> int:
         return self.virtual_size.height - self.head_height
+
+    @property
+    def plain(self) -> str:
+        """All lines, without styles."""
+        return "\n".join(self.line(number).plain for number in range(self.line_count))
 
     @property
     def width(self) -> int:

@@ -86,7 +86,7 @@ class Table(Lines, Generic[R]):
         sideways: bool = True,
         id: str | None = None,  # as Textual names it
     ) -> None:
-        super().__init__(id)
+        super().__init__(id=id)
         self._key, self._columns = key, columns
         self._folds, self._above = parent is not None, parent or (lambda _: None)
         self._words = words or self._shown_words

@@ -38,7 +38,7 @@ class Text(Lines):
         wide: bool = False,
         id: str | None = None,  # as Textual names it
     ) -> None:
-        super().__init__(id)
+        super().__init__(id=id)
         self._draw: Draw = lambda _: _split(text)
         self._lines: Sequence[Content] = ()
         self._wide, self._slow, self._drawn_width = wide, False, -1
@@ -63,11 +63,6 @@ class Text(Lines):
             self.follows = self._grows
             self.scroll_to(0, 0, animate=False)
         self.lay_out()
-
-    @property
-    def plain(self) -> str:
-        """What is shown, without styles."""
-        return "\n".join(line.plain for line in self._lines)
 
     def lay_out(self) -> None:
         width = self.width

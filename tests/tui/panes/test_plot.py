@@ -153,7 +153,7 @@ async def test_the_head_shows_the_focus() -> None:
         for shown in (plot, other):
             shown.focus()
             await user.settle()
-            styles = {widget: str(widget.render().spans[0].style) for widget in (plot, other)}
+            styles = {widget: str(widget.line(0).spans[0].style) for widget in (plot, other)}
             assert [widget for widget in styles if "reverse" in styles[widget]] == [shown]
 
 

@@ -190,12 +190,14 @@ class _Area:
 
     def level(self, y: float, char: str, style: str) -> None:
         """A line across."""
+        row = self._down(y)
         for column in range(self.canvas.width):
-            self.canvas.put(column, self._down(y), char, style)
+            self.canvas.put(column, row, char, style)
 
     def rule(self, rule: Rule) -> None:
+        column = self._across(rule.x)
         for row in range(self.canvas.height):
-            self.canvas.put(self._across(rule.x), row, RULE, rule.style)
+            self.canvas.put(column, row, RULE, rule.style)
 
     def below(self, whole: Canvas, rules: Sequence[Rule]) -> None:
         """The row below: the labels of rules, then the ticks that have room."""

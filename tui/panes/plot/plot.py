@@ -10,9 +10,8 @@ from rich.cells import cell_len
 from textual.binding import Binding, BindingType
 from textual.content import Content
 from textual.events import Click, MouseDown, MouseMove, MouseScrollDown, MouseScrollUp, MouseUp
-from textual.widget import Widget
 
-from tui.panes.lines import MUTED, FromPane
+from tui.panes.lines import MUTED, FromPane, Lines, wrapped
 from tui.panes.plot.drawing import EIGHTHS, draw
 from tui.panes.plot.scale import Range, is_drawable
 from tui.panes.plot.series import Axis, Line, Series
@@ -33,14 +32,14 @@ class Head:
     style: str = ""
 
 
-class Plot(Widget, can_focus=True):
+class Plot(Lines, inherit_bindings=False):
     """Series in all of the widget: `shown` are drawn as `drawing`. With a `head`, Enter or a click
     opens it.
     """
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "open", "Open", show=False)]
     DEFAULT_CSS = """
-    Plot { height: 1fr; width: 1fr; }
+    Plot { width: 1fr; overflow: hidden hidden; }
     """
 
     @dataclass
@@ -64,8 +63,8 @@ class Plot(Widget, can_focus=True):
     class Drawn(FromPane):
         """It was drawn for another size."""
 
-    def __init__(self, *, can_zoom: bool = False, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, *, can_zoom: bool = False, name: str | None = None) -> None:
+        super().__init__(name=name)
         self.can_zoom = can_zoom
         self.drawing = NOTHING
         self._series: DrawnFor = lambda _: ()
@@ -74,6 +73,7 @@ class Plot(Widget, can_focus=True):
         self._head: Head | None = None
         self._dragged = False
         self._empty = ""
+        self._lines: Sequence[Content] = ()
 
     def show(
         self,
@@ -102,7 +102,7 @@ class Plot(Widget, can_focus=True):
             self._draw_series()
             if self.drawing.width != before:  # for which the series were
                 self._draw_series()
-        self.refresh()
+            self._find_lines()
 
     def _draw_series(self) -> None:
         width, height = self.content_size
@@ -113,16 +113,22 @@ class Plot(Widget, can_focus=True):
             signs = self.app.no_color
             self.drawing = draw(self.shown, width, height, **self._how, signs=signs)
 
-    def on_resize(self) -> None:
+    def lay_out(self) -> None:
         self._draw()
         self.post_message(self.Drawn(self))
 
-    def render(self) -> Content:
+    def _find_lines(self) -> None:
+        self._lines = self.drawing.rows
         if not self.shown:
-            return Content.styled(self._empty, MUTED)
-        if self._head is None:
-            return Content("\n").join(self.drawing.rows)
-        return Content("\n").join([self._head_line(self._head), *self.drawing.rows])
+            self._lines = wrapped(Content.styled(self._empty, MUTED), self.content_size.width)
+        elif self._head:
+            self._lines = [Content(), *self.drawing.rows]
+        self.set_size(0, len(self._lines))
+
+    def line(self, number: int) -> Content:
+        if self._head and self.shown and number == 0:
+            return self._head_line(self._head)  # which shows the focus
+        return self._lines[number]
 
     def _head_line(self, head: Head) -> Content:
         """`grad norm ▇▅▃▁ 0.31`; the sparkline only where nothing is drawn below."""

@@ -83,7 +83,7 @@ def title(screen: DataScreen, pane: str) -> str:
 
 def drawn(screen: DataScreen) -> str:
     """The plot of lengths."""
-    return str(screen.report.plot.render())
+    return screen.report.plot.plain
 
 
 def count(screen: DataScreen) -> int:

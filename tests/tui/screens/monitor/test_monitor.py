@@ -147,7 +147,7 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
 def text_of(screen: MonitorScreen) -> str:
     charts = [chart for chart in screen.query(Chart) if chart.display]
     parts = [str(part.content) for chart in charts for part in (chart.label, chart.facts)]
-    plots = [chart.plot.render().plain for chart in charts]
+    plots = [chart.plot.plain for chart in charts]
     notes = str(screen.problem.content), str(screen.note.content)
     return "\n".join([*parts, *plots, *screen.processes.texts(), *notes])
 
