@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from functools import cache
 from itertools import product
 
 from textual.app import RenderResult
@@ -39,7 +40,7 @@ class Header(Widget):
         text, short, style = self.state
         width = self.size.width
         for kind, state in product(("label", "short", "digit"), (text, short)):
-            line = self._screens(kind)
+            line = screens_line(self.current, kind)
             if line.cell_length + len(state) + 2 <= width:
                 break
         end = Content.styled(state, style)
@@ -50,17 +51,19 @@ class Header(Widget):
         space = width - line.cell_length - end.cell_length - 1
         return line + " " * max(space, 0) + end
 
-    def _screens(self, kind: str) -> Content:
-        """The screens with their keys: with their label, a shorter one, or the number alone."""
-        parts = []
-        for number, (name, entry) in enumerate(SCREENS.items(), 1):
-            is_current = name == self.current
-            label = entry.label if kind == "label" else entry.short
-            text = f"{number} {label}" if kind != "digit" or is_current else f"{number}"
-            content = Content.from_markup(f"[@click=\"app.switch_mode('{name}')\"]{text}[/]")
-            parts.append(content.stylize("reverse bold" * is_current))
-        gap = Content("  " if kind == "label" else " ")
-        return Content.styled(NAME, "bold $accent") + gap.join(parts)
+
+@cache  # the line is drawn every second while something runs
+def screens_line(current: str, kind: str) -> Content:
+    """The screens with their keys: with their label, a shorter one, or the number alone."""
+    parts = []
+    for number, (name, entry) in enumerate(SCREENS.items(), 1):
+        is_current = name == current
+        label = entry.label if kind == "label" else entry.short
+        text = f"{number} {label}" if kind != "digit" or is_current else f"{number}"
+        content = Content.from_markup(f"[@click=\"app.switch_mode('{name}')\"]{text}[/]")
+        parts.append(content.stylize("reverse bold" * is_current))
+    gap = Content("  " if kind == "label" else " ")
+    return Content.styled(NAME, "bold $accent") + gap.join(parts)
 
 
 def describe_state(states: Sequence[StageState], started: bool, problem: str) -> State:
