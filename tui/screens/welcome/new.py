@@ -16,7 +16,7 @@ from pipeline.files.home import expand
 from pipeline.stages.registry import METHODS
 from tui.panes.fields import Field, parse_names
 from tui.panes.form import Form
-from tui.services.projects.new_project import create
+from tui.services.lora_command import LoraCommand
 
 # the params file, and what was chosen with which reasons ("" if nothing was)
 Made = tuple[Path, str]
@@ -67,8 +67,9 @@ class Creation(ModalScreen[Made | None]):
     async def on_mount(self) -> None:
         note = self.query_one("#note", Static)
         try:
-            printed = await create(self._arguments, self._root, note.update)
-        except (UserError, OSError) as error:
+            lora = LoraCommand(self._root)
+            printed, _ = await lora.run("new", *self._arguments, on_note=note.update)
+        except UserError as error:
             self.query_one(LoadingIndicator).display = False
             note.update(f"✗ {error}")
             note.add_class("wrong")

@@ -14,10 +14,9 @@ from tests.helpers.projects import new_project
 from tui.app import Workbench
 from tui.panes.text import Text
 from tui.registry import SCREENS, WELCOME
-from tui.screens.welcome import new
 from tui.screens.welcome.new import Creation, NewProject
 from tui.screens.welcome.screen import WelcomeScreen
-from tui.services.projects.new_project import create
+from tui.services.lora_command import LoraCommand
 
 EMPTY = ("No runs", "No models", "No results", "not made yet", "Nothing ")  # of other projects
 
@@ -35,7 +34,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The arguments of each `lora new`, which makes a project without starting a process."""
     calls: list[list[str]] = []
 
-    async def made(arguments: Sequence[str], folder: Path, on_note: Callable[[str], None]) -> str:
+    async def made(
+        lora: LoraCommand, command: str, *arguments: str, on_note: Callable[[str], None]
+    ) -> tuple[str, str]:
+        assert command == "new"
+        folder = lora._folder
         calls.append(list(arguments))
         on_note("trying a few steps")
         if arguments[0] == "bad":
@@ -43,9 +46,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         new_project(folder / arguments[0])
         (folder / arguments[0] / "dvc.yaml").write_text("stages: {}\n", encoding="utf-8")
         chosen = "chosen  value\nrank  8\n" if "--base" in arguments else ""
-        return f"{chosen}{arguments[0]}: added params.yaml\nNext: cd {arguments[0]}\n"
+        return f"{chosen}{arguments[0]}: added params.yaml\nNext: cd {arguments[0]}", ""
 
-    monkeypatch.setattr(new, "create", made)
+    monkeypatch.setattr(LoraCommand, "run", made)
     return calls
 
 
@@ -193,7 +196,7 @@ async def test_the_demo_is_opened_and_every_screen_shows_it(nothing: Path) -> No
 async def test_lora_new_makes_a_project_and_says_what_is_wrong(nothing: Path) -> None:
     (nothing / "file").write_text("", encoding="utf-8")
     with pytest.raises(UserError, match=r"^file is a file\. Name another folder\.$"):
-        await create(["file"], nothing, lambda _: None)
+        await LoraCommand(nothing).run("new", "file")
 
 
 @pytest.mark.parametrize(
