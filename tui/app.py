@@ -31,9 +31,9 @@ from textual.screen import ModalScreen
 from textual.worker import WorkerFailed
 
 from pipeline.errors import UserError, explain, path_problem
-from pipeline.files.home import home_folder
+from pipeline.files.home import from_home
 from pipeline.files.text import OBEYED
-from pipeline.views.stages import StageState, apart
+from pipeline.views.stages import StageState
 from tui.config import Config, State, config_path, state_path
 from tui.dialogs import Ask, HelpScreen, Message, MessagesScreen, Severity
 from tui.registry import FIRST_LOOK, SCREENS, WELCOME
@@ -49,7 +49,6 @@ from tui.widgets.header import Header, describe_state
 if TYPE_CHECKING:
     from textual.command import Provider
 
-    from pipeline.project.stage_graph import Project
     from tui.services.engine_client import Inference
     from tui.services.loaded_models import LoadedModels
 
@@ -154,7 +153,7 @@ class Workbench(App[None]):
     def _take_project(self, params: Path) -> None:
         """Everything that belongs to one project, begun anew."""
         self.params_path, self.root = params, params.parent
-        self.folder_label = _abbreviate_home(self.root)
+        self.folder_label = from_home(self.root)
         self.runner = Runner(self.root)
         self.file_watch = FileWatch(lambda text: self.call_later(self.log_message, text))
         self.project_watch = ProjectWatch(
@@ -354,13 +353,7 @@ class Workbench(App[None]):
             project = self.project_watch.project
             assert project is not None  # else there is a problem
             await asyncio.to_thread(renew_code_yaml, project)
-            replaced = await asyncio.to_thread(_replaced_by, project, arguments)
             running = self.runner.start(arguments)
-            if replaced:
-                self.log_message(
-                    f"Trained again, as params.yaml says: {replaced}. `lora runs` keeps the "
-                    "earlier."
-                )
             self.log_message(f"Started: {running.command}. It continues if you quit.")
             self.project_watch.started(running)
 
@@ -440,7 +433,6 @@ class Workbench(App[None]):
         """Textual's, and the colours of methods and runs on the theme's background."""
         variables = super().get_css_variables()
         variables |= look_variables(Color.parse(variables["background"]))
-        self.theme_variables = variables
         return variables
 
     def _initial_theme(self) -> str:
@@ -516,15 +508,6 @@ class Workbench(App[None]):
         )
 
 
-def _replaced_by(project: "Project", arguments: Sequence[str]) -> str:
-    """The trained models in place that `dvc ARGUMENTS` makes again because params.yaml has other
-    settings.
-    """
-    run = arguments[-1:] if "--single-item" in arguments else project.stages
-    marks = apart(project).items()
-    return "; ".join(f"{name} {', '.join(reasons)}" for name, reasons in marks if name in run)
-
-
 def _describe_end(states: Sequence[StageState], ended: Running, root: Path) -> tuple[str, Severity]:
     """How a pipeline ended, judged by the stages that it ran: older failures are not its own."""
     subject = "All stages are"
@@ -555,11 +538,3 @@ def _key_name(key: str) -> str:
     if modifiers or len(name) > 1:
         name = name.capitalize()
     return "+".join([*map(str.capitalize, modifiers), name])
-
-
-def _abbreviate_home(path: Path) -> str:
-    """The path with ~ for the home folder."""
-    home = home_folder()
-    return (
-        f"~/{path.relative_to(home)}" if path.is_relative_to(home) and path != home else str(path)
-    )

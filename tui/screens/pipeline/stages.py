@@ -105,10 +105,8 @@ def _started(run: Journal, running: Running | None) -> str:
         who = "in a terminal or by another program:"
     elif running.starter == os.getpid():
         who = f"here as {running.command},"
-    elif running.starter:
+    else:
         who = f"by another workbench, process {running.starter}, as {running.command},"
-    else:  # of a lock that an older version wrote
-        who = f"by a workbench as {running.command},"
     process = running or run
     since = datetime.fromtimestamp(process.started)
     return f"{who} process {process.pid}, since {since:%H:%M:%S}"
