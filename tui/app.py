@@ -8,9 +8,10 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from shutil import disk_usage
 from threading import Thread
@@ -35,7 +36,8 @@ from pipeline.files.home import from_home
 from pipeline.files.text import OBEYED
 from pipeline.views.stages import StageState
 from tui.config import Config, State, config_path, state_path
-from tui.dialogs import Ask, HelpScreen, Message, MessagesScreen, Severity
+from tui.dialogs import Ask, Message, Reader, Severity, draw_messages
+from tui.panes.fields import format_value
 from tui.registry import FIRST_LOOK, SCREENS, WELCOME
 from tui.services.machine.readings import Machine
 from tui.services.param_edits import ParamEdits
@@ -372,6 +374,13 @@ class Workbench(App[None]):
                 self.log_message(self.runner.stop(), "warning")
                 self.project_watch.look_now()
 
+    def write_params(self, path: Path, values: Mapping[str, Any]) -> None:
+        """Set `section.key` → value in a params file, and say so. Raises UserError, OSError."""
+        self.edits.save(path, values)
+        texts = [f"{key}: {format_value(value) or '(empty)'}" for key, value in values.items()]
+        self.log_message(f"{', '.join(texts)} written to {path.name}. z takes it back.")
+        self.project_watch.look_now()
+
     def action_undo(self) -> None:
         with self.errors_shown():
             self.log_message(self.edits.undo())
@@ -484,11 +493,10 @@ class Workbench(App[None]):
             return
         from tui.help import page
 
-        self.push_screen(HelpScreen(page(self.base_screen), "Help"))
+        self.push_screen(Reader(page(self.base_screen), "Help"))
 
     def action_messages(self) -> None:
-        if not isinstance(self.screen, MessagesScreen):
-            self.push_screen(MessagesScreen(self.message_history))
+        self.push_screen(Reader(partial(draw_messages, [*self.message_history]), "Messages"))
 
     def action_next_theme(self) -> None:
         names = list(THEMES)

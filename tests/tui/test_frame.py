@@ -143,7 +143,7 @@ async def test_help_is_of_the_focused_pane(empty: Path) -> None:
     async with app.run_test(size=(120, 60)) as pilot:
         await until(pilot, lambda: isinstance(app.focused, Table))
         await pilot.press("question_mark")
-        await until(pilot, lambda: type(app.screen).__name__ == "HelpScreen")
+        await until(pilot, lambda: type(app.screen).__name__ == "Reader")
         text = screen_text(app)
         for part in (
             "Fruit",

@@ -253,10 +253,7 @@ params file, after it has said what is written.
                 f"Write to {path.name}",
             )
             if await self.app.push_screen_wait(question):
-                self.workbench.edits.save(path, {key: new for key, (_, new) in changed.items()})
-                keys = ", ".join(changed)
-                self.workbench.log_message(f"{path.name}: {keys} saved. z takes it back.")
-                self.workbench.project_watch.look_now()
+                self.workbench.write_params(path, {key: new for key, (_, new) in changed.items()})
 
     def _current(self, action: str) -> Result | None:
         """The result for the form. None, with a warning, if a field is invalid: the last result is

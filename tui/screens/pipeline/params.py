@@ -13,7 +13,6 @@ from typing import Any, Literal, get_args, get_origin
 from textual.content import Content
 
 from pipeline.errors import UserError
-from pipeline.files import artifact
 from pipeline.project.params import edit
 from pipeline.project.params.load import (
     DEFAULT,
@@ -27,7 +26,7 @@ from pipeline.project.params.load import (
 )
 from pipeline.project.params.schema import Section, hints, meaning, rule, value_type
 from pipeline.project.params.sections import AdapterTraining, Training
-from pipeline.project.runner import changed_params
+from pipeline.project.runner import artifact_settings, changed_params
 from pipeline.project.stage_graph import Project, Stage
 from tui.panes.fields import Field, Kind, format_value
 
@@ -67,7 +66,8 @@ def params_of(project: Project, stage: Stage) -> tuple[list[Field], dict[str, An
     home = project.home(stage.name)
     section: Section = home.section(stage)
     params = home.params
-    comments, made = _comments(home.params_path), _made_with(home.artifact(stage.name))
+    comments, artifact = _comments(home.params_path), artifact_settings(home.artifact(stage.name))
+    made = artifact.params if artifact else {}
     bases = [hints(base) for base in (Training, AdapterTraining) if isinstance(section, base)]
     shared = {key for base in bases for key in base}
     shared -= {key for key in params.tree.get(stage.name, {}) if key not in TOP_LEVEL}
@@ -156,12 +156,3 @@ def _comments(path: Path) -> Mapping[str, str]:
         return edit.comments(read_text(path))
     except UserError:  # the file broke since it was loaded
         return {}
-
-
-def _made_with(folder: Path) -> Mapping[str, Any]:
-    """The params that an artifact was made with; empty if there is none."""
-    try:
-        params = artifact.read_manifest(folder).get("params")
-    except (UserError, AttributeError):  # no manifest, or one that is no mapping
-        return {}
-    return params if isinstance(params, dict) else {}

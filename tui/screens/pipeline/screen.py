@@ -21,7 +21,7 @@ from pipeline.stages.registry import GRAPH
 from pipeline.views.stage_logs import ALL, StageLogs
 from pipeline.views.stage_tree import stage_rows
 from pipeline.views.stages import StageState
-from tui.panes.fields import Field, format_value
+from tui.panes.fields import Field
 from tui.panes.form import Form
 from tui.panes.pane import Pane
 from tui.panes.table import Table
@@ -206,15 +206,10 @@ and all below, run again."""
         project, field = self.project, self.params.fields[event.key]
         if project is None:
             return
-        path, value = project.home(self._filled[0]).params_path, field.parse(event.text)
+        path = project.home(self._filled[0]).params_path
         with self.workbench.errors_shown():
-            self.workbench.edits.save(path, {field.path: value})
-            text = format_value(value) or "(empty)"
-            self.workbench.log_message(
-                f"{field.path}: {text} written to {path.name}. z takes it back."
-            )
+            self.workbench.write_params(path, {field.path: field.parse(event.text)})
             self.params.close()
-            self.workbench.project_watch.look_now()
 
     @on(Form.Lost, "#params Form")
     def _lost(self, event: Form.Lost) -> None:

@@ -117,13 +117,15 @@ class NewProject(ModalScreen[Made | None]):
         self.wrong.update(f"✗ {problem}" if problem else "")
         if problem:
             return
-        arguments = [folder, *(["--base", base] if base else [])]
-        for name in data:
-            arguments += ["--data", _path(name)]
-        if texts["columns"].strip():
-            arguments += ["--columns", texts["columns"].strip()]
-        if methods:
-            arguments += ["--methods", ",".join(methods)]
+        arguments = [folder]
+        for option, values in (
+            ("--base", [base]),
+            ("--data", map(_path, data)),
+            ("--columns", [texts["columns"].strip()]),
+            ("--methods", [",".join(methods)]),
+        ):
+            for value in filter(None, values):
+                arguments += [option, value]
         self.app.push_screen(Creation(arguments, self._root), self._made)
 
     def _made(self, made: Made | None) -> None:

@@ -160,7 +160,7 @@ async def test_it_is_drawn_at_every_size_and_help_and_palette_open(
     app = Workbench(nothing / "params.yaml")
     async with app.run_test(size=size) as pilot:
         await pilot.press("question_mark")
-        await until(pilot, lambda: type(app.screen).__name__ == "HelpScreen")
+        await until(pilot, lambda: type(app.screen).__name__ == "Reader")
         await pilot.press("escape", "ctrl+p")
         await until(pilot, lambda: type(app.screen).__name__ == "CommandPalette")
         await pilot.press("escape")
