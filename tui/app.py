@@ -344,7 +344,7 @@ class Workbench(App[None]):
         with self.errors_shown():
             if self.project_watch.problem:
                 raise UserError(f"Nothing was started: {self.project_watch.problem}")
-            if self.params_path.name != "params.yaml":
+            if self.params_path.name != PARAMS:
                 raise UserError(
                     "The pipeline reads params.yaml. Start lora-tui with --params params.yaml to "
                     "run it."

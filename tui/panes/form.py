@@ -102,9 +102,8 @@ class Form(VerticalScroll):
         values: Mapping[str, Any] | None = None,
         *,
         always: bool = False,
-        id: str | None = None,  # as Textual names it
     ) -> None:
-        super().__init__(id=id)
+        super().__init__()
         self.can_focus = True
         self.always = always
         self.fields: dict[str, Field] = {}
@@ -188,10 +187,6 @@ class Form(VerticalScroll):
     def value(self, key: str) -> Any:
         return self.fields[key].parse(self.texts[key])
 
-    def edited(self, key: str) -> bool:
-        """Whether the value is another than the given one."""
-        return format_value(self.value(key)) != format_value(self.given[key])
-
     def problem(self, key: str) -> str:
         """What is wrong with a value, or ""."""
         return self.fields[key].problem(self.value(key))
@@ -199,9 +194,11 @@ class Form(VerticalScroll):
     def unsaved(self) -> str:
         """The field that is open and what was typed: `finetune_lora.rank: 16`; "" if nothing."""
         field = self.field
-        if field is None or self.always or not self.is_typing or not self.edited(field.key):
+        if field is None or self.always or not self.is_typing:
             return ""
-        return f"{field.path or field.key}: {self.texts[field.key]}"
+        text = self.texts[field.key]
+        is_same = format_value(field.parse(text)) == format_value(self.given[field.key])
+        return "" if is_same else f"{field.path or field.key}: {text}"
 
     def put(self, key: str, text: str) -> None:
         """Give a field another text, as if it was typed."""
@@ -253,10 +250,10 @@ class Form(VerticalScroll):
         self._keep_typed()
         if self._matches:
             self._choose(self._match)
-        elif self.always or (self.edited(self.key) and not self.problem(self.key)):
-            self._submit()
-        elif not self.edited(self.key):
+        elif not self.always and not self.unsaved():
             self.close()
+        elif self.always or not self.problem(self.key):
+            self._submit()
 
     def _choose(self, match: int) -> None:
         """Take one of the values that were found for what was typed."""

@@ -82,9 +82,7 @@ def params_of(project: Project, stage: Stage) -> tuple[list[Field], dict[str, An
         if key in shared and not changed:
             group = next((name for name, keys in GROUPS.items() if key in keys), OTHERS)
         kind, choices = _kind(type(section), key)
-        comment = comments.get(path)
-        if not comment and key in shared:
-            comment = comments.get(f"{TRAINING}.{key}")
+        comment = comments.get(path) or comments.get(f"{TRAINING}.{key}")
         fields.append(
             Field(
                 key,

@@ -155,9 +155,6 @@ and all below, run again."""
     # Filling the panes
 
     @on(Table.Pointed, "#stages Table")
-    def _stage_pointed(self) -> None:
-        self._fill_soon()
-
     @work(exclusive=True, group="rest")
     async def _fill_soon(self) -> None:
         """Fill the panes once the cursor rests: they take longer than a key that repeats."""

@@ -20,7 +20,7 @@ from tui.panes.key_bar import KeyBar
 from tui.panes.lines import wrapped
 from tui.registry import SCREENS
 from tui.screens.base import WorkbenchScreen
-from tui.screens.welcome.new import Creation, Made, NewProject
+from tui.screens.welcome.new import Made, NewProject, create
 
 MINIGPT = "minigpt"  # the folder of its project
 CALCULATOR = "calculator"
@@ -92,7 +92,7 @@ class WelcomeScreen(WorkbenchScreen):
             case "new":
                 self.workbench.push_screen(NewProject(root), self._created)
             case "minigpt":
-                self.workbench.push_screen(Creation([MINIGPT], root), self._created)
+                self._make_minigpt()
             case "demo":
                 self._open_demo()
 
@@ -108,7 +108,13 @@ class WelcomeScreen(WorkbenchScreen):
             reader = Reader(partial(_fitted, report), "What was chosen, and why")
             self.workbench.push_screen(reader)
 
-    @work(group="demo", exclusive=True)
+    @work(group="make", exclusive=True)
+    async def _make_minigpt(self) -> None:
+        self.workbench.log_message("Making MiniGPT's project …")
+        with self.workbench.errors_shown():
+            self._created(await create(self.workbench.root, MINIGPT))
+
+    @work(group="make", exclusive=True)
     async def _open_demo(self) -> None:
         from tui.services.projects.demo import greet, open_demo
 

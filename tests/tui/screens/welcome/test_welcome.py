@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from textual.widgets import Input, Static
+from textual.widgets import Input
 
 from pipeline.errors import UserError
 from tests.helpers.pilot import screen_opens, until
@@ -14,7 +14,7 @@ from tests.helpers.projects import new_project
 from tui.app import Workbench
 from tui.panes.text import Text
 from tui.registry import SCREENS, WELCOME
-from tui.screens.welcome.new import Creation, NewProject
+from tui.screens.welcome.new import NewProject
 from tui.screens.welcome.screen import WelcomeScreen
 from tui.services.lora_command import LoraCommand
 
@@ -99,7 +99,7 @@ async def test_a_new_project_is_asked_for_and_made(nothing: Path, asked: list[li
         await pilot.press("ctrl+u", *"run", "down", *"org/base", "enter")
         dialog = app.screen
         assert isinstance(dialog, NewProject)
-        assert "org/base needs data to train on" in str(dialog.wrong.content)
+        assert "org/base needs data to train on" in str(dialog.note.content)
         assert asked == []
         await pilot.press("down", *"a.csv, b.csv", "down", *"prompt=q, completion=a")
         await pilot.press("down", *"lora,full", "enter")
@@ -132,11 +132,9 @@ async def test_what_is_wrong_is_one_sentence_and_the_form_stays(nothing: Path) -
         await pilot.press("n")
         await until(pilot, lambda: isinstance(app.focused, Input))
         await pilot.press("ctrl+u", *"bad", "enter")
-        note = (await screen_opens(pilot, Creation)).query_one("#note", Static)
+        note = (await screen_opens(pilot, NewProject)).note
         await until(pilot, lambda: note.has_class("wrong"))
         assert str(note.content) == "✗ bad is a file. Name another folder."
-        await pilot.press("escape")
-        assert isinstance(app.screen, NewProject)
         await pilot.press("escape")
         assert isinstance(app.screen, WelcomeScreen)
 
