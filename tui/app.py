@@ -8,9 +8,10 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from shutil import disk_usage
 from threading import Thread
@@ -31,11 +32,12 @@ from textual.screen import ModalScreen
 from textual.worker import WorkerFailed
 
 from pipeline.errors import UserError, explain, path_problem
-from pipeline.files.home import home_folder
+from pipeline.files.home import from_home
 from pipeline.files.text import OBEYED
-from pipeline.views.stages import StageState, apart
+from pipeline.views.stages import StageState
 from tui.config import Config, State, config_path, state_path
-from tui.dialogs import Ask, HelpScreen, Message, MessagesScreen, Severity
+from tui.dialogs import Ask, Message, Reader, Severity, draw_messages
+from tui.panes.fields import format_value
 from tui.registry import FIRST_LOOK, SCREENS, WELCOME
 from tui.services.machine.readings import Machine
 from tui.services.param_edits import ParamEdits
@@ -49,7 +51,6 @@ from tui.widgets.header import Header, describe_state
 if TYPE_CHECKING:
     from textual.command import Provider
 
-    from pipeline.project.stage_graph import Project
     from tui.services.engine_client import Inference
     from tui.services.loaded_models import LoadedModels
 
@@ -154,7 +155,7 @@ class Workbench(App[None]):
     def _take_project(self, params: Path) -> None:
         """Everything that belongs to one project, begun anew."""
         self.params_path, self.root = params, params.parent
-        self.folder_label = _abbreviate_home(self.root)
+        self.folder_label = from_home(self.root)
         self.runner = Runner(self.root)
         self.file_watch = FileWatch(lambda text: self.call_later(self.log_message, text))
         self.project_watch = ProjectWatch(
@@ -343,7 +344,7 @@ class Workbench(App[None]):
         with self.errors_shown():
             if self.project_watch.problem:
                 raise UserError(f"Nothing was started: {self.project_watch.problem}")
-            if self.params_path.name != "params.yaml":
+            if self.params_path.name != PARAMS:
                 raise UserError(
                     "The pipeline reads params.yaml. Start lora-tui with --params params.yaml to "
                     "run it."
@@ -354,13 +355,7 @@ class Workbench(App[None]):
             project = self.project_watch.project
             assert project is not None  # else there is a problem
             await asyncio.to_thread(renew_code_yaml, project)
-            replaced = await asyncio.to_thread(_replaced_by, project, arguments)
             running = self.runner.start(arguments)
-            if replaced:
-                self.log_message(
-                    f"Trained again, as params.yaml says: {replaced}. `lora runs` keeps the "
-                    "earlier."
-                )
             self.log_message(f"Started: {running.command}. It continues if you quit.")
             self.project_watch.started(running)
 
@@ -378,6 +373,13 @@ class Workbench(App[None]):
             with self.errors_shown():
                 self.log_message(self.runner.stop(), "warning")
                 self.project_watch.look_now()
+
+    def write_params(self, path: Path, values: Mapping[str, Any]) -> None:
+        """Set `section.key` → value in a params file, and say so. Raises UserError, OSError."""
+        self.edits.save(path, values)
+        texts = [f"{key}: {format_value(value) or '(empty)'}" for key, value in values.items()]
+        self.log_message(f"{', '.join(texts)} written to {path.name}. z takes it back.")
+        self.project_watch.look_now()
 
     def action_undo(self) -> None:
         with self.errors_shown():
@@ -440,7 +442,6 @@ class Workbench(App[None]):
         """Textual's, and the colours of methods and runs on the theme's background."""
         variables = super().get_css_variables()
         variables |= look_variables(Color.parse(variables["background"]))
-        self.theme_variables = variables
         return variables
 
     def _initial_theme(self) -> str:
@@ -492,11 +493,10 @@ class Workbench(App[None]):
             return
         from tui.help import page
 
-        self.push_screen(HelpScreen(page(self.base_screen), "Help"))
+        self.push_screen(Reader(page(self.base_screen), "Help"))
 
     def action_messages(self) -> None:
-        if not isinstance(self.screen, MessagesScreen):
-            self.push_screen(MessagesScreen(self.message_history))
+        self.push_screen(Reader(partial(draw_messages, [*self.message_history]), "Messages"))
 
     def action_next_theme(self) -> None:
         names = list(THEMES)
@@ -514,15 +514,6 @@ class Workbench(App[None]):
             f"{config_path().name}: conflicting keys on {node}; no key is left for {lost}.",
             "warning",
         )
-
-
-def _replaced_by(project: "Project", arguments: Sequence[str]) -> str:
-    """The trained models in place that `dvc ARGUMENTS` makes again because params.yaml has other
-    settings.
-    """
-    run = arguments[-1:] if "--single-item" in arguments else project.stages
-    marks = apart(project).items()
-    return "; ".join(f"{name} {', '.join(reasons)}" for name, reasons in marks if name in run)
 
 
 def _describe_end(states: Sequence[StageState], ended: Running, root: Path) -> tuple[str, Severity]:
@@ -555,11 +546,3 @@ def _key_name(key: str) -> str:
     if modifiers or len(name) > 1:
         name = name.capitalize()
     return "+".join([*map(str.capitalize, modifiers), name])
-
-
-def _abbreviate_home(path: Path) -> str:
-    """The path with ~ for the home folder."""
-    home = home_folder()
-    return (
-        f"~/{path.relative_to(home)}" if path.is_relative_to(home) and path != home else str(path)
-    )

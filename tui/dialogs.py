@@ -2,7 +2,7 @@
 several.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, TypeVar
@@ -45,7 +45,9 @@ class Reader(ModalScreen[str | None]):
     dismiss it with a text.
     """
 
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape,q", "dismiss", "Close")]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape,q,question_mark,f1,f12", "dismiss", "Close")  # also what opened it
+    ]
     DEFAULT_CSS = """
     Reader { align: center middle; }
     Reader > Text { width: 96%; max-width: 140; height: 94%; max-height: 94%; }
@@ -68,23 +70,13 @@ class Reader(ModalScreen[str | None]):
         self.page.show(draw, slowly=True)
 
 
-class HelpScreen(Reader):
-    """The help of the focused pane."""
-
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("question_mark,f1", "dismiss", "Close")]
-
-
-class MessagesScreen(Reader):
-    """Lists the messages, which otherwise are shown as toasts only; newest last."""
-
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("f12", "dismiss", "Close")]
-
-    def __init__(self, messages: Sequence[Message]) -> None:
-        lines = []
-        for when, severity, text in messages:
-            style = "" if severity == "information" else f"${severity}"
-            lines.append(Content.styled(f"{when:%H:%M:%S}  {text}", style))
-        super().__init__(lambda _: lines or [Content("No messages yet.")], "Messages")
+def draw_messages(messages: Sequence[Message], _: int) -> Iterator[Content]:
+    """The messages, which otherwise are shown as toasts only; newest last."""
+    for when, severity, text in messages:
+        style = "" if severity == "information" else f"${severity}"
+        yield Content.styled(f"{when:%H:%M:%S}  {text}", style)
+    if not messages:
+        yield Content("No messages yet.")
 
 
 def read_page(path: Path) -> str:

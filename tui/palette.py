@@ -3,7 +3,7 @@ pages of the docs.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,29 +38,13 @@ class Everything(Provider):
 
     async def startup(self) -> None:
         app: Workbench = self.app
-        here = app.base_screen.NAME
-        self._first = [*(_screen_commands(app, here) if here in SCREENS else ())]
-        self._first += _app_commands(app)
-        others = [name for name in SCREENS if name != here]
-        self._gathering = asyncio.create_task(self._gather(app, others))
+        here = {app.base_screen.NAME} & {*SCREENS}
+        self._first = [*_screens(app, here), *_app_commands(app)]
+        # not before the palette is shown: it reads models and pages
+        self._others = asyncio.create_task(asyncio.to_thread(_others, app, {*SCREENS} - here))
 
     async def shutdown(self) -> None:
-        self._gathering.cancel()
-
-    async def _gather(self, app: Workbench, others: Iterable[str]) -> list[Command]:
-        return [
-            *self._first,
-            *(command for name in others for command in _screen_commands(app, name)),
-            *_stages(app),
-            *_prompts(app),
-            *await asyncio.to_thread(lambda: [*_models(app), *_docs(app)]),
-        ]
-
-    async def commands(self) -> list[Command]:
-        """All commands, once the models and pages are read."""
-        # Each letter cancels the search of the letter before, and what it waits for: here only the
-        # waiting may end.
-        return await asyncio.shield(self._gathering)
+        self._others.cancel()
 
     async def discover(self) -> Hits:
         for command in self._first:
@@ -68,7 +52,10 @@ class Everything(Provider):
 
     async def search(self, query: str) -> Hits:
         matcher = self.matcher(query)
-        for number, command in enumerate(await self.commands()):
+        # Each letter cancels the search of the letter before, and what it waits for: here only the
+        # waiting may end.
+        others = await asyncio.shield(self._others)
+        for number, command in enumerate([*self._first, *others]):
             if score := matcher.match(command.text):
                 # an earlier group first where the match is as good
                 yield Hit(
@@ -95,15 +82,23 @@ def _named(bindings: Iterable[Any]) -> list[Binding]:
     return [binding for binding in bindings if isinstance(binding, Binding) and binding.id]
 
 
-def _screen_commands(app: Workbench, name: str) -> Iterator[Command]:
-    """The commands of a screen and of its panes."""
-    kind = SCREENS[name].kind
-    keys = {"": kind.own_bindings()} | {pane: about.keys for pane, about in kind.PANES.items()}
-    for pane, bindings in keys.items():
-        for binding in _named(bindings):
-            label = f"{SCREENS[name].label}: {binding.description}"
-            run = partial(_run_there, app, name, pane, binding.action)
-            yield Command(label, f"key {app.get_key_display(binding)}", run)
+def _others(app: Workbench, screens: Collection[str]) -> list[Command]:
+    """All but the first. Called in another thread."""
+    kinds = _screens(app, screens), _stages(app), _prompts(app), _models(app), _docs(app)
+    return [command for kind in kinds for command in kind]
+
+
+def _screens(app: Workbench, names: Collection[str]) -> Iterator[Command]:
+    """The commands of screens and of their panes."""
+    for name, entry in SCREENS.items():
+        if name not in names:
+            continue
+        panes = {pane: about.keys for pane, about in entry.kind.PANES.items()}
+        for pane, bindings in {"": entry.kind.own_bindings(), **panes}.items():
+            for binding in _named(bindings):
+                label = f"{entry.label}: {binding.description}"
+                run = partial(_run_there, app, name, pane, binding.action)
+                yield Command(label, f"key {app.get_key_display(binding)}", run)
 
 
 async def _run_there(app: Workbench, name: str, pane: str, action: str) -> None:

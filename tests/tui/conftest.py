@@ -105,7 +105,7 @@ def three_runs(empty: Path) -> Path:
 @pytest.fixture
 def no_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """The header shows the same folder and memory on every machine: for snapshots."""
-    monkeypatch.setattr("tui.app._abbreviate_home", lambda _: "~/project")
+    monkeypatch.setattr("tui.app.from_home", lambda _: "~/project")
     monkeypatch.setattr("tui.services.machine.readings.Machine.summary", lambda _: "cpu 2.4/24 GiB")
 
 

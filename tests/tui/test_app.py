@@ -133,7 +133,7 @@ async def test_help_lists_every_key_of_the_screen(empty: Path, name: str) -> Non
         ours = [binding for binding in bindings if binding.id and binding.id.startswith(name)]
         assert all(binding.description for binding in ours)
         await pilot.press("question_mark")
-        await until(pilot, lambda: type(app.screen).__name__ == "HelpScreen")
+        await until(pilot, lambda: type(app.screen).__name__ == "Reader")
         text = await page_of(app, pilot)
         assert all(binding.description in text for binding in ours)
         assert "up to date" in text and "palette" in text
@@ -188,7 +188,7 @@ async def test_messages_can_be_read_again(empty: Path) -> None:
         app.fail(UserError("rank must be at least 1, got [0]."))
         app.fail(OSError(28, "No space left on device", "/x/y"))
         await pilot.press("f12")
-        await until(pilot, lambda: type(app.screen).__name__ == "MessagesScreen")
+        await until(pilot, lambda: type(app.screen).__name__ == "Reader")
         text = await page_of(app, pilot)
         assert "rank must be at least 1, got [0]." in text
         assert "No space left on device: /x/y." in text

@@ -143,7 +143,7 @@ async def test_help_is_of_the_focused_pane(empty: Path) -> None:
     async with app.run_test(size=(120, 60)) as pilot:
         await until(pilot, lambda: isinstance(app.focused, Table))
         await pilot.press("question_mark")
-        await until(pilot, lambda: type(app.screen).__name__ == "HelpScreen")
+        await until(pilot, lambda: type(app.screen).__name__ == "Reader")
         text = screen_text(app)
         for part in (
             "Fruit",
@@ -163,7 +163,9 @@ async def test_the_palette_has_commands_of_all_screens_params_stages_and_docs(em
         app.state.prompts = ["der wind"]
         palette = Everything(app.screen)
         await palette.startup()
-        helps = {command.text: command.help for command in await palette.commands()}
+        helps = {
+            command.text: command.help for command in [*palette._first, *await palette._others]
+        }
         texts = list(helps)
         assert helps["Go to Curves"] == "key 2 F3"
         assert "finetune_lora.rank: 4" in texts and "Stage finetune_lora" in texts

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tests.helpers.fake_engine import FakeInference
 from tests.helpers.pilot import until
 from tests.helpers.run_folders import write_measured, write_methods
 from tui.app import Workbench
-from tui.dialogs import Ask, AskText, HelpScreen, MessagesScreen
+from tui.dialogs import Ask, AskText, Reader, draw_messages
 from tui.help import page
 from tui.panes.plot.plot import Plot
 from tui.registry import SCREENS
@@ -62,8 +63,8 @@ async def _weights(**head: int) -> dict[str, Any]:
 
 
 DIALOGS: dict[str, Callable[[Workbench], Screen[Any]]] = {
-    "help": lambda app: HelpScreen(page(app.base_screen), "Help"),
-    "messages": lambda app: MessagesScreen(app.message_history),
+    "help": lambda app: Reader(page(app.base_screen), "Help"),
+    "messages": lambda app: Reader(partial(draw_messages, [*app.message_history]), "Messages"),
     "path": lambda _: AskText("Which folder?"),
     "sampling": lambda _: SamplingDialog(Settings(Sampling(), "", True)),
     "ask": lambda _: Ask("finetune_lora.rank: 8 → 16", {"y": "write it"}, "Write to params.yaml"),

@@ -2,8 +2,8 @@
 the value that is typed.
 """
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from textual import on
@@ -16,7 +16,7 @@ from textual.suggester import SuggestFromList
 from textual.widget import Widget
 from textual.widgets import Input, Static
 
-from tui.panes.fields import Field, format_value, to_yaml_value
+from tui.panes.fields import Field, format_value
 from tui.panes.lines import MOVE_KEYS, MUTED, FromPane
 from tui.panes.table import fitted
 
@@ -79,7 +79,7 @@ class Form(VerticalScroll):
     ]
 
     class Changed(FromPane):
-        """What is typed has changed: in a field, or in any number of them by `fill`."""
+        """What is typed in a field has changed."""
 
     @dataclass
     class Submitted(FromPane):
@@ -102,9 +102,8 @@ class Form(VerticalScroll):
         values: Mapping[str, Any] | None = None,
         *,
         always: bool = False,
-        id: str | None = None,  # as Textual names it
     ) -> None:
-        super().__init__(id=id)
+        super().__init__()
         self.can_focus = True
         self.always = always
         self.fields: dict[str, Field] = {}
@@ -114,8 +113,6 @@ class Form(VerticalScroll):
         self.unfolded = set[str]()
         self.needle = ""
         self.input = ValueInput()
-        self._limit: Collection[str] | None = None
-        self._problems: Mapping[str, str] = {}
         self._matches: list[tuple[str, str]] = []
         self._match = 0
         # How it is drawn
@@ -129,7 +126,7 @@ class Form(VerticalScroll):
         yield self.input
 
     def on_mount(self) -> None:
-        self._go_to(self.key, again=True)
+        self._go_to(self.key)
 
     # What is shown
 
@@ -150,41 +147,15 @@ class Form(VerticalScroll):
         if not again:
             self.key = ""
             self.scroll_home(animate=False)
-        typed = {self.key: self.input.value} if self.is_typing else {}
         self._take(fields, values)
-        self.texts |= typed
+        if self.is_typing and self.key in self.fields:
+            self.texts[self.key] = self.input.value
         self._go_to(self.key)
 
     def _take(self, fields: Iterable[Field], values: Mapping[str, Any] | None) -> None:
         self.fields = {field.key: field for field in fields}
         self.given = {key: field.default for key, field in self.fields.items()} | dict(values or {})
         self.texts = {key: format_value(self.given[key]) for key in self.fields}
-
-    def fill(self, values: Mapping[str, Any]) -> None:
-        """Give fields other values; posts one Changed."""
-        self.given |= values
-        self.texts |= {key: format_value(value) for key, value in values.items()}
-        self._go_to(self.key, again=True)
-        self.post_message(self.Changed(self))
-
-    def limit(self, keys: Collection[str] | None) -> None:
-        """Show only these fields; the others keep their values."""
-        if keys != self._limit:
-            self._limit = keys
-            self._go_to(self.key)
-
-    def annotate(
-        self, problems: Mapping[str, str], placeholders: Mapping[str, str] | None = None
-    ) -> None:
-        """What only the owner knows: what is wrong with fields together, what empty ones stand
-        for.
-        """
-        self._problems = problems
-        for key, text in (placeholders or {}).items():
-            self.fields[key] = replace(self.fields[key], placeholder=text)
-        if field := self.field:
-            self.input.placeholder = field.placeholder
-        self._draw()
 
     def filter(self, text: str) -> None:
         """Show only fields whose label, value or meaning has `text`, whatever the case; the cursor is
@@ -195,12 +166,11 @@ class Form(VerticalScroll):
         is_found = not text or not found or self.key in found
         self._go_to(self.key if is_found else found[0])
 
-    def point(self, key: str) -> bool:
-        """Move the cursor to a field, and unfold its group. False if it is not shown."""
+    def point(self, key: str) -> None:
+        """Move the cursor to a field that is shown, and unfold its group."""
         if key in self.fields:
             self.unfolded.add(self.fields[key].group)
             self._go_to(key)
-        return self.key == key
 
     # Values
 
@@ -217,21 +187,18 @@ class Form(VerticalScroll):
     def value(self, key: str) -> Any:
         return self.fields[key].parse(self.texts[key])
 
-    def edited(self, key: str) -> bool:
-        """Whether the value is another than the given one."""
-        return bool(self.value(key) != to_yaml_value(self.given[key]))
-
     def problem(self, key: str) -> str:
         """What is wrong with a value, or ""."""
-        check = self.fields[key].problem
-        return self._problems.get(key) or (check(self.value(key)) if check else "")
+        return self.fields[key].problem(self.value(key))
 
     def unsaved(self) -> str:
         """The field that is open and what was typed: `finetune_lora.rank: 16`; "" if nothing."""
         field = self.field
-        if field is None or self.always or not self.is_typing or not self.edited(field.key):
+        if field is None or self.always or not self.is_typing:
             return ""
-        return f"{field.path or field.key}: {self.texts[field.key]}"
+        text = self.texts[field.key]
+        is_same = format_value(field.parse(text)) == format_value(self.given[field.key])
+        return "" if is_same else f"{field.path or field.key}: {text}"
 
     def put(self, key: str, text: str) -> None:
         """Give a field another text, as if it was typed."""
@@ -241,11 +208,6 @@ class Form(VerticalScroll):
             self.texts[key] = text
             self._draw()
             self.post_message(self.Changed(self))
-
-    def step(self, key: str, by: int) -> None:
-        """Give a field the next of its values, or the one before."""
-        self._keep_typed()
-        self.put(key, self.fields[key].stepped(self.texts[key], by))
 
     # Typing
 
@@ -288,10 +250,10 @@ class Form(VerticalScroll):
         self._keep_typed()
         if self._matches:
             self._choose(self._match)
-        elif self.always or (self.edited(self.key) and not self.problem(self.key)):
-            self._submit()
-        elif not self.edited(self.key):
+        elif not self.always and not self.unsaved():
             self.close()
+        elif self.always or not self.problem(self.key):
+            self._submit()
 
     def _choose(self, match: int) -> None:
         """Take one of the values that were found for what was typed."""
@@ -330,12 +292,11 @@ class Form(VerticalScroll):
 
     # The cursor
 
-    def _go_to(self, key: str, again: bool = False) -> None:
+    def _go_to(self, key: str) -> None:
         """Move the cursor to a line, else to the one that is now where it was."""
         if not self.is_attached:
             return
-        if not again:
-            self._keep_typed()
+        self._keep_typed()
         stops, before = self._stops(), self.key
         if key not in stops:
             at = list(self._tops).index(before) if before in self._tops else 0
@@ -343,8 +304,8 @@ class Form(VerticalScroll):
         if key != before:
             self._lose()
             self.key, self._matches = key, []
-        if self.always and (again or key != before):
-            self._type(self.field is not None and self.field.kind != "choice")
+            if self.always:
+                self._type(self.field is not None and self.field.kind != "choice")
         self._draw()
         self.call_after_refresh(self._show_cursor)
 
@@ -405,8 +366,10 @@ class Form(VerticalScroll):
         self.action_move(len(self.fields) * 2)
 
     def action_step(self, by: int) -> None:
+        """Give the field the next of its values, or the one before."""
         if self.field:
-            self.step(self.key, by)
+            self._keep_typed()
+            self.put(self.key, self.field.stepped(self.texts[self.key], by))
 
     def action_sideways(self, by: int) -> None:
         if self.always:
@@ -474,8 +437,6 @@ class Form(VerticalScroll):
         return self.always or bool(self.needle) or group in self.unfolded
 
     def _is_shown(self, field: Field) -> bool:
-        if self._limit is not None and field.key not in self._limit:
-            return False
         words = f"{field.title} {field.key} {self.texts[field.key]} {field.meaning}"
         return self.needle in words.casefold()
 
@@ -485,9 +446,9 @@ class Form(VerticalScroll):
 
     def _draw(self) -> None:
         """Draw all lines: as one text it takes a millisecond."""
-        if not self.is_attached:
+        width, rows = self.scrollable_content_region.width, self._rows()
+        if not width:  # it is not laid out yet, or not shown
             return
-        width, rows = self.scrollable_content_region.width or 60, self._rows()
         labels = [len(_label(row, self.always)) for row in rows if row.key in self.fields]
         self._labels = min(MAX_LABELS, max(labels, default=0), (width + 1) // 2)
         said, heads = self._said(width), len(rows) - len(labels)
@@ -564,15 +525,13 @@ class Form(VerticalScroll):
         field, said = self.field, list[Content]()
         if field is None:
             return []
-        if self.is_typing and self.edited(field.key):
+        if self.is_typing and (problem := self.problem(field.key)):
+            said.append(Content.styled(f"✗ {problem}", "$text-error"))
+        elif self.unsaved():
             before = format_value(self.given[field.key]) or "it empty"
-            if problem := self.problem(field.key):
-                said.append(Content.styled(f"✗ {problem}", "$text-error"))
-            elif not self.always:
-                name = field.path or field.key
-                said.append(Content(f"Enter writes {name}, Esc keeps {before}."))
-        texts = (field.meaning, " · ".join(filter(None, (field.rule, field.source))))
-        said += [Content.styled(text, MUTED) for text in texts if text]
+            name = field.path or field.key
+            said.append(Content(f"Enter writes {name}, Esc keeps {before}."))
+        said += [Content.styled(text, MUTED) for text in (field.meaning, field.rule) if text]
         indent = " " * (1 if self.always else INDENT)
         parts = [part for text in said for part in text.wrap(max(width - len(indent), 16))]
         return [Content.assemble(indent, part) for part in parts]

@@ -113,11 +113,11 @@ class ProjectWatch:
                 self._changed()
             before = self._look
             look = await asyncio.to_thread(self._load, before, loop)
-            has_ended = started is not None and pipeline is None
-            if look != before or has_ended:
+            ended = None if pipeline else started
+            if look != before or ended:
                 self._show(look)
-            if started and has_ended:
-                self._on_end(started)
+            if ended:
+                self._on_end(ended)
             if self.project and self.project is not followed:
                 followed = self.project
                 self._follow(await asyncio.to_thread(self._paths, followed))

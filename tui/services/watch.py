@@ -30,10 +30,12 @@ MAX_FOLDERS = 4000
 POLL_DELAY = 2.0  # seconds between two comparisons, where the system does not tell
 POLL_SHARE = 0.01  # of a core for comparing: the delay grows with the number of files,
 MAX_DELAY = 10.0  # up to this
-REMOTE = {  # file systems that other machines write to, whose changes the system does not tell
+# How the names of file systems begin that other machines write to, whose changes the system does
+# not tell.
+REMOTE = (
     *("9p", "afs", "beegfs", "ceph", "cifs", "drvfs", "fuse.sshfs", "glusterfs", "gpfs"),
-    *("lustre", "nfs", "nfs4", "prl_fs", "smb3", "smbfs", "vboxsf", "virtiofs"),
-}
+    *("lustre", "nfs", "prl_fs", "smb", "vboxsf", "virtiofs"),
+)
 
 # As watchfiles tells them; None for any, as a watch begins; or why it ended.
 Changes = Collection[tuple[int, str]] | None | Exception
@@ -147,7 +149,7 @@ class FileWatch:
         if path in self._slow:
             return self._slow[path]
         kind = next((self._mounts[at] for at in (path, *path.parents) if at in self._mounts), "")
-        why = f"{path} is on a network file system ({kind})." if kind in REMOTE else ""
+        why = f"{path} is on a network file system ({kind})." if kind.startswith(REMOTE) else ""
         if _is_folder(path):
             why = self._slow[path] = why or _size_problem(path)
         return why
@@ -211,7 +213,14 @@ class FileWatch:
         polled = [follower for follower in self._followers.values() if follower.is_polled]
         if not polled:
             return None
-        changed, seconds = await asyncio.to_thread(_changed_of, polled)
+
+        def compare() -> tuple[list[_Follower], float]:
+            """Those whose files changed, and the seconds of CPU time that it took."""
+            start = time.thread_time()
+            changed = [follower for follower in polled if follower.has_changed()]
+            return changed, time.thread_time() - start
+
+        changed, seconds = await asyncio.to_thread(compare)
         for follower in changed:
             self._tell(follower)
         return min(max(POLL_DELAY, seconds / POLL_SHARE), MAX_DELAY)
@@ -272,10 +281,3 @@ def _size_problem(path: Path) -> str:
         if count == MAX_FOLDERS:
             return f"{path} has more than {MAX_FOLDERS:,} folders."
     return ""
-
-
-def _changed_of(followers: Iterable[_Follower]) -> tuple[list[_Follower], float]:
-    """Those whose files changed, and the seconds of CPU time that it took."""
-    start = time.thread_time()
-    changed = [follower for follower in followers if follower.has_changed()]
-    return changed, time.thread_time() - start

@@ -1,8 +1,9 @@
 """The calculator: a form, and the result of `pipeline.calc`, updated at every key press."""
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -67,11 +68,14 @@ params file, after it has said what is written.
         self.result: Result | None = None  # the last valid one
         self.problems: Mapping[str, str] = {}  # the errors in the form, by field
         self.pins: list[Result] = []
-        # what the fields hold at first: on a pretrained base what the project trains
+        self.asked: Texts = {}  # what all fields hold, also those that do not matter now
+        # what they hold at first: on a pretrained base what the project trains
         self._start: Texts = DEFAULTS
         self._models: dict[str, Architecture | UserError] = {}
-        self.form = Form(FIELDS.values(), always=True)
-        self.form.key = "method"
+        self._fields = {
+            key: replace(field, problem=self._why(key)) for key, field in FIELDS.items()
+        }
+        self.form = Form(always=True)
         self.texts = {name: Text() for name in ("verdict", "answers", "memory", "details")}
         self.problem = Static(id="problem", markup=False)
 
@@ -91,13 +95,27 @@ params file, after it has said what is written.
             project = open_project(self.workbench.params_path)
             if project.params.origin.imports:
                 self._start = texts_of(project)
-        self.form.fill(self._start)
+        self.fill(self._start)
+        self.form.point("method")
+
+    def _why(self, key: str) -> Callable[[object], str]:
+        return lambda _: self.problems.get(key, "")
+
+    def fill(self, texts: Texts) -> None:
+        """Ask another question."""
+        self.asked, key = texts, self.form.key
+        self._show_fields(again=False)
+        self.form.point(key)
+        self.calculate()
+
+    def _show_fields(self, again: bool) -> None:
+        fields = [self._fields[key] for key in relevant(self.asked)]
+        self.form.show(fields, self.asked, again=again)
 
     @on(Form.Changed)
     def calculate(self) -> None:
         """Show the result for the form, or its errors and the last valid result."""
-        texts, meant = dict(self.form.texts), dict[str, str]()
-        self.form.limit(relevant(texts))
+        self.asked = texts = {**self.asked, **self.form.texts}
         try:
             result = answer(texts, self._model(texts["model"].strip()))
         except UserError as error:
@@ -109,9 +127,11 @@ params file, after it has said what is written.
             self._show(result)
             self._search(result)
             run = result.run
+            # what an empty one stands for
             meant = {"sequence": str(run.sequence), "precision": run.precision}
-            meant["alpha"] = texts["rank"]
-        self.form.annotate(self.problems, meant)
+            for key, text in {**meant, "alpha": texts["rank"]}.items():
+                self._fields[key] = replace(self._fields[key], placeholder=text)
+        self._show_fields(again=True)
         self.set_class(bool(self.problems), "-wrong")
 
     def _show(self, result: Result) -> None:
@@ -157,7 +177,7 @@ params file, after it has said what is written.
     @on(Form.Submitted)
     def fetch(self) -> None:
         """Read or fetch the model if it is not built in, and calculate again."""
-        name = self.form.texts["model"].strip()
+        name = self.asked["model"].strip()
         source = _source(name, self.workbench.root)
         if source and not isinstance(self._models.get(name), Architecture):
             self._load_model(name, source.hub_id or str(source.path))
@@ -172,7 +192,7 @@ params file, after it has said what is written.
         except (UserError, OSError) as error:
             model = UserError(str(error))
         self._models = {name: model}  # only the last: a file may change later
-        if self.form.texts["model"].strip() == name:
+        if self.asked["model"].strip() == name:
             self.calculate()
 
     # Keys
@@ -191,18 +211,18 @@ params file, after it has said what is written.
     def action_renew(self) -> None:
         """All fields as they were at the start, nothing pinned."""
         self.pins = []
-        self.form.fill(self._start)
+        self.fill(self._start)
 
     def action_look(self) -> None:
         """Go to the next pane of answers, and from the last back to the form."""
         self.focus_next("#answer Text, Form, ValueInput")
 
     def action_next_gpu(self) -> None:
-        self.form.step("gpu", 1)
+        self.form.put("gpu", FIELDS["gpu"].stepped(self.asked["gpu"], 1))
 
     def action_load(self) -> None:
         with self.workbench.errors_shown():
-            self.form.fill(texts_of(open_project(self.workbench.params_path)))
+            self.fill(texts_of(open_project(self.workbench.params_path)))
             self.fetch()
 
     @work
@@ -233,10 +253,7 @@ params file, after it has said what is written.
                 f"Write to {path.name}",
             )
             if await self.app.push_screen_wait(question):
-                self.workbench.edits.save(path, {key: new for key, (_, new) in changed.items()})
-                keys = ", ".join(changed)
-                self.workbench.log_message(f"{path.name}: {keys} saved. z takes it back.")
-                self.workbench.project_watch.look_now()
+                self.workbench.write_params(path, {key: new for key, (_, new) in changed.items()})
 
     def _current(self, action: str) -> Result | None:
         """The result for the form. None, with a warning, if a field is invalid: the last result is

@@ -13,7 +13,6 @@ from typing import Any, Literal, get_args, get_origin
 from textual.content import Content
 
 from pipeline.errors import UserError
-from pipeline.files import artifact
 from pipeline.project.params import edit
 from pipeline.project.params.load import (
     DEFAULT,
@@ -27,11 +26,11 @@ from pipeline.project.params.load import (
 )
 from pipeline.project.params.schema import Section, hints, meaning, rule, value_type
 from pipeline.project.params.sections import AdapterTraining, Training
+from pipeline.project.runner import artifact_settings, changed_params
 from pipeline.project.stage_graph import Project, Stage
-from tui.panes.fields import Field, Kind, format_value, to_yaml_value
+from tui.panes.fields import Field, Kind, format_value
 
 KINDS: Mapping[Any, Kind] = {
-    bool: "boolean",
     int: "integer",
     float: "number",
     str: "text",
@@ -67,7 +66,8 @@ def params_of(project: Project, stage: Stage) -> tuple[list[Field], dict[str, An
     home = project.home(stage.name)
     section: Section = home.section(stage)
     params = home.params
-    comments, made = _comments(home.params_path), _made_with(home.artifact(stage.name))
+    comments, artifact = _comments(home.params_path), artifact_settings(home.artifact(stage.name))
+    made = artifact.params if artifact else {}
     bases = [hints(base) for base in (Training, AdapterTraining) if isinstance(section, base)]
     shared = {key for base in bases for key in base}
     shared -= {key for key in params.tree.get(stage.name, {}) if key not in TOP_LEVEL}
@@ -77,31 +77,26 @@ def params_of(project: Project, stage: Stage) -> tuple[list[Field], dict[str, An
     for key in sorted(hints(type(section)), key=lambda key: sum(key in base for base in bases)):
         values[key] = value = getattr(section, key)
         path, source = key_path(stage.name, key), params.source(stage.name, key)
-        was = made.get(key)
-        changed = key in made and was != to_yaml_value(value)
+        changed = key in made and bool(changed_params(made, {key: value}))
         group = ""
         if key in shared and not changed:
             group = next((name for name, keys in GROUPS.items() if key in keys), OTHERS)
-        kind, items, choices = _kind(type(section), key)
-        comment = comments.get(path)
-        if not comment and key in shared:
-            comment = comments.get(f"{TRAINING}.{key}")
+        kind, choices = _kind(type(section), key)
+        comment = comments.get(path) or comments.get(f"{TRAINING}.{key}")
         fields.append(
             Field(
                 key,
                 kind,
                 getattr(params.default(stage.name), key),
-                rule=HUGE_BOUND.sub("", rule(type(section), key)),
+                rule=f"{HUGE_BOUND.sub('', rule(type(section), key))} · {_source(source)}",
                 problem=partial(_problem, params, stage.name, key),
                 choices=choices,
-                items=items,
                 placeholder="empty",
                 meaning=comment or meaning(type(section), key),
-                source=_source(source),
                 path=path,
                 group=group,
                 sign="●" * changed,
-                note=_was(was) if changed else "",
+                note=_was(made[key]) if changed else "",
                 quiet=source in (DEFAULT, PRETRAINED),
             )
         )
@@ -119,17 +114,18 @@ def in_order_of(fields: Sequence[Field], before: Mapping[str, Field]) -> list[Fi
     return [replace(now[key], group=field.group) for key, field in before.items()]
 
 
-def _kind(section: type[Section], key: str) -> tuple[Kind, Kind, Sequence[str]]:
-    """The kind of a key's values, that of their items, and the values to choose from."""
+def _kind(section: type[Section], key: str) -> tuple[Kind, Sequence[str]]:
+    """The kind of a key's values, and those to choose from."""
     hint = value_type(section, key)
     origin, arguments = get_origin(hint), get_args(hint)
+    if hint is bool:
+        return "boolean", ("true", "false")
     if origin is UnionType and str not in arguments:  # a mapping, or a list of them
         origin = Mapping
-    items: Kind = KINDS.get(arguments[0], "text") if origin is tuple else "text"
-    choices = arguments if origin is Literal else ()
-    if hint is bool:
-        choices = ("true", "false")
-    return KINDS.get(origin or hint, "text"), items, choices
+    kind = KINDS.get(origin or hint, "text")
+    if kind == "list" and KINDS.get(arguments[0], "text") == "text":
+        kind = "names"
+    return kind, arguments if origin is Literal else ()
 
 
 def _problem(params: Params, stage: str, key: str, value: Any) -> str:
@@ -158,12 +154,3 @@ def _comments(path: Path) -> Mapping[str, str]:
         return edit.comments(read_text(path))
     except UserError:  # the file broke since it was loaded
         return {}
-
-
-def _made_with(folder: Path) -> Mapping[str, Any]:
-    """The params that an artifact was made with; empty if there is none."""
-    try:
-        params = artifact.read_manifest(folder).get("params")
-    except (UserError, AttributeError):  # no manifest, or one that is no mapping
-        return {}
-    return params if isinstance(params, dict) else {}

@@ -21,7 +21,7 @@ from pipeline.stages.registry import GRAPH
 from pipeline.views.stage_logs import ALL, StageLogs
 from pipeline.views.stage_tree import stage_rows
 from pipeline.views.stages import StageState
-from tui.panes.fields import Field, format_value
+from tui.panes.fields import Field
 from tui.panes.form import Form
 from tui.panes.pane import Pane
 from tui.panes.table import Table
@@ -78,9 +78,8 @@ and all below, run again."""
         runner = self.workbench.runner
         self.logs = StageLogs(runner.runs / OLD_LOG, runner.log)
         self.is_whole = False  # whether the log is that of all stages
-        self._filled = ""  # the stage that the panes show
-        # what the params are read for: the project, and the state without its run
-        self._filled_from: tuple[Project | None, StageState | None] = None, None
+        # what the params are read for: the stage, the project, and the state without its run
+        self._filled: tuple[str, Project | None, StageState | None] = "", None, None
         # They are attributes, as messages can arrive while the screen closes.
         self.problem, self.rows, self.facts = Static(markup=False), StageTree(), Text()
         self.params, self.log_pane, self.metrics = Form(), LogPane(), Metrics()
@@ -140,7 +139,7 @@ and all below, run again."""
         return {*runs, self.workbench.runner.runs, root / METRICS, root / ".git" / "index"}
 
     def files_changed(self) -> None:
-        self.call_later(self._show_log)
+        self.call_later(self._fill)
         self.metrics.look(self.workbench.root / METRICS, self.workbench.root)
 
     def project_changed(self) -> None:
@@ -156,9 +155,6 @@ and all below, run again."""
     # Filling the panes
 
     @on(Table.Pointed, "#stages Table")
-    def _stage_pointed(self) -> None:
-        self._fill_soon()
-
     @work(exclusive=True, group="rest")
     async def _fill_soon(self) -> None:
         """Fill the panes once the cursor rests: they take longer than a key that repeats."""
@@ -167,42 +163,37 @@ and all below, run again."""
 
     async def _fill(self) -> None:
         """Show what there is of the stage that the cursor is on."""
-        name, project = self.chosen, self.project
+        name = self.chosen
         if name not in self.stages:
             return
-        state = self.states.get(name)
-        shown = project, replace(state, run=None) if state else None
-        if name == self._filled and shown == self._filled_from:  # a run goes on: only that is new
-            self._show_facts()
+        await self._show_params(name)
+        wanted, folder = ALL if self.is_whole else name, self._run_folder(name)
+        log = await asyncio.to_thread(self.logs.read, wanted, folder, self.stages)
+        if name != self.chosen:
             return
-        self._filled_from = shown
+        state, pipeline = self.states.get(name), self.workbench.project_watch.pipeline
+        self.log_pane.show(log, state)
+        losses = [step.loss for step in log.steps]
+        rows = list(stages.facts(state, pipeline, losses)) if state else []
+        self.facts.show(partial(stages.draw_facts, rows))
+        self.query_one("#facts", Pane).show_title(stages.headline(state), title=name)
+
+    async def _show_params(self, name: str) -> None:
+        """Read and show the params, unless they are shown: of a run that goes on, others are new."""
+        project, state = self.project, self.states.get(name)
+        before = self._filled
+        self._filled = name, project, replace(state, run=None) if state else None
+        if self._filled == before:
+            return
         fields, values = list[Field](), dict[str, Any]()
         if project and name in project.readable:  # of an unlisted stage no file says the params
             fields, values = await asyncio.to_thread(params_of, project, self.stages[name])
-        again, self._filled = name == self._filled, name
+        again = name == before[0]
         if again:
             fields = in_order_of(fields, self.params.fields)
         self.params.show(fields, values, again=again)
         changed = sum(bool(field.sign) for field in fields)
         self.query_one("#params", Pane).show_title(*[f"{changed} changed"] * bool(changed))
-        await self._show_log()
-
-    async def _show_log(self) -> None:
-        """Show the log of the stage that the cursor is on, and what is to say of the stage."""
-        name = self.chosen
-        wanted, folder = ALL if self.is_whole else name, self._run_folder(name)
-        log = await asyncio.to_thread(self.logs.read, wanted, folder, self.stages)
-        if name == self.chosen:
-            self.log_pane.show(log, self.states.get(name))
-            self._show_facts()
-
-    def _show_facts(self) -> None:
-        name = self.chosen
-        state, pipeline = self.states.get(name), self.workbench.project_watch.pipeline
-        losses = [step.loss for step in self.log_pane.shown.steps]
-        rows = list(stages.facts(state, pipeline, losses)) if state else []
-        self.facts.show(partial(stages.draw_facts, rows))
-        self.query_one("#facts", Pane).show_title(stages.headline(state), title=name)
 
     # Params
 
@@ -212,15 +203,10 @@ and all below, run again."""
         project, field = self.project, self.params.fields[event.key]
         if project is None:
             return
-        path, value = project.home(self._filled).params_path, field.parse(event.text)
+        path = project.home(self._filled[0]).params_path
         with self.workbench.errors_shown():
-            self.workbench.edits.save(path, {field.path: value})
-            text = format_value(value) or "(empty)"
-            self.workbench.log_message(
-                f"{field.path}: {text} written to {path.name}. z takes it back."
-            )
+            self.workbench.write_params(path, {field.path: field.parse(event.text)})
             self.params.close()
-            self.workbench.project_watch.look_now()
 
     @on(Form.Lost, "#params Form")
     def _lost(self, event: Form.Lost) -> None:
@@ -262,7 +248,7 @@ and all below, run again."""
     async def action_pane(self, name: str) -> None:
         """Show a pane and give it the focus."""
         # keys already typed are meant for the stage that was chosen
-        if self._filled != self.chosen:
+        if self._filled[0] != self.chosen:
             await self._fill()
         pane = self.query_one(f"#{name}", Pane)
         if self.maximized is not None and self.maximized is not pane:
@@ -284,7 +270,7 @@ and all below, run again."""
 
     async def action_whole_log(self) -> None:
         self.is_whole = not self.is_whole
-        await self._show_log()
+        await self._fill()
 
     async def action_next_pane(self, by: int) -> None:
         current = self.focused_pane

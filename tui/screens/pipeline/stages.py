@@ -78,11 +78,9 @@ def headline(state: StageState | None) -> Content:
 def facts(state: StageState, running: Running | None, losses: Sequence[float]) -> Iterator[Fact]:
     """What is to say of a stage, the most important first."""
     run, is_running = state.run, state.state == "running"
-    reasons = list(state.reasons)
-    style = look_of(state)[1] if state.state in ("failed", "died", "changed") else ""
-    if state.broken:
-        reasons += state.broken.reasons
-        style = look_of(state)[1]
+    is_wrong = state.broken or state.state in ("failed", "died", "changed")
+    style = look_of(state)[1] if is_wrong else ""
+    reasons = [*state.reasons, *(state.broken.reasons if state.broken else ())]
     if run and run.message and run.message not in reasons and not is_running:
         reasons.append(f"its last run: {run.message}")
     for reason in reasons:
@@ -105,10 +103,8 @@ def _started(run: Journal, running: Running | None) -> str:
         who = "in a terminal or by another program:"
     elif running.starter == os.getpid():
         who = f"here as {running.command},"
-    elif running.starter:
+    else:
         who = f"by another workbench, process {running.starter}, as {running.command},"
-    else:  # of a lock that an older version wrote
-        who = f"by a workbench as {running.command},"
     process = running or run
     since = datetime.fromtimestamp(process.started)
     return f"{who} process {process.pid}, since {since:%H:%M:%S}"

@@ -1,22 +1,22 @@
 """A new project: a short form, and the command that makes it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import ClassVar
 
 from textual import on, work
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import Vertical, VerticalScroll
+from textual.containers import VerticalScroll
 from textual.screen import ModalScreen
-from textual.widgets import LoadingIndicator, Static
+from textual.widgets import Static
 
 from pipeline.errors import UserError
 from pipeline.files.home import expand
 from pipeline.stages.registry import METHODS
 from tui.panes.fields import Field, parse_names
 from tui.panes.form import Form
-from tui.services.projects.new_project import create
+from tui.services.lora_command import LoraCommand
 
 # the params file, and what was chosen with which reasons ("" if nothing was)
 Made = tuple[Path, str]
@@ -44,43 +44,20 @@ FIELDS = (
 )
 
 
-class Creation(ModalScreen[Made | None]):
-    """Runs `lora new`: what it does meanwhile, then the project, or one sentence on why there is
-    none.
-    """
-
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Cancel")]
-    CSS_PATH = "welcome.tcss"
-
-    def __init__(self, arguments: Sequence[str], root: Path) -> None:
-        super().__init__()
-        self._arguments, self._root = arguments, root
-
-    def compose(self) -> ComposeResult:
-        with Vertical(classes="dialog") as dialog:
-            dialog.border_title = f"Making {self._arguments[0]}"
-            dialog.border_subtitle = "Esc cancel"
-            yield LoadingIndicator()
-            yield Static("starting", id="note", markup=False)
-
-    @work(exclusive=True)
-    async def on_mount(self) -> None:
-        note = self.query_one("#note", Static)
-        try:
-            printed = await create(self._arguments, self._root, note.update)
-        except (UserError, OSError) as error:
-            self.query_one(LoadingIndicator).display = False
-            note.update(f"✗ {error}")
-            note.add_class("wrong")
-            return
-        report = printed.partition("\nNext: ")[0]  # that is for a shell
-        # Without a base nothing is chosen: a line says which files were written.
-        params = self._root / self._arguments[0] / "params.yaml"
-        self.dismiss((params, report if "\n" in report else ""))
+async def create(
+    root: Path, *arguments: str, on_note: Callable[[str], object] = lambda _: None
+) -> Made:
+    """Run `lora new`; `on_note` gets what it does meanwhile. Raises UserError."""
+    printed, _ = await LoraCommand(root).run("new", *arguments, on_note=on_note)
+    report = printed.partition("\nNext: ")[0]  # that is for a shell
+    # Without a base nothing is chosen: a line says which files were written.
+    return root / arguments[0] / "params.yaml", report if "\n" in report else ""
 
 
 class NewProject(ModalScreen[Made | None]):
-    """Asks for what `lora new` must know."""
+    """Asks for what `lora new` must know, and runs it: what it does meanwhile, then the project, or
+    one sentence on why there is none.
+    """
 
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "dismiss(None)", "Cancel")]
     CSS_PATH = "welcome.tcss"
@@ -89,45 +66,55 @@ class NewProject(ModalScreen[Made | None]):
     def __init__(self, root: Path) -> None:
         super().__init__()
         self._root = root
-        self.form, self.wrong = Form(FIELDS, always=True), Static(classes="wrong", markup=False)
+        self.form, self.note = Form(FIELDS, always=True), Static(id="note", markup=False)
 
     def compose(self) -> ComposeResult:
         with VerticalScroll(classes="dialog") as dialog:
             dialog.border_title = "New project"
             dialog.border_subtitle = "↑ ↓ field  Enter make it  Esc cancel"
             yield self.form
-            yield self.wrong
+            yield self.note
 
     @on(Form.Submitted)
-    def make(self) -> None:
+    @work(exclusive=True)
+    async def make(self) -> None:
         """Make it, or say what is missing."""
-        texts = self.form.texts
-        folder, base = map(_path, (texts["folder"], texts["base"]))
-        data, methods = map(parse_names, (texts["data"], texts["methods"]))
-        problem = ""
-        if not folder or folder.startswith("-"):
-            problem = "The project needs a folder, such as my-model."
-        elif base and not data:
-            problem = (
-                f"{base} needs data to train on: a file, a folder or the id of a hub data set."
-            )
-        elif data and not base:
-            problem = "Your data needs a base model: a checkpoint folder, a .gguf file or a hub id."
-        self.wrong.update(f"✗ {problem}" if problem else "")
-        if problem:
-            return
-        arguments = [folder, *(["--base", base] if base else [])]
-        for name in data:
-            arguments += ["--data", _path(name)]
-        if texts["columns"].strip():
-            arguments += ["--columns", texts["columns"].strip()]
-        if methods:
-            arguments += ["--methods", ",".join(methods)]
-        self.app.push_screen(Creation(arguments, self._root), self._made)
+        self._tell("starting")
+        try:
+            arguments = _arguments(self.form.texts)
+            self.dismiss(await create(self._root, *arguments, on_note=self._tell))
+        except UserError as error:
+            self._tell(f"✗ {error}", wrong=True)
 
-    def _made(self, made: Made | None) -> None:
-        if made:  # else it was cancelled, and the form stays for another try
-            self.dismiss(made)
+    def _tell(self, text: str, wrong: bool = False) -> None:
+        self.note.update(text)
+        self.note.set_class(wrong, "wrong")
+
+
+def _arguments(texts: Mapping[str, str]) -> list[str]:
+    """What `lora new` is given. Raises UserError with what is missing."""
+    folder, base = map(_path, (texts["folder"], texts["base"]))
+    data, methods = map(parse_names, (texts["data"], texts["methods"]))
+    if not folder or folder.startswith("-"):
+        raise UserError("The project needs a folder, such as my-model.")
+    if base and not data:
+        raise UserError(
+            f"{base} needs data to train on: a file, a folder or the id of a hub data set."
+        )
+    if data and not base:
+        raise UserError(
+            "Your data needs a base model: a checkpoint folder, a .gguf file or a hub id."
+        )
+    arguments = [folder]
+    for option, values in (
+        ("--base", [base]),
+        ("--data", map(_path, data)),
+        ("--columns", [texts["columns"].strip()]),
+        ("--methods", [",".join(methods)]),
+    ):
+        for value in filter(None, values):
+            arguments += [option, value]
+    return arguments
 
 
 def _path(text: str) -> str:

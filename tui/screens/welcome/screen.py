@@ -20,7 +20,7 @@ from tui.panes.key_bar import KeyBar
 from tui.panes.lines import wrapped
 from tui.registry import SCREENS
 from tui.screens.base import WorkbenchScreen
-from tui.screens.welcome.new import Creation, Made, NewProject
+from tui.screens.welcome.new import Made, NewProject, create
 
 MINIGPT = "minigpt"  # the folder of its project
 CALCULATOR = "calculator"
@@ -46,15 +46,6 @@ PICTURE = """\
 [dim]   W  frozen         B         A  trained   [/]"""
 
 
-class Choices(OptionList):
-    """The ways to begin; arrows and Enter, or the letter."""
-
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("j", "cursor_down", "Down", show=False),
-        Binding("k", "cursor_up", "Up", show=False),
-    ]
-
-
 class WelcomeScreen(WorkbenchScreen):
     """Four ways to begin."""
 
@@ -65,11 +56,13 @@ class WelcomeScreen(WorkbenchScreen):
         "demo, or calculate without one."
     )
     CSS_PATH = "welcome.tcss"
-    AUTO_FOCUS = "Choices"
+    AUTO_FOCUS = "OptionList"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("n", "begin('new')", "New project", id="welcome.new", show=False),
         Binding("p", "begin('minigpt')", "MiniGPT's project", id="welcome.minigpt", show=False),
         Binding("d", "begin('demo')", "Demo", id="welcome.demo", show=False),
+        Binding("j", "focused.cursor_down", "Down", show=False),
+        Binding("k", "focused.cursor_up", "Up", show=False),
     ]
 
     def compose(self) -> ComposeResult:
@@ -85,7 +78,7 @@ class WelcomeScreen(WorkbenchScreen):
             yield Static(WHAT, id="what")
             where = f"There is no {params.name} in {self.workbench.folder_label}. "
             yield Static(f"{where}How do you want to begin?", id="where", markup=False)
-            yield Choices(*map(_option, CHOICES))
+            yield OptionList(*map(_option, CHOICES))
 
     @on(OptionList.OptionSelected)
     def chosen(self, event: OptionList.OptionSelected) -> None:
@@ -99,7 +92,7 @@ class WelcomeScreen(WorkbenchScreen):
             case "new":
                 self.workbench.push_screen(NewProject(root), self._created)
             case "minigpt":
-                self.workbench.push_screen(Creation([MINIGPT], root), self._created)
+                self._make_minigpt()
             case "demo":
                 self._open_demo()
 
@@ -115,7 +108,13 @@ class WelcomeScreen(WorkbenchScreen):
             reader = Reader(partial(_fitted, report), "What was chosen, and why")
             self.workbench.push_screen(reader)
 
-    @work(group="demo", exclusive=True)
+    @work(group="make", exclusive=True)
+    async def _make_minigpt(self) -> None:
+        self.workbench.log_message("Making MiniGPT's project …")
+        with self.workbench.errors_shown():
+            self._created(await create(self.workbench.root, MINIGPT))
+
+    @work(group="make", exclusive=True)
     async def _open_demo(self) -> None:
         from tui.services.projects.demo import greet, open_demo
 

@@ -21,7 +21,7 @@ from pipeline.errors import UserError, explain
 from pipeline.files import artifact
 from pipeline.files.base_model import IMPORTED
 from pipeline.files.digest_cache import cache_home, signature
-from pipeline.files.home import home_folder
+from pipeline.files.home import from_home
 from pipeline.project import provenance
 from pipeline.project.runner import input_facts
 from pipeline.project.stage_graph import Project, Stage
@@ -68,8 +68,7 @@ def open_demo(name: str = CHAT) -> Path:
 
 def greet(folder: Path) -> str:
     """What a user should know of it."""
-    home = home_folder()
-    where = f"~/{folder.relative_to(home)}" if folder.is_relative_to(home) else folder
+    where = from_home(folder)
     told = f"This is a demo, a project that was trained earlier. It lies in {where}."
     if not artifact.not_shipped(folder / IMPORTED):
         return f"{told} R runs it anew."

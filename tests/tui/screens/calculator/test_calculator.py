@@ -101,7 +101,7 @@ def workbench(pilot: Pilot[None]) -> Workbench:
 
 
 async def fill(pilot: Pilot[None], screen: CalculatorScreen, **values: str) -> None:
-    screen.form.fill({**DEFAULTS, **values})
+    screen.fill({**DEFAULTS, **values})
     await pilot.pause()
 
 
@@ -254,19 +254,19 @@ async def test_only_fields_that_matter_are_shown(empty: Path) -> None:
     async with calculator(empty) as (pilot, screen):
         for method in ("full", "freeze", "lora", "qlora", "prefix", "prompt"):
             await fill(pilot, screen, method=method)
-            assert list(screen.form._tops) == relevant(screen.form.texts), method
+            assert list(screen.form._tops) == relevant(screen.asked), method
 
 
 @pytest.mark.slow
 async def test_keys_move_between_fields_and_step_values(empty: Path) -> None:
     async with calculator(empty) as (pilot, screen):
         await pilot.press("right")
-        assert screen.form.texts["method"] == "qlora"
+        assert screen.asked["method"] == "qlora"
         await pilot.press("left", "down", "+")
-        values = screen.form.texts
+        values = screen.asked
         assert (values["method"], values["rank"], screen.result.method.rank) == ("lora", "16", 16)
         await pilot.press("-", "-", "tab", "shift+tab", "pagedown")
-        assert screen.form.key == "rank" and screen.form.texts["rank"] == "8"
+        assert screen.form.key == "rank" and screen.asked["rank"] == "8"
         screen.form.point("sequence")
         await pilot.press("+")
         assert screen.result.run.sequence == 4096, "an empty field steps from what it means"
@@ -275,26 +275,26 @@ async def test_keys_move_between_fields_and_step_values(empty: Path) -> None:
         assert (screen.result.run.batch, screen.form.key) == (2, "adapter_precision")
         await pilot.press("ctrl+g")
         names_ = list(gpus())
-        assert screen.form.texts["gpu"] == names_[names_.index("rtx4090") + 1]
+        assert screen.asked["gpu"] == names_[names_.index("rtx4090") + 1]
 
 
 @pytest.mark.slow
 async def test_ctrl_b_brings_a_fields_default_back(empty: Path) -> None:
     async with calculator(empty) as (pilot, screen):
         await pilot.press("right", "ctrl+b", "down", "+", "+", "ctrl+b")
-        assert screen.form.texts == DEFAULTS and screen.result.method.rank == 8
+        assert screen.asked == DEFAULTS and screen.result.method.rank == 8
 
 
 @pytest.mark.slow
 async def test_every_choice_steps_both_ways_by_a_click(empty: Path) -> None:
     async with calculator(empty) as (pilot, screen):
         for name in ("method", "embeddings", "checkpointing", "optimizer", "loss", "gpu"):
-            before, form = screen.form.texts[name], screen.form
+            before, form = screen.asked[name], screen.form
             at = form.lines()[form._tops[name]].index("‹"), form._tops[name]
             await pilot.click(Form, offset=(at[0] + 4, at[1]))
-            assert screen.form.texts[name] != before
+            assert screen.asked[name] != before
             await pilot.click(Form, offset=at)
-            assert screen.form.texts[name] == before
+            assert screen.asked[name] == before
 
 
 def matches(screen: CalculatorScreen) -> list[str]:
@@ -494,7 +494,7 @@ async def test_two_are_pinned_beside_the_one_of_now(empty: Path) -> None:
         assert screen.pins == [second], "the same again is unpinned"
         await pilot.press("ctrl+n")
         assert screen.pins == [] and "①" not in text_of(screen, "#verdict")
-        assert screen.form.texts == DEFAULTS
+        assert screen.asked == DEFAULTS
 
 
 @pytest.mark.slow
@@ -518,7 +518,7 @@ async def test_no_letter_is_a_command_in_a_field(empty: Path) -> None:
     async with calculator(empty) as (pilot, screen):
         letters = "pPuUdelg/zq?+-13"
         await pilot.press("up", "home", "shift+end", *letters)
-        assert screen.form.texts["model"] == letters
+        assert screen.asked["model"] == letters
         assert pilot.app.screen is screen and not screen.pins
 
 
@@ -533,7 +533,7 @@ async def test_load_fills_in_what_params_yaml_trains(empty: Path) -> None:
             4, 4, "fp32", checkpointing="none", chunk=chunk_rows(screen.result.model.vocabulary)
         )
         assert screen.result.model is built_in("minigpt").shapes
-        assert screen.form.texts["model"] == "minigpt"
+        assert screen.asked["model"] == "minigpt"
 
 
 @pytest.mark.slow
@@ -695,7 +695,7 @@ async def test_in_a_project_on_a_pretrained_base_the_form_begins_with_what_it_tr
         await until(
             pilot, lambda: screen.result is not None and screen.result.model.name != "qwen3-8b"
         )
-        start = dict(screen.form.texts)
+        start = dict(screen.asked)
         assert (start["targets"], start["alpha"], start["embeddings"]) == (
             "all-linear",
             "8",
@@ -708,7 +708,7 @@ async def test_in_a_project_on_a_pretrained_base_the_form_begins_with_what_it_tr
         await fill(pilot, screen, targets="attention", rank="2")
         await pilot.press("ctrl+n")
         await pilot.pause()
-        assert dict(screen.form.texts) == start, "begun anew"
+        assert dict(screen.asked) == start, "begun anew"
 
 
 @pytest.mark.slow
@@ -849,7 +849,7 @@ async def test_a_full_disk_leaves_the_file(empty: Path, monkeypatch: pytest.Monk
 
 async def test_form_and_verdict_are_on_one_screen_of_80_columns(empty: Path) -> None:
     async with calculator(empty, (80, 24)) as (_, screen):
-        for name in relevant(screen.form.texts):
+        for name in relevant(screen.asked):
             assert screen.form.region.y + screen.form._tops[name] < 23
         assert screen.query_one("#verdict").region.bottom <= 23
         assert screen.form.region.right <= screen.query_one("#verdict").region.x

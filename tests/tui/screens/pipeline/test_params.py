@@ -54,8 +54,8 @@ def test_a_params_meaning_is_its_comment_else_what_its_declaration_says(empty: P
     # of the block for all that trains
     assert found["window"].meaning.startswith("tokens per training window")
     assert found["epochs"].meaning == "times that every example is seen"  # of the declaration
-    assert found["epochs"].source == "set in params.yaml, block training"
-    assert found["dora"].source == "the default" and found["dora"].quiet
+    assert found["epochs"].rule.endswith(" · set in params.yaml, block training")
+    assert found["dora"].rule.endswith(" · the default") and found["dora"].quiet
 
 
 def test_broken_files_take_nothing_but_the_comments(project: Path) -> None:

@@ -271,7 +271,7 @@ async def test_the_grid_of_a_sweep_is_edited_as_it_stands_in_the_file(empty: Pat
         await pilot.press("enter")
         await until(pilot, lambda: screen.workbench.message_history)
         assert (
-            "finetune_sweep.grid: rank: [2, 4], learning_rate: [0.001, 0.002] written"
+            "finetune_sweep.grid: rank: [2, 4], learning_rate: [1e-3, 0.002] written"
             in messages(screen)
         )
         assert load(empty / "params.yaml").finetune_sweep.grid == {

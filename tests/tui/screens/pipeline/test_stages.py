@@ -124,8 +124,6 @@ def test_who_started_a_run() -> None:
     assert said(mine).startswith("here as dvc repro, process 5, since ")
     other = Running(5, "dvc repro", 0.0, 12345678)
     assert said(other).startswith("by another workbench, process 12345678, as dvc repro, process 5")
-    unknown = Running(5, "dvc repro", 0.0)  # of a lock that an older version wrote
-    assert said(unknown).startswith("by a workbench as dvc repro")
     assert said(None).startswith("in a terminal or by another program: process 77, since ")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from textual.widgets import Input, Static
+from textual.widgets import Input
 
 from pipeline.errors import UserError
 from tests.helpers.pilot import screen_opens, until
@@ -14,10 +14,9 @@ from tests.helpers.projects import new_project
 from tui.app import Workbench
 from tui.panes.text import Text
 from tui.registry import SCREENS, WELCOME
-from tui.screens.welcome import new
-from tui.screens.welcome.new import Creation, NewProject
+from tui.screens.welcome.new import NewProject
 from tui.screens.welcome.screen import WelcomeScreen
-from tui.services.projects.new_project import create
+from tui.services.lora_command import LoraCommand
 
 EMPTY = ("No runs", "No models", "No results", "not made yet", "Nothing ")  # of other projects
 
@@ -35,7 +34,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The arguments of each `lora new`, which makes a project without starting a process."""
     calls: list[list[str]] = []
 
-    async def made(arguments: Sequence[str], folder: Path, on_note: Callable[[str], None]) -> str:
+    async def made(
+        lora: LoraCommand, command: str, *arguments: str, on_note: Callable[[str], None]
+    ) -> tuple[str, str]:
+        assert command == "new"
+        folder = lora._folder
         calls.append(list(arguments))
         on_note("trying a few steps")
         if arguments[0] == "bad":
@@ -43,9 +46,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         new_project(folder / arguments[0])
         (folder / arguments[0] / "dvc.yaml").write_text("stages: {}\n", encoding="utf-8")
         chosen = "chosen  value\nrank  8\n" if "--base" in arguments else ""
-        return f"{chosen}{arguments[0]}: added params.yaml\nNext: cd {arguments[0]}\n"
+        return f"{chosen}{arguments[0]}: added params.yaml\nNext: cd {arguments[0]}", ""
 
-    monkeypatch.setattr(new, "create", made)
+    monkeypatch.setattr(LoraCommand, "run", made)
     return calls
 
 
@@ -96,7 +99,7 @@ async def test_a_new_project_is_asked_for_and_made(nothing: Path, asked: list[li
         await pilot.press("ctrl+u", *"run", "down", *"org/base", "enter")
         dialog = app.screen
         assert isinstance(dialog, NewProject)
-        assert "org/base needs data to train on" in str(dialog.wrong.content)
+        assert "org/base needs data to train on" in str(dialog.note.content)
         assert asked == []
         await pilot.press("down", *"a.csv, b.csv", "down", *"prompt=q, completion=a")
         await pilot.press("down", *"lora,full", "enter")
@@ -129,11 +132,9 @@ async def test_what_is_wrong_is_one_sentence_and_the_form_stays(nothing: Path) -
         await pilot.press("n")
         await until(pilot, lambda: isinstance(app.focused, Input))
         await pilot.press("ctrl+u", *"bad", "enter")
-        note = (await screen_opens(pilot, Creation)).query_one("#note", Static)
+        note = (await screen_opens(pilot, NewProject)).note
         await until(pilot, lambda: note.has_class("wrong"))
         assert str(note.content) == "✗ bad is a file. Name another folder."
-        await pilot.press("escape")
-        assert isinstance(app.screen, NewProject)
         await pilot.press("escape")
         assert isinstance(app.screen, WelcomeScreen)
 
@@ -157,7 +158,7 @@ async def test_it_is_drawn_at_every_size_and_help_and_palette_open(
     app = Workbench(nothing / "params.yaml")
     async with app.run_test(size=size) as pilot:
         await pilot.press("question_mark")
-        await until(pilot, lambda: type(app.screen).__name__ == "HelpScreen")
+        await until(pilot, lambda: type(app.screen).__name__ == "Reader")
         await pilot.press("escape", "ctrl+p")
         await until(pilot, lambda: type(app.screen).__name__ == "CommandPalette")
         await pilot.press("escape")
@@ -193,7 +194,7 @@ async def test_the_demo_is_opened_and_every_screen_shows_it(nothing: Path) -> No
 async def test_lora_new_makes_a_project_and_says_what_is_wrong(nothing: Path) -> None:
     (nothing / "file").write_text("", encoding="utf-8")
     with pytest.raises(UserError, match=r"^file is a file\. Name another folder\.$"):
-        await create(["file"], nothing, lambda _: None)
+        await LoraCommand(nothing).run("new", "file")
 
 
 @pytest.mark.parametrize(
