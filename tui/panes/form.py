@@ -11,7 +11,8 @@ from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
 from textual.content import Content
 from textual.events import Click
-from textual.geometry import Region
+from textual.geometry import Region, Size
+from textual.reactive import reactive
 from textual.suggester import SuggestFromList
 from textual.widget import Widget
 from textual.widgets import Input, Static
@@ -31,6 +32,8 @@ LIT = "$block-cursor-foreground on $block-cursor-background"
 
 class ValueInput(Input):
     """Lies over the value of the line that the cursor is on."""
+
+    virtual_size = reactive(Size(0, 0))  # Textual's lays out the screen, at each letter
 
     def __init__(self) -> None:
         super().__init__(compact=True)

@@ -12,7 +12,6 @@ from textual import on, work
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.widget import Widget
-from textual.widgets import Static
 
 from pipeline.calc.architecture import Architecture
 from pipeline.calc.sources.open_model import hub_ids, open_model
@@ -77,7 +76,8 @@ params file, after it has said what is written.
         }
         self.form = Form(always=True)
         self.texts = {name: Text() for name in ("verdict", "answers", "memory", "details")}
-        self.problem = Static(id="problem", markup=False)
+        self.problem = Text(id="problem")
+        self.problem.can_focus = False
 
     def body(self) -> Iterable[Widget]:
         panes = {name: self.pane(name, text) for name, text in self.texts.items()}
@@ -120,7 +120,7 @@ params file, after it has said what is written.
             result = answer(texts, self._model(texts["model"].strip()))
         except UserError as error:
             self.problems = getattr(error, "problems", {"model": str(error)})
-            self.problem.update("\n".join(f"✗ {text}" for text in self.problems.values()))
+            self.problem.show("\n".join(f"✗ {text}" for text in self.problems.values()))
         else:
             self.result, self.problems = result, {}
             self.query("#answers, #details").add_class("-old")
