@@ -18,7 +18,6 @@ from tui.help import page
 from tui.panes.plot.plot import Plot
 from tui.registry import SCREENS
 from tui.screens.conversation.sampling import SamplingDialog, Settings
-from tui.screens.models.attention import AttentionDialog
 from tui.services.loaded_models import Sampling
 
 BUTTONS = {"#ff5f57", "#febc2e", "#28c840"}  # of the window that Textual draws around a screenshot
@@ -56,18 +55,12 @@ async def test_every_screen_is_drawn_without_colors(watched: Path, name: str) ->
             assert not colors(app), size
 
 
-async def _weights(**head: int) -> dict[str, Any]:
-    fake = FakeInference()
-    return fake._attention(**head) if head else fake._attention_maps(1.0)
-
-
 DIALOGS: dict[str, Callable[[Workbench], Screen[Any]]] = {
     "help": lambda app: HelpScreen(page(app.base_screen), "Help"),
     "messages": lambda app: MessagesScreen(app.message_history),
     "path": lambda _: AskText("Which folder?"),
     "sampling": lambda _: SamplingDialog(Settings(Sampling(), "", True)),
     "ask": lambda _: Ask("finetune_lora.rank: 8 → 16", {"y": "write it"}, "Write to params.yaml"),
-    "attention": lambda _: AttentionDialog("lora", _weights),
 }
 
 

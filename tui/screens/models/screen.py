@@ -23,8 +23,7 @@ from tui.panes.pane import About
 from tui.panes.table import Table
 from tui.screens.conversation.screen import STYLES, ConversationScreen
 from tui.screens.models.about import DETAILS, MODELS
-from tui.screens.models.attention import AttentionDialog
-from tui.screens.models.columns import Folder, ModelList, entries_of, kept, key_of
+from tui.screens.models.columns import Folder, ModelList, entries_of, kept
 from tui.screens.models.details_pane import DetailsPane
 from tui.screens.models.scan import Scan
 from tui.services.evaluation import Evaluation
@@ -65,7 +64,6 @@ sweep's."""
     AUTO_FOCUS = "#models Table"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("c", "chat", "chat", id="models.chat"),
-        Binding("a", "attention", "attention", id="models.attention"),
         Binding("t", "settings", "Settings", id="models.sampling", show=False),
         Binding("y", "copy", "copy the answer", id="models.copy"),
         Binding("v", "verify", "check all files again", id="models.verify", show=False),
@@ -311,28 +309,3 @@ sweep's."""
             else:
                 self.workbench.log_message(f"Adapters evaluated: {len(adapters)}.")
         self._start_scan()
-
-    # The prompt
-
-    def action_attention(self) -> None:
-        """Attention over the last prompt: of the model under the cursor if it was asked, else of an
-        adapter.
-        """
-        entries, turns, line = self.session.entries, self.talk.turns, self.table.pointed
-        if not entries or not turns:
-            self.warn("Attention is shown for a prompt. Enter one first.")
-            return
-        adapters = [entry for entry in entries if entry.model.kind == "adapter"]
-        here = [entry for entry in entries if line and key_of(entry) == key_of(line)]
-        entry = [*here, *adapters, *entries][0]
-        ask = partial(self._attention, entry, turns[-1].text)
-        self.app.push_screen(AttentionDialog(entry.label, ask))
-
-    async def _attention(self, entry: Entry, text: str, **head: int) -> dict[str, Any]:
-        """Weights of the head at `layer` and `head`; without them small maps of all heads."""
-        has_chat = await self.session.models.load(entry)
-        request: dict[str, Any] = {"model": str(entry.model.path), "text": text, **head}
-        request["chat"] = has_chat and self.session.template
-        if entry.model.kind == "adapter":
-            request["strength"] = self.session.strength if entry.model.scales else 1.0
-        return await self.engine.ask("attention" if head else "attention_maps", **request)

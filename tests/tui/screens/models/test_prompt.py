@@ -1,4 +1,4 @@
-"""The screen of models: prompts, answers, strength, attention, and faults, with a fake engine."""
+"""The screen of models: prompts, answers, strength, and faults, with a fake engine."""
 
 import errno
 import shutil
@@ -15,7 +15,6 @@ from tests.helpers.projects import save
 from tui.dialogs import AskText
 from tui.registry import SCREENS
 from tui.screens.conversation.sampling import SamplingDialog
-from tui.screens.models.attention import AttentionDialog
 
 
 async def test_side_by_side_differences_are_signed_and_count_from_the_first(brief: Path) -> None:
@@ -215,10 +214,6 @@ async def test_the_chat_template_is_for_all_of_the_models_or_none(brief: Path) -
         await s.ask("die katze")
         await s.answered()
         assert [fields["chat"] for fields in s.engine.done("generate")] == [False, True]
-        await s.press("escape", "escape", "a")
-        await until(s.pilot, lambda: s.engine.done("attention_maps"))
-        assert s.engine.done("attention_maps")[0]["chat"] is True
-        await s.press("escape")
         s.engine.chat = False
         s.engine.life += 1  # another process: it is loaded anew, and has no template now
         await s.ask("die katze")
@@ -279,40 +274,6 @@ async def test_a_slow_load_is_interrupted(brief: Path) -> None:
         await s.press("escape")
         await until(s.pilot, lambda: not s.is_generating())
         assert "interrupted" in s.completions() and "loading" not in s.completions()
-
-
-@pytest.mark.slow
-async def test_attention_shows_all_heads_then_one(brief: Path) -> None:
-    async with open_models(brief) as s:
-        await s.press("a")
-        assert "Enter one first" in s.messages()
-        await s.point("lora")
-        await s.ask("die katze")
-        await s.answered()
-        await s.press("escape", "escape", "a")
-
-        dialog = await screen_opens(s.pilot, AttentionDialog)
-        await until(s.pilot, lambda: "sitzt00 looks at" in dialog.head.plain)
-        assert "\n".join(dialog.heads.texts()).count("10%") == 8, "moved of each head"
-        await s.press("down", "down", "down", "down", "down")
-        await until(s.pilot, lambda: "sitzt11 looks at" in dialog.head.plain)
-        assert "0.50" in dialog.head.plain and "0.30" in dialog.head.plain
-        asked = s.engine.done("attention")[-1]
-        assert (asked["layer"], asked["head"], asked["strength"]) == (1, 1, 1.0)
-        await s.press("left")
-        assert "katze looks at" in dialog.head.plain and "0.75" in dialog.head.plain
-        await s.press("escape")
-        assert s.app.screen is s.screen
-
-
-async def test_attention_of_a_model_without_adapter_has_no_difference(brief: Path) -> None:
-    async with open_models(brief) as s:
-        await s.ask("die katze")
-        await s.answered()
-        await s.press("escape", "escape", "a")
-        dialog = await screen_opens(s.pilot, AttentionDialog)
-        await until(s.pilot, lambda: "looks at" in dialog.head.plain)
-        assert "moved" not in dialog.heads.head().plain
 
 
 async def test_copy_takes_the_last_answer(brief: Path) -> None:
