@@ -35,6 +35,7 @@ NO_ADAPTER = (
     "There is no adapter to evaluate here: the pipeline evaluates its own models (R), and what was "
     "evaluated stays. Move to another adapter, or to a folder."
 )
+CHOOSE = "Space chooses models, and c chats with them: with one, or two side by side."
 TOO_MANY = f"At most {MAX_LOADED} models are compared side by side. Take one away with Space first."
 
 
@@ -99,8 +100,20 @@ sweep's."""
 
     # What the app and other screens ask
 
-    def open_with(self, select: Path | str | None = None, prompt: str = "", **_: Any) -> None:
-        """Point at the model in a folder; put a text into the prompt."""
+    def open_with(
+        self,
+        select: Path | str | None = None,
+        chosen: Sequence[Path] | None = None,
+        prompt: str = "",
+        **_: Any,
+    ) -> None:
+        """Point at the model in a folder; let Chat's models be chosen anew; put a text into the
+        prompt.
+        """
+        if chosen is not None:
+            self.choose(chosen)
+            self.workbench.log_message(CHOOSE)
+            select = next(iter(chosen), None)
         if select is not None:
             self._wanted = self.workbench.root / select
             self.action_browse()
@@ -270,8 +283,9 @@ sweep's."""
 
     def action_chat(self) -> None:
         """Chat with the chosen models, or the one under the cursor."""
-        if entries := self.table.chosen_entries():
-            self.workbench.go("chat", models=[entry.model.path for entry in entries])
+        here = [entry.model.path for entry in self.table.chosen_entries()]
+        if here:
+            self.workbench.go("chat", models=self.table.chosen or here)
         else:
             self.warn("No model is chosen. Move to one, or choose some with Space.")
 
