@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,7 @@ from tui.dialogs import Ask, AskText, HelpScreen, MessagesScreen
 from tui.help import page
 from tui.panes.plot.plot import Plot
 from tui.registry import SCREENS
-from tui.screens.conversation.sampling import SamplingDialog, Settings
-from tui.services.loaded_models import Sampling
+from tui.screens.conversation.sampling import Sampling, SamplingDialog
 
 BUTTONS = {"#ff5f57", "#febc2e", "#28c840"}  # of the window that Textual draws around a screenshot
 
@@ -59,7 +59,7 @@ DIALOGS: dict[str, Callable[[Workbench], Screen[Any]]] = {
     "help": lambda app: HelpScreen(page(app.base_screen), "Help"),
     "messages": lambda app: MessagesScreen(app.message_history),
     "path": lambda _: AskText("Which folder?"),
-    "sampling": lambda _: SamplingDialog(Settings(Sampling(), "", True)),
+    "sampling": lambda _: SamplingDialog({**asdict(Sampling()), "system": "", "template": "on"}),
     "ask": lambda _: Ask("finetune_lora.rank: 8 → 16", {"y": "write it"}, "Write to params.yaml"),
 }
 

@@ -11,8 +11,8 @@ from textual.widget import Widget
 
 from pipeline.views.model_library import Entry
 from pipeline.views.models import describe
+from tui.screens.conversation.sampling import Sampling
 from tui.screens.conversation.screen import STYLES, ConversationScreen
-from tui.services.loaded_models import Sampling
 
 MOST_MODELS = 2  # side by side
 

@@ -16,7 +16,7 @@ before the name are those of the method's curve.
 * **kept**: share of the base's answers to old sentences that are still the same; **forgot**: how
   much the loss on them rose, in nats per token. Of a folder: of the one that keeps most.
 * **loss**: mean loss of the last epoch of training.
-* **state**: `✓` the files are those that training wrote, `✗` they are not, or the model breaks a
+* **✓**: `✓` the files are those that training wrote, `✗` they are not, or the model breaks a
   limit of `evaluate.limits`; `?` there is no manifest.
 
 Sorted, all models are in one list, whatever folder they are in.""",

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ STATES = {  # sign, style, word
 }
 BAR, SHARE = 7, 12  # cells of a bar, and with its number
 FEW = 8  # models of a folder that is unfolded at first
-AT_ONCE = 20  # lines at least that are checked first
 LEARNED, KEPT = "learned", "kept"
 SEARCHING = "looking for models…"
 NO_MODELS = "No models yet. R runs the pipeline, which makes some; f searches another folder."
@@ -39,16 +38,6 @@ class Folder:
 
     label: str
     entries: tuple[Entry, ...]
-
-    @property
-    def best(self) -> Entry | None:
-        """The model that keeps most."""
-        known = [entry for entry in self.entries if kept(entry) is not None]
-        return max(known, key=lambda entry: kept(entry) or 0.0, default=None)
-
-    @property
-    def unmeasured(self) -> int:
-        return sum(kept(entry) is None for entry in self.entries)
 
 
 Line = Entry | Folder
@@ -95,7 +84,7 @@ class ModelList(Table[Line]):
     def seen(self) -> list[Path]:
         """The models whose lines can be seen."""
         top = round(self.scroll_offset.y)
-        lines = self.shown[top : top + max(self.page_height, AT_ONCE)]
+        lines = self.shown[top : top + self.page_height]
         return [line.model.path for line in lines if isinstance(line, Entry)]
 
     def chosen_entries(self) -> list[Entry]:
@@ -106,58 +95,31 @@ class ModelList(Table[Line]):
         return sorted(chosen, key=lambda entry: entry.sort_key)
 
     def _all_columns(self) -> list[Column[Line]]:
-        """Those that say most have the lowest rank."""
-        column, number = self._column, self._number
-        return [
-            Column("", self._shown_mark, width=1),
-            column("", lambda e: Content.styled(*sign_of(e)), None, 1, 0),
-            Column("name", self._shown_name, lambda line: natural_sort_key(line.label), fills=True),
-            number("rank", lambda e: e.model.rank, "d", 6, 2),
-            column(LEARNED, _learned, _learned_order, SHARE, 1, largest_first=True),
-            column(KEPT, lambda e: share_cell(kept(e), BAR), kept, SHARE, 0, largest_first=True),
-            number("forgot", lambda e: measured(e, "forgetting"), "+.2f", 6, 4),
-            number("loss", lambda e: e.model.final_loss, ".3f", 6, 5),
-            column("method", _method, _method, 8, 6),
-            column("on disk", lambda e: in_units(e.model.size), lambda e: e.model.size, 10, 7),
-            number("params", lambda e: e.model.parameters, ",d", 11, 9),
-            column("made", made, lambda e: e.model.when, 12, 8, largest_first=True),
-            column("✓", _sign, lambda e: e.state, 1, 3),
-            column("state", _state, _state, 32, 12),
-        ]
+        mark = Column[Line]("", self._mark_of, width=1)
+        name = Column[Line](
+            "name", self._name_of, lambda line: natural_sort_key(line.label), fills=True
+        )
+        sign, *others = (replace(column, cell=self._cell(column)) for column in COLUMNS)
+        return [mark, sign, name, *others]
 
-    def _column(
-        self,
-        title: str,
-        cell: Callable[[Entry], Content | str],
-        order: Callable[[Any], Any] | None,
-        width: int,
-        rank: int,
-        **options: bool,
-    ) -> Column[Line]:
-        def shown(line: Line) -> Content | str:
+    def _cell(self, column: Column[Entry]) -> Callable[[Line], Content | str]:
+        """A column's cell, also of folders and of what is being measured."""
+
+        def cell(line: Line) -> Content | str:
             if isinstance(line, Folder):
-                return _of_folder(line, title)
-            if title in (LEARNED, KEPT) and line.model.path in self._evaluation.adapters:
+                return folder_cell(line, column.title)
+            if column.title in (LEARNED, KEPT) and line.model.path in self._evaluation.adapters:
                 return "measuring…"
-            return cell(line)
+            return column.cell(line)
 
-        return Column(title, shown, order, width, rank, **options)
+        return cell
 
-    def _number(
-        self, title: str, value: Callable[[Any], float | None], form: str, width: int, rank: int
-    ) -> Column[Line]:
-        def cell(entry: Entry) -> Content | str:
-            number = value(entry)
-            return Content.styled("–", MUTED) if number is None else format(number, form)
-
-        return self._column(title, cell, value, width, rank, right=True)
-
-    def _shown_mark(self, line: Line) -> Content | str:
+    def _mark_of(self, line: Line) -> Content | str:
         if isinstance(line, Folder):
             return "▸" if line.label in self.folded else "▾"
         return Content.styled("●" if line.model.path in self.chosen else "", "bold")
 
-    def _shown_name(self, line: Line) -> Content | str:
+    def _name_of(self, line: Line) -> Content | str:
         if isinstance(line, Folder):
             return Content.styled(f"{line.label} ({len(line.entries)})", "bold")
         label = line.label
@@ -165,6 +127,16 @@ class ModelList(Table[Line]):
             label = f"  {label.removeprefix(f'{line.group}/')}"
         style = MUTED if line.state == REFUSED else ""
         return Content.styled(f"{label}{' ●' * bool(line.apart)}", style)
+
+
+def folder_cell(folder: Folder, title: str) -> Content | str:
+    unknown = [entry for entry in folder.entries if kept(entry) is None]
+    if title == LEARNED and unknown:
+        return f"{len(unknown)} unmeasured"
+    shares = [share for share in map(kept, folder.entries) if share is not None]
+    if title == KEPT and shares:
+        return share_cell(max(shares), BAR)
+    return ""
 
 
 def entries_of(line: Line | None) -> Sequence[Entry]:
@@ -215,14 +187,6 @@ def _learned_order(entry: Entry) -> float | None:
     return -loss if share is None and loss is not None else share
 
 
-def _of_folder(folder: Folder, title: str) -> Content | str:
-    if title == LEARNED and folder.unmeasured:
-        return f"{folder.unmeasured} unmeasured"
-    if title == KEPT and folder.best:
-        return share_cell(kept(folder.best), BAR)
-    return ""
-
-
 def made(entry: Entry) -> str:
     when = entry.model.when
     return "–" if when is None else f"{datetime.fromtimestamp(when):%d %b %H:%M}"
@@ -235,9 +199,30 @@ def _sign(entry: Entry) -> Content:
     return Content.styled(sign, style)
 
 
-def _state(entry: Entry) -> str:
-    return ", ".join([f"{STATES[entry.state][2]}{entry.gate}", *entry.apart])
-
-
 def _method(entry: Entry) -> str:
     return re.sub("_(tuning|vocab)$", "", entry.model.method)
+
+
+def _number(
+    title: str, value: Callable[[Entry], float | None], form: str, width: int, rank: int
+) -> Column[Any]:
+    def cell(entry: Entry) -> Content | str:
+        number = value(entry)
+        return Content.styled("–", MUTED) if number is None else format(number, form)
+
+    return Column(title, cell, value, width, rank, right=True)
+
+
+COLUMNS: list[Column[Any]] = [  # those that say most have the lowest rank
+    Column("", lambda e: Content.styled(*sign_of(e)), width=1),
+    _number("rank", lambda e: e.model.rank, "d", 6, 2),
+    Column(LEARNED, _learned, _learned_order, SHARE, 1, largest_first=True),
+    Column(KEPT, lambda e: share_cell(kept(e), BAR), kept, SHARE, 0, largest_first=True),
+    _number("forgot", lambda e: measured(e, "forgetting"), "+.2f", 6, 4),
+    _number("loss", lambda e: e.model.final_loss, ".3f", 6, 5),
+    Column("method", _method, _method, 8, 6),
+    Column("on disk", lambda e: in_units(e.model.size), lambda e: e.model.size, 10, 7),
+    _number("params", lambda e: e.model.parameters, ",d", 11, 9),
+    Column("made", made, lambda e: e.model.when, 12, 8, largest_first=True),
+    Column("✓", _sign, lambda e: e.state, 1, 3),
+]

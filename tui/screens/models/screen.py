@@ -24,7 +24,7 @@ from tui.panes.table import Table
 from tui.screens.conversation.screen import STYLES, ConversationScreen
 from tui.screens.models.about import DETAILS, MODELS
 from tui.screens.models.columns import Folder, ModelList, entries_of, kept
-from tui.screens.models.details_pane import DetailsPane
+from tui.screens.models.details import DetailsPane
 from tui.screens.models.scan import Scan
 from tui.services.evaluation import Evaluation
 from tui.shipping import ship
@@ -65,7 +65,6 @@ sweep's."""
     AUTO_FOCUS = "#models Table"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("c", "chat", "chat", id="models.chat"),
-        Binding("t", "settings", "Settings", id="models.sampling", show=False),
         Binding("y", "copy", "copy the answer", id="models.copy"),
         Binding("v", "verify", "check all files again", id="models.verify", show=False),
     ]

@@ -22,7 +22,7 @@ from tui.panes.menu import Menu
 from tui.screens.chat.screen import ChatScreen
 from tui.screens.conversation.field import MessageField
 from tui.screens.conversation.sampling import SamplingDialog
-from tui.screens.conversation.turns import History, Showing
+from tui.screens.conversation.turns import History
 from tui.screens.models.screen import ModelsScreen
 
 
@@ -394,8 +394,11 @@ async def test_an_answer_becomes_an_example_of_the_data(
     async with open_chat(brief, chatty) as s:
         go = s.app.go
 
-        def recorded(name: str, **request: Any) -> object:
-            return went.append((name, request)) if name == "data" else go(name, **request)
+        def recorded(name: str, **request: Any) -> None:
+            if name == "data":
+                went.append((name, request))
+            else:
+                go(name, **request)
 
         monkeypatch.setattr(s.app, "go", recorded)
         await s.press("ctrl+g")
@@ -589,7 +592,7 @@ async def test_the_end_is_followed_unless_one_reads_above(
         before = s.history.scroll_offset.y
         assert 0 < before < s.history.max_scroll_y
         s.answers[0].text += "mehr\n" * 9
-        s.history.grew(Showing({}))
+        s.history.grew()
         await s.pilot.pause()
         assert s.history.scroll_offset.y == before
 

@@ -159,7 +159,7 @@ def test_answers_side_by_side(snap_compare: Snap, fixed: Path, size: tuple[int, 
         screen.field.fill("die katze sitzt auf dem")
         await pilot.press("enter")
         await until(pilot, lambda: has_answered(screen))
-        await until(pilot, lambda: "1 model" in screen.engine_line.facts)
+        await until(pilot, lambda: "1 model" in (screen.engine_line.facts or ""))
         await wait_until_drawn(pilot, screen)
 
     assert snap_compare(workbench(fixed), terminal_size=size, run_before=before)

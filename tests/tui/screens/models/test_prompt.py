@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.inference.talk import INTERRUPTED
+from pipeline.inference.talk import State
 from pipeline.views.models import trusts_remote_code
 from tests.helpers.fake_engine import DEATH
 from tests.helpers.models_screen import COUNT, USUAL, open_models
@@ -86,7 +86,7 @@ async def test_interrupt_stops_at_once_and_keeps_what_came(brief: Path) -> None:
         await until(s.pilot, lambda: s.answers and s.answers[0].text == " tisch")
         await s.press("escape")
         await s.answered()
-        assert [answer.state for answer in s.answers] == [INTERRUPTED] * len(USUAL)
+        assert [answer.state for answer in s.answers] == [State.INTERRUPTED] * len(USUAL)
         assert (s.answers[0].text, s.engine.cancelled) == (" tisch", 1)
         s.engine.go_on.set()
         await s.ask("der wind")
@@ -184,7 +184,7 @@ async def test_at_most_200_prompts_are_remembered(brief: Path) -> None:
 @pytest.mark.slow
 async def test_sampling_is_validated_and_used(brief: Path) -> None:
     async with open_models(brief) as s:
-        await s.press("t")
+        await s.press("ctrl+l")
         form = (await screen_opens(s.pilot, SamplingDialog)).form
         form.put("top_p", "2")
         await s.press("enter")
@@ -228,7 +228,7 @@ async def test_a_slow_load_is_shown_and_keys_come_through_meanwhile(brief: Path)
         await s.press("space", "down", "space")
         await s.ask("die katze")
         await until(s.pilot, lambda: "◌ loading" in s.completions())
-        await until(s.pilot, lambda: "engine loading" in s.engine_line())
+        await until(s.pilot, lambda: "engine busy" in s.engine_line())
         assert "Esc interrupts" in s.engine_line()
         s.screen.action_browse()
         await s.press("down", "up", "greater_than_sign")
