@@ -88,11 +88,8 @@ class FakeInference(Inference):
         return {"device": "cpu", "name": "a machine", **memory, "loaded": ["one"], "pid": self.life}
 
     def _spectrum(self, adapter: str) -> dict[str, Any]:
-        return {
-            "modules": [
-                {"name": f"model.layers.0.self_attn.{Path(adapter).name}_q", "values": [2.0, 1.0]}
-            ]
-        }
+        name = f"model.layers.0.self_attn.{Path(adapter).name}_q"
+        return {"modules": [{"name": name, "values": [2.0, 1.0], "share_of_first": 0.8}]}
 
     async def stream(self, do: str, **fields: object) -> AsyncGenerator[dict[str, Any], None]:
         self.requests.append((do, fields))

@@ -1,16 +1,13 @@
 """The chat: several turns with one model, or with two side by side."""
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from textual import work
 from textual.binding import Binding, BindingType
-from textual.widget import Widget
 
-from pipeline.views.model_library import Entry
-from pipeline.views.models import describe
 from tui.screens.conversation.sampling import Sampling
 from tui.screens.conversation.screen import STYLES, ConversationScreen
 
@@ -45,22 +42,17 @@ An answer can become a row of training data (Ctrl+G), the conversation a file (C
         super().__init__()
         self._wanted: Sequence[Path] = ()  # by another screen; else one is chosen here
 
-    def body(self) -> Iterable[Widget]:
-        yield from self.conversation()
-
     def on_mount(self) -> None:
         self._choose()
         self.engine_line.start()
 
-    def open_with(self, models: Sequence[Path | str] = (), prompt: str = "", **_: Any) -> None:
-        """Chat with these models; `prompt` is put into the field."""
+    def open_with(self, models: Sequence[Path | str] = (), **_: Any) -> None:
+        """Chat with these models."""
         if len(models) > MOST_MODELS:
             self.warn(f"Chat has room for {MOST_MODELS} models, so the others were left out.")
         if models:
             self._wanted = [Path(path) for path in models[:MOST_MODELS]]
             self._choose()
-        if prompt:
-            self.field.fill(prompt)
         self.give_focus(self.field)
 
     def project_changed(self) -> None:
@@ -69,20 +61,16 @@ An answer can become a row of training data (Ctrl+G), the conversation a file (C
 
     @work(exclusive=True, group="use")
     async def _choose(self) -> None:
-        """Chat with the wanted models, also if they were not found yet; else with the pipeline's
-        first adapter.
-        """
+        """Chat with the wanted models, else with the pipeline's first adapter."""
         self.search_folders()
-        library, chosen = self.session.models.library, list[Entry]()
-        for folder in self._wanted:
-            if folder.is_dir():
-                model = await asyncio.to_thread(describe, folder)
-                chosen.append(Entry(library.label(folder), model, None, group=folder.parent.name))
-            else:
-                self.warn(f"{folder} is not a model folder. Choose another model (Ctrl+O).")
+        scan = self.session.models.library.scan
+        found = {entry.model.path: entry for entry in await asyncio.to_thread(lambda: [*scan()])}
+        chosen = [found[path] for path in self._wanted if path in found]
+        for path in self._wanted:
+            if path not in found:
+                self.warn(f"{path} is not a model folder. Choose another model (Ctrl+O).")
         if not self._wanted:
-            found = await asyncio.to_thread(lambda: [*library.scan()])
-            entries = sorted(found, key=lambda entry: entry.sort_key)
+            entries = sorted(found.values(), key=lambda entry: entry.sort_key)
             adapters = [entry for entry in entries if entry.model.kind == "adapter"]
             chosen = [*adapters, *entries][:1]
         if chosen:

@@ -1,8 +1,9 @@
 """What the screens Chat and Models have in common: they ask models, and show a conversation."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -31,7 +32,7 @@ from tui.services.loaded_models import shared_models
 STYLES = Path(__file__).with_name("conversation.tcss")
 FRAME = 0.08  # seconds between two pictures of an answer
 STEP = 0.05  # of the strength
-MAX_PROMPTS = 200  # in the saved history
+MAX_PROMPTS = 200  # that are saved: the palette has the newest
 NO_SCALE = "Strength scales an adapter's weight changes. None of these models is such an adapter."
 NO_TEMPLATE = "Not all of these models have a chat template, so they were prompted without it."
 IS_WRITING = "An answer is being written. Esc interrupts it."
@@ -41,7 +42,7 @@ SAVE_QUESTION = (
 
 
 class ConversationScreen(WorkbenchScreen):
-    """Subclasses yield `conversation()`, and call `use` with models.
+    """Subclasses call `use` with models.
 
     CHATS: a model reads the messages before. EMPTY: what stands where no message is yet, and
     NO_MODELS, where no model can be asked.
@@ -88,8 +89,7 @@ class ConversationScreen(WorkbenchScreen):
         self.message_pane = self.pane("message", self.field)
         self.engine_line = EngineLine(self.workbench, self.engine)
 
-    def conversation(self) -> Sequence[Widget]:
-        """The widgets of the conversation, from top to bottom."""
+    def body(self) -> Iterable[Widget]:
         return self.history_pane, self.message_pane, self.engine_line
 
     def on_mount(self) -> None:
@@ -163,19 +163,15 @@ class ConversationScreen(WorkbenchScreen):
         requests = [(answer, self.talk.messages(turn, answer.model)) for answer in answers]
         self._show()
         self.refresh_bindings()
-        writing = asyncio.create_task(self.session.write(turn.text, requests))
+        drawing = self.set_interval(FRAME, partial(self._draw, turn))
         try:
-            while not writing.done():
-                await asyncio.wait([writing], timeout=FRAME)
-                self._draw(turn)
-            await writing
+            await self.session.write(turn.text, requests)
             if self.session.template and not answers[0].chat and not self.CHATS:
                 self.warn(NO_TEMPLATE)
         except UserError as error:
             self.workbench.fail(error)
         finally:
-            writing.cancel()  # if it was interrupted
-            await asyncio.gather(writing, return_exceptions=True)
+            drawing.stop()
             if self.is_attached:  # else the program is closing
                 self._draw(turn)
                 if self.engine.running:
@@ -378,7 +374,6 @@ class ConversationScreen(WorkbenchScreen):
         facts = [f"{turns} turn{'s' * (turns != 1)}"] * bool(turns)
         facts += ["system prompt"] * bool(self.talk.system)
         self.history_pane.show_title(*facts)
-        self.field.earlier = () if turns and self.CHATS else self.workbench.state.prompts
         self._show_title()
 
     def _show_title(self) -> None:

@@ -42,8 +42,6 @@ class Stop(Widget, can_focus=True):
         Binding("right", "screen.branch(1)", "Next branch", id="chat.branch_next", show=False),
         Binding("up,k", "move(-1)", "Message above", show=False),
         Binding("down,j", "move(1)", "Message below", show=False),
-        Binding("home,g", "end(0)", "First message", show=False),
-        Binding("end,G", "end(-1)", "Last message", show=False),
         Binding("y", "screen.copy", "Copy", id="chat.copy"),
         Binding("tab", "screen.to_field", "Message", id="chat.message"),
     ]
@@ -55,19 +53,13 @@ class Stop(Widget, can_focus=True):
     def text(self) -> str:
         return self.turn.text
 
-    def _stops(self) -> list["Stop"]:
-        return list(self.screen.query(Stop))
-
     async def action_move(self, by: int) -> None:
-        stops = self._stops()
+        stops = list(self.screen.query(Stop))
         at = stops.index(self) + by
         if at >= len(stops):
             await self.run_action("screen.to_field")
         elif at >= 0:
             stops[at].focus()
-
-    def action_end(self, index: int) -> None:
-        self._stops()[index].focus()
 
     def on_click(self, _: Click) -> None:
         self.focus()

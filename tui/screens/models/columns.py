@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ class ModelList(Table[Line]):
         self._evaluation = evaluation  # that measures some of them
         self._groups = set[str]()  # that were listed before
         super().__init__(
-            key=key_of,
+            key=lambda line: line.label if isinstance(line, Folder) else line.model.path,
             parent=lambda line: (line.group or None) if isinstance(line, Entry) else None,
             words=words_of,
             nothing=SEARCHING,
@@ -65,21 +66,17 @@ class ModelList(Table[Line]):
         self.entries, self.nothing = entries, NO_MODELS
         paths = {entry.model.path for entry in entries}
         self.chosen = [path for path in self.chosen if path in paths]
-        groups: dict[str, list[Entry]] = {}
-        for entry in sorted(entries, key=lambda entry: entry.sort_key):
-            groups.setdefault(entry.group, []).append(entry)
         lines: list[Line] = []
-        for name, members in groups.items():
+        in_order = sorted(entries, key=lambda entry: entry.sort_key)
+        for name, group in groupby(in_order, lambda entry: entry.group):
+            members = tuple(group)
             if name:
-                lines.append(Folder(name, tuple(members)))
+                lines.append(Folder(name, members))
             if name not in self._groups and len(members) > FEW:
                 self.folded.add(name)
+            self._groups.add(name)
             lines += members
-        self._groups.update(groups)
         self.show(lines)
-
-    def toggle(self, folder: Folder) -> None:
-        self.fold(folder.label, folder.label not in self.folded)
 
     def seen(self) -> list[Path]:
         """The models whose lines can be seen."""
@@ -144,10 +141,6 @@ def entries_of(line: Line | None) -> Sequence[Entry]:
     if isinstance(line, Folder):
         return line.entries
     return [line] if line else []
-
-
-def key_of(line: Line) -> Path | str:
-    return line.label if isinstance(line, Folder) else line.model.path
 
 
 def words_of(line: Line) -> str:

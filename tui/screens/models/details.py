@@ -136,11 +136,9 @@ def _spectrum(spectrum: Sequence[Mapping[str, Any]] | None) -> Iterator[Content]
     note = MEASURE if spectrum is None else NOTE
     yield Content.assemble(("ΔW  ", "bold"), (note, MUTED))
     for module in spectrum or ():
-        values = [float(value) for value in module["values"]]
-        total = sum(value * value for value in values)  # the squared Frobenius norm of ΔW
-        largest = max(values, default=0.0)
-        share = largest**2 / total if total else 0.0
+        values, share = module["values"], module["share_of_first"]
         shape = levels(values[:MAX_VALUES]).ljust(MAX_VALUES)
+        largest = max(values, default=0.0)
         yield Content(f"    {_short(module['name']):8} {shape} {largest:.2g} {share:.0%}")
 
 

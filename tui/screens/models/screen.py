@@ -84,7 +84,7 @@ sweep's."""
     def body(self) -> Iterable[Widget]:
         yield Horizontal(
             Vertical(self.table_pane, self.details_pane, id="left"),
-            Vertical(*self.conversation(), id="right"),
+            Vertical(*super().body(), id="right"),
         )
 
     def on_mount(self) -> None:
@@ -226,7 +226,7 @@ sweep's."""
     def _line_opened(self, event: Table.Opened) -> None:
         line = event.row
         if isinstance(line, Folder):
-            self.table.toggle(line)
+            self.table.fold(line.label, line.label not in self.table.folded)
         else:
             self.action_prompt()
 
@@ -248,9 +248,6 @@ sweep's."""
         if not own:
             self.warn("The pipeline has made no model yet. R runs it.")
         self.choose([] if self.table.chosen == own else own)
-
-    def action_sort(self) -> None:
-        self.table.action_sort()
 
     def action_verify(self) -> None:
         self.library.forget()

@@ -152,24 +152,6 @@ async def test_an_empty_prompt_asks_nothing(brief: Path) -> None:
         assert not s.engine.done("load")
 
 
-@pytest.mark.slow
-async def test_up_and_down_bring_earlier_prompts_back_and_they_are_remembered(brief: Path) -> None:
-    async with open_models(brief) as s:
-        for prompt in ("eins", "zwei"):
-            await s.ask(prompt)
-            await s.answered()
-        field = s.screen.field
-        assert field.has_focus, "the next prompt can be typed at once"
-        field.fill("neu")
-        seen = []
-        for key in ("up", "up", "up", "down", "down"):
-            await s.press(key)
-            seen.append(field.text)
-        assert seen == ["zwei", "eins", "eins", "zwei", "neu"]
-    async with open_models(brief) as s:
-        await until(s.pilot, lambda: s.screen.field.earlier == ["eins", "zwei"])
-
-
 async def test_at_most_200_prompts_are_remembered(brief: Path) -> None:
     async with open_models(brief) as s:
         s.app.state.prompts = [str(number) for number in range(200)]
