@@ -1,13 +1,12 @@
 """The turns of a conversation: a message, a table of likely next tokens, the answers side by side."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from textual.binding import Binding, BindingType
 from textual.containers import ItemGrid, Vertical, VerticalScroll
 from textual.content import Content
-from textual.events import Click
 from textual.widget import Widget
 from textual.widgets import Static
 
@@ -61,9 +60,6 @@ class Stop(Widget, can_focus=True):
         elif at >= 0:
             stops[at].focus()
 
-    def on_click(self, _: Click) -> None:
-        self.focus()
-
 
 class Said(Stop, Static):
     """A message of the user."""
@@ -81,16 +77,13 @@ class Replied(Stop, ItemGrid):
     """The answers to a message: side by side where there is room."""
 
     def __init__(self, turn: Turn, session: Session) -> None:
-        super().__init__(min_column_width=MIN_COLUMN)
-        self.turn, self.branches, self._session = turn, turn.replies, session
         self.texts = [Static() for _ in turn.reply.answers]
+        super().__init__(*self.texts, min_column_width=MIN_COLUMN)
+        self.turn, self.branches, self._session = turn, turn.replies, session
 
     @property
     def text(self) -> str:
         return "\n\n".join(answer.content.strip() for answer in self.turn.reply.answers)
-
-    def compose(self) -> Iterable[Widget]:
-        yield from self.texts
 
     def show(self, is_last: bool) -> None:
         """Show what arrived."""
@@ -104,16 +97,11 @@ class TurnView(Vertical):
     """A turn of the branch that is shown."""
 
     def __init__(self, turn: Turn, session: Session) -> None:
-        super().__init__()
-        self.turn, self.reply = turn, turn.reply
         self.said, self.replied = Said(turn), Replied(turn, session)
         self.table = Table[str](key=lambda token: token)
+        super().__init__(self.said, self.table, self.replied)
+        self.turn, self.reply = turn, turn.reply
         self.table.can_focus, self.table.display = False, False
-
-    def compose(self) -> Iterable[Widget]:
-        yield self.said
-        yield self.table
-        yield self.replied
 
     def show(self, is_last: bool) -> None:
         self.said.show()
@@ -131,14 +119,11 @@ class History(VerticalScroll, can_focus=False):
     """The turns of the branch that is shown, the newest last; a sentence while there is none."""
 
     def __init__(self, session: Session) -> None:
-        super().__init__()
-        self._session = session
         self.nothing = Static(id="nothing", markup=False)
+        super().__init__(self.nothing)
+        self._session = session
         self.views: list[TurnView] = []
         self._lock = asyncio.Lock()  # views come and go one time after the other
-
-    def compose(self) -> Iterable[Widget]:
-        yield self.nothing
 
     async def show(self, turns: Sequence[Turn], empty: str) -> None:
         """Show the turns; the views of those that are shown already stay."""

@@ -19,12 +19,12 @@ from tui.screens.conversation.session import sign_of
 from tui.services.evaluation import Evaluation
 from tui.widgets.cells import share_cell
 
-STATES = {  # sign, style, word
-    VERIFIED: ("✓", "$success", "intact"),
-    UNBOUND: ("?", "$warning", "no manifest"),
-    WITHOUT_WEIGHTS: ("○", "", "replayed"),
-    REFUSED: ("✗", "$error", "refused"),
-    CHECKING: ("…", "", "checking"),
+SIGNS = {  # sign and style of a state
+    VERIFIED: ("✓", "$success"),
+    UNBOUND: ("?", "$warning"),
+    WITHOUT_WEIGHTS: ("○", ""),
+    REFUSED: ("✗", "$error"),
+    CHECKING: ("…", ""),
 }
 BAR, SHARE = 7, 12  # cells of a bar, and with its number
 FEW = 8  # models of a folder that is unfolded at first
@@ -188,8 +188,7 @@ def made(entry: Entry) -> str:
 def _sign(entry: Entry) -> Content:
     """An evaluation may have found that an intact model breaks evaluate.limits."""
     is_broken = entry.verdict and entry.verdict.broken
-    sign, style, _ = STATES[REFUSED if is_broken else entry.state]
-    return Content.styled(sign, style)
+    return Content.styled(*SIGNS[REFUSED if is_broken else entry.state])
 
 
 def _method(entry: Entry) -> str:

@@ -24,7 +24,7 @@ from tui.panes.pane import Pane
 from tui.panes.text import Text
 from tui.screens.conversation.session import sign_of
 from tui.screens.models.about import DETAILS
-from tui.screens.models.columns import STATES, Folder, Line, made, measured
+from tui.screens.models.columns import SIGNS, Folder, Line, made, measured
 from tui.services.loaded_models import LoadedModels
 from tui.widgets.cells import levels
 
@@ -115,9 +115,9 @@ def detail_lines(details: Details) -> Iterator[Content]:
     entry, verdict = details.entry, details.entry.verdict
     if entry.model.scales:
         yield from _spectrum(details.spectrum)
-    sign, _, word = STATES[entry.state]
-    reason = verdict.reason if verdict else None
-    yield Content.styled(f"{sign} {reason or word}", "bold" if entry.state == REFUSED else "")
+    state = (verdict.reason or "intact") if verdict else entry.state
+    style = "bold" if entry.state == REFUSED else ""
+    yield Content.styled(f"{SIGNS[entry.state][0]} {state}", style)
     if entry.apart:
         yield Content(f"● not as params.yaml says: {', '.join(entry.apart)}")
     yield Content(" · ".join(_kind(details)))

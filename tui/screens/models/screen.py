@@ -3,6 +3,7 @@ by side.
 """
 
 import asyncio
+import threading
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from tui.screens.conversation.screen import STYLES, ConversationScreen
 from tui.screens.models.about import DETAILS, MODELS
 from tui.screens.models.columns import Folder, ModelList, entries_of, kept
 from tui.screens.models.details import DetailsPane
-from tui.screens.models.scan import Scan
+from tui.screens.models.scan import start_scan
 from tui.services.evaluation import Evaluation
 from tui.shipping import ship
 
@@ -78,7 +79,7 @@ sweep's."""
         self.details_pane = DetailsPane(self.workbench, self.session.models)
         self._wanted: Path | None = None  # to be pointed at once it is listed
         self._is_stale, self._next_look = False, 0.0  # whether and when to look at the files
-        self._scan = Scan(self.library, partial(self.call_later, self._take), self.table.seen)
+        self._stop_scan = threading.Event()
         self.field.placeholder = "a prompt; Enter asks the chosen models"
 
     def body(self) -> Iterable[Widget]:
@@ -94,7 +95,7 @@ sweep's."""
         self._start_scan()
 
     def on_unmount(self) -> None:
-        self._scan.stop()
+        self._stop_scan.set()
         self.evaluation.stop()
 
     # What the app and other screens ask
@@ -132,7 +133,6 @@ sweep's."""
 
     def files_changed(self) -> None:
         self._is_stale = True
-        self._look()
 
     def tick(self) -> None:
         super().tick()
@@ -185,7 +185,9 @@ sweep's."""
 
     def _start_scan(self) -> None:
         self.search_folders()
-        self._scan.start()
+        self._stop_scan.set()
+        take = partial(self.call_later, self._take)
+        self._stop_scan = start_scan(self.library, take, self.table.seen)
         if self.is_current:
             self.follow_files()
 
