@@ -102,10 +102,9 @@ class Session:
                     answer.state, answer.error = unfinished
 
     async def _load(self, answer: Answer) -> None:
-        entry = self.asked[answer.model]
         answer.state = State.LOADING
         try:
-            has_chat = await self.models.load(entry)
+            has_chat = await self.models.load(self.asked[answer.model])
             answer.chat = has_chat and self.template
             answer.state = State.WAITING
         except UserError as error:
@@ -131,11 +130,9 @@ class Session:
     async def _write_one(self, answer: Answer, text: str, messages: list[Message]) -> None:
         if answer.state == State.FAILED:
             return
-        fields: dict[str, Any] = {"model": answer.model, **asdict(self.sampling)}
+        fields = {**asdict(self.sampling), "model": answer.model, "strength": answer.strength}
         del fields["k"]  # it is of the table
         fields |= {"messages": messages} if self.chats else {"text": text, "chat": answer.chat}
-        if answer.strength is not None:
-            fields["strength"] = answer.strength
         answer.state = State.READING
         try:
             await self.models.load(self.asked[answer.model])  # another may have taken its place
