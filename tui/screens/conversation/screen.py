@@ -125,10 +125,8 @@ class ConversationScreen(WorkbenchScreen):
     # Asking
 
     def action_send(self) -> None:
-        self.send(self.field.text.strip())
-
-    def send(self, text: str) -> None:
-        """Ask the models a message."""
+        """Ask the models what is in the field."""
+        text = self.field.text.strip()
         if not text:
             self.warn("The message is empty. Type at least one word.")
         elif self._can_ask():
