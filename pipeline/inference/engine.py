@@ -173,16 +173,3 @@ def layer_attention(model: CausalLM, ids: Tensor, layer: int) -> Tensor:
         hook.remove()
     x, _cache, _segments, prefix = inputs[-1]
     return probabilities(attention, x, prefix)
-
-
-def merge_virtual_tokens(weights: Tensor, tokens: int) -> Tensor:
-    """A head's weights (n + T, n + T) or (T, n + T), with n virtual tokens as one: (T + 1, T + 1).
-
-    The first row and column stand for all virtual tokens together, so each row still sums to 1.
-    """
-    words = weights[-tokens:]  # (T, n + T)
-    merged = weights.new_zeros(tokens + 1, tokens + 1)
-    merged[0, 0] = 1
-    merged[1:, 0] = words[:, :-tokens].sum(-1)
-    merged[1:, 1:] = words[:, -tokens:]
-    return merged

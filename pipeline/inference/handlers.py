@@ -2,15 +2,13 @@
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 from msgspec import Struct
 from torch import Tensor
-from torch.nn import functional
 
 from pipeline.adapters.low_rank import spectra
 from pipeline.data.tokenizers import chat_template
@@ -23,8 +21,6 @@ from pipeline.inference.engine import LoadedModel
 from pipeline.inference.model_pool import ModelPool
 from pipeline.inference.requests import (
     MAX_LOADED,
-    Attention,
-    AttentionMaps,
     Generate,
     Load,
     Spectrum,
@@ -34,19 +30,15 @@ from pipeline.inference.requests import (
     parse,
 )
 from pipeline.models import device
-from pipeline.models.generate import Sampling, finite, stream
+from pipeline.models.generate import Sampling, stream
 from pipeline.models.load import count
 
-MAX_ATTENTION_TOKENS = 512  # the answer has this many numbers squared
-MAX_MAP = 12  # tokens in a small map of a head; more are pooled
 # a request's `do` → its class; RequestHandler has a method of the same name
 KINDS: dict[str, type[Struct]] = {
     "generate": Generate,
     "load": Load,
     "unload": Unload,
     "top_k": TopK,
-    "attention": Attention,
-    "attention_maps": AttentionMaps,
     "spectrum": Spectrum,
     "status": Status,
 }
@@ -82,8 +74,6 @@ class RequestHandler:
             "parameters": count(model)["total"],
             "seconds": time.perf_counter() - start,
             "chat": chat_template.has_template(resident.loaded.base),
-            "layers": model.shape.layers,
-            "heads": model.shape.heads,
             "resident": was_there,
             "unloaded": [name for name in before if name not in self.models.names],
         }
@@ -163,48 +153,6 @@ class RequestHandler:
             "tokens_per_second": rate,
         }
 
-    def attention(self, request: Attention) -> Answer:
-        loaded = self._requested_model(request)
-        shape, layer, head = loaded.model.shape, request.layer, request.head
-        if layer >= shape.layers or head >= shape.heads:
-            raise UserError(
-                f"{loaded.name} has layers 0 to {shape.layers - 1} and heads 0 to "
-                f"{shape.heads - 1}."
-            )
-        ids = _attended(loaded, request)
-        return {
-            "tokens": _attended_tokens(loaded, ids),
-            "weights": finite(_heads(loaded, ids, layer)[head]).tolist(),
-            "layers": shape.layers,
-            "heads": shape.heads,
-        }
-
-    def attention_maps(self, request: AttentionMaps) -> Answer:
-        """Small maps of all heads by layer: of the model, and for an adapter what it changes.
-
-        An adapter also has the maps of its `base` and of the `difference`; `change` is the
-        share of a token's attention that the adapter moves, a mean over tokens.
-        """
-        model, strength = self.models.get(request.model), request.strength
-        loaded = model.at(strength)
-        ids = _attended(loaded, request)
-        maps: dict[str, list[Any]] = {"maps": [], "base": [], "difference": [], "change": []}
-        # one after the other: all at once may not fit in memory
-        for layer in range(loaded.model.shape.layers):
-            heads = finite(_heads(model.at(strength), ids, layer))  # (H, T, T)
-            maps["maps"].append(_small(heads))
-            if loaded.adapter is None:
-                continue
-            base = finite(_heads(model.at(0), ids, layer))
-            # the adapter's virtual tokens, which the base has not
-            more = heads.shape[-1] - base.shape[-1]
-            base = functional.pad(base, (more, 0, more, 0))
-            maps["base"].append(_small(base))
-            maps["difference"].append(_small(heads - base))
-            moved = (heads - base)[:, more:].abs().sum(-1) / 2  # rows sum to 1
-            maps["change"].append(moved.mean(-1).tolist())
-        return {"tokens": _attended_tokens(loaded, ids), **maps}
-
     def spectrum(self, request: Spectrum) -> Answer:
         modules = spectra(Path(request.adapter))
         return {"modules": [{**m._asdict(), "share_of_first": m.share_of_first} for m in modules]}
@@ -213,44 +161,9 @@ class RequestHandler:
         used = self.models.device or device.best_device()
         return {**device.device_info(used), "loaded": self.models.names, "pid": os.getpid()}
 
-    def _requested_model(self, request: Generate | AttentionMaps) -> LoadedModel:
+    def _requested_model(self, request: Generate) -> LoadedModel:
         return self.models.get(request.model).at(request.strength)
 
 
-def _render_prompt(loaded: LoadedModel, request: Generate | TopK | AttentionMaps) -> str:
+def _render_prompt(loaded: LoadedModel, request: Generate | TopK) -> str:
     return chat_template.render(loaded.base, request.text) if request.chat else request.text
-
-
-def _attended(loaded: LoadedModel, request: AttentionMaps) -> Sequence[int]:
-    """The prompt's ids. Raises UserError if there are too many to show."""
-    ids = engine.encode(loaded, _render_prompt(loaded, request))
-    if len(ids) > MAX_ATTENTION_TOKENS:
-        raise UserError(
-            f"The prompt has {len(ids)} tokens; attention is shown for up to "
-            f"{MAX_ATTENTION_TOKENS}."
-        )
-    return ids
-
-
-def _attended_tokens(loaded: LoadedModel, ids: Sequence[int]) -> list[str]:
-    tokens = [loaded.tokenizer.word(id_) for id_ in ids]
-    return [f"[{virtual.count} virtual]", *tokens] if (virtual := loaded.model.virtual) else tokens
-
-
-def _heads(loaded: LoadedModel, ids: Sequence[int], layer: int) -> Tensor:
-    """The weights of a layer's heads, (H, T, T); virtual tokens are one token, the first."""
-    model = loaded.model
-    weights = engine.layer_attention(model, torch.tensor([ids], device=model.device), layer)
-    weights = weights[0].float().cpu()
-    if model.virtual:
-        return torch.stack([engine.merge_virtual_tokens(head, len(ids)) for head in weights])
-    return weights
-
-
-def _small(heads: Tensor) -> list[list[list[float]]]:
-    """(H, T, T) pooled to at most (H, MAX_MAP, MAX_MAP); of each part what is furthest from 0."""
-    size = min(heads.shape[-1], MAX_MAP)
-    largest = functional.adaptive_max_pool2d(heads[None], size)[0]
-    smallest = -functional.adaptive_max_pool2d(-heads[None], size)[0]
-    small: list[list[list[float]]] = torch.where(largest >= -smallest, largest, smallest).tolist()
-    return small

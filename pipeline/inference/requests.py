@@ -68,22 +68,6 @@ class Generate(Struct):
     chat: bool = False
 
 
-class AttentionMaps(Struct):
-    """Small maps of all heads."""
-
-    model: str
-    text: str
-    strength: Strength = 1.0
-    chat: bool = False
-
-
-class Attention(AttentionMaps, kw_only=True):
-    """The weights of one head."""
-
-    layer: Count
-    head: Count
-
-
 class Spectrum(Struct):
     """The singular values of an adapter's updates."""
 

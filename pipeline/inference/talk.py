@@ -4,18 +4,29 @@ ever lost.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum, auto
 from typing import Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
 Message = dict[str, str]  # role and content
 
-# the states of an answer
-STARTING, LOADING, WAITING = "starting", "loading", "waiting"
-READING, WRITING = "reading", "writing"
-END, LENGTH, INTERRUPTED, FAILED = "end", "length", "interrupted", "failed"
-UNFINISHED = (STARTING, LOADING, WAITING, READING, WRITING)
-
 OPEN, CLOSE = "<think>", "</think>"  # of the thoughts of a reasoning model
+
+
+class State(StrEnum):
+    """Of an answer."""
+
+    LOADING = auto()
+    WAITING = auto()
+    READING = auto()
+    WRITING = auto()
+    END = auto()
+    LENGTH = auto()
+    INTERRUPTED = auto()
+    FAILED = auto()
+
+
+ENDED = (State.END, State.LENGTH, State.INTERRUPTED, State.FAILED)
 
 
 class Thoughts(NamedTuple):
@@ -78,7 +89,7 @@ class Answer:
     label: str
     strength: float | None = None
     chat: bool = False  # in a chat template; else the text goes on
-    state: str = WAITING
+    state: State = State.WAITING
     error: str = ""  # why it is missing or incomplete
     text: str = ""  # all that the model wrote
     tokens: int = 0
@@ -102,7 +113,7 @@ class Answer:
 
     @property
     def unfinished(self) -> bool:
-        return self.state in UNFINISHED
+        return self.state not in ENDED
 
 
 @dataclass(eq=False)
@@ -192,7 +203,7 @@ class Talk:
         turns = self.turns
         for earlier in turns[: turns.index(turn)]:
             answer = earlier.reply.answer_of(model)
-            if answer.content or (answer.state == END and not answer.chat):
+            if answer.content or (answer.state == State.END and not answer.chat):
                 messages.append({"role": "user", "content": earlier.text})
             if answer.content:
                 messages.append({"role": "assistant", "content": answer.content})

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipeline.files.text import escape_whitespace, join_texts
-from pipeline.inference.talk import END, Answer, Branches, Talk, Turn, split_thoughts
+from pipeline.inference.talk import Answer, Branches, State, Talk, Turn, split_thoughts
 
 Row = Mapping[str, Any]  # of a data file
 
@@ -88,6 +88,6 @@ def _markdown(talk: Talk) -> Iterator[str]:
 
 def _note(answer: Answer) -> str:
     cut = f"{answer.cut_tokens} earlier tokens left out" if answer.cut_tokens else ""
-    notes = [answer.error or ("" if answer.state == END else answer.state), cut]
+    notes = [answer.error or ("" if answer.state == State.END else answer.state), cut]
     text = ", ".join(filter(None, notes))
     return f" ({text})" if text else ""

@@ -239,8 +239,6 @@ REQUESTS: list[dict[str, Any]] = [
         "chat": False,
     },
     {"do": "top_k", "models": ["mini"], "text": "w1 w2", "k": 3, "strength": {"mini": 1}},
-    {"do": "attention", "model": "mini", "text": "w1 w2", "layer": 0, "head": 0, "strength": 1},
-    {"do": "attention_maps", "model": "mini", "text": "w1 w2", "strength": 1},
     {"do": "spectrum", "adapter": "a", "base": "base"},
     {"do": "status"},
 ]

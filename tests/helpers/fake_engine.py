@@ -69,8 +69,6 @@ class FakeInference(Inference):
             "parameters": 1,
             "seconds": 0.0,
             "chat": self.chat,
-            "layers": 2,
-            "heads": 4,
             "unloaded": unloaded,
         }
 
@@ -90,35 +88,8 @@ class FakeInference(Inference):
         return {"device": "cpu", "name": "a machine", **memory, "loaded": ["one"], "pid": self.life}
 
     def _spectrum(self, adapter: str) -> dict[str, Any]:
-        return {
-            "modules": [
-                {"name": f"model.layers.0.self_attn.{Path(adapter).name}_q", "values": [2.0, 1.0]}
-            ]
-        }
-
-    def _attention(self, layer: int, head: int, **_: object) -> dict[str, Any]:
-        """The same at every strength."""
-        weights = [[1.0, 0.0, 0.0], [0.25, 0.75, 0.0], [0.5, 0.3, 0.2]]
-        return {
-            "tokens": ["die", "katze", f"sitzt{layer}{head}"],
-            "weights": weights,
-            "layers": 2,
-            "heads": 4,
-        }
-
-    def _attention_maps(self, strength: float | None = None, **_: object) -> dict[str, Any]:
-        heads = [[[1.0, 0.0], [0.25, 0.75]]] * 4
-        adapter = {
-            "base": [heads] * 2,
-            "difference": [[[[0.0, 0.0], [-0.2, 0.2]]] * 4] * 2,
-            "change": [[0.1] * 4] * 2,
-        }
-        other: dict[str, list[Any]] = {"base": [], "difference": [], "change": []}
-        return {
-            "tokens": ["die", "katze"],
-            "maps": [heads] * 2,
-            **(other if strength is None else adapter),
-        }
+        name = f"model.layers.0.self_attn.{Path(adapter).name}_q"
+        return {"modules": [{"name": name, "values": [2.0, 1.0], "share_of_first": 0.8}]}
 
     async def stream(self, do: str, **fields: object) -> AsyncGenerator[dict[str, Any], None]:
         self.requests.append((do, fields))

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,7 @@ from tui.dialogs import Ask, AskText, Reader, draw_messages
 from tui.help import page
 from tui.panes.plot.plot import Plot
 from tui.registry import SCREENS
-from tui.screens.conversation.sampling import SamplingDialog, Settings
-from tui.screens.models.attention import AttentionDialog
-from tui.services.loaded_models import Sampling
+from tui.screens.conversation.sampling import Sampling, SamplingDialog
 
 BUTTONS = {"#ff5f57", "#febc2e", "#28c840"}  # of the window that Textual draws around a screenshot
 
@@ -57,18 +56,12 @@ async def test_every_screen_is_drawn_without_colors(watched: Path, name: str) ->
             assert not colors(app), size
 
 
-async def _weights(**head: int) -> dict[str, Any]:
-    fake = FakeInference()
-    return fake._attention(**head) if head else fake._attention_maps(1.0)
-
-
 DIALOGS: dict[str, Callable[[Workbench], Screen[Any]]] = {
     "help": lambda app: Reader(page(app.base_screen), "Help"),
     "messages": lambda app: Reader(partial(draw_messages, [*app.message_history]), "Messages"),
     "path": lambda _: AskText("Which folder?"),
-    "sampling": lambda _: SamplingDialog(Settings(Sampling(), "", True)),
+    "sampling": lambda _: SamplingDialog({**asdict(Sampling()), "system": "", "template": "on"}),
     "ask": lambda _: Ask("finetune_lora.rank: 8 → 16", {"y": "write it"}, "Write to params.yaml"),
-    "attention": lambda _: AttentionDialog("lora", _weights),
 }
 
 

@@ -81,7 +81,7 @@ async def test_numbers_of_the_sampling_dialog_land_in_their_fields(empty: Path) 
         screen = await screen_opens(pilot, ModelsScreen)
         burst(
             pilot,
-            "t",
+            "ctrl+l",
             *"0.7",
             "tab",
             *"5",

@@ -18,6 +18,7 @@ from tests.helpers.projects import BRIEF, make, save
 from tests.helpers.run_folders import hold, journal
 from tui.app import Workbench
 from tui.screens.models.columns import ModelList
+from tui.screens.models.details import Details, detail_lines
 from tui.screens.monitor.screen import MonitorScreen
 from tui.services.evaluation import Evaluation as Evaluator
 
@@ -106,5 +107,6 @@ def test_a_model_that_a_run_would_replace_is_marked_with_what_differs(project: P
         for column in ModelList(Evaluator(project / "params.yaml"))._columns
     }
     assert cells["name"] == "lora ●"
-    assert "rank 2 → 4" in cells["state"]
+    details = detail_lines(Details(marked["lora"], {}, {}, None))
+    assert "rank 2 → 4" in "\n".join(line.plain for line in details)
     assert method(read_evaluation(now), "lora").apart == ("epochs 1 → 2", "rank 2 → 4")

@@ -1,9 +1,6 @@
-"""The models that the inference process has loaded, and how they are sampled: what the screens that
-prompt share.
-"""
+"""The models that the inference process has loaded, which the screens that prompt share."""
 
 import asyncio
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +11,6 @@ from pipeline.stages.registry import GRAPH, open_project
 from pipeline.views.model_library import GONE, Entry, Library
 from pipeline.views.models import REFUSED, WITHOUT_WEIGHTS, trusts_remote_code
 from tui.services.engine_client import Inference
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Temperature 0 is greedy; top_k 0 and top_p 1 are off. `limit`: maximum tokens; `k`: rows of
-    the top-k table.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    limit: int = 20
-    k: int = 5
-
-    def __str__(self) -> str:
-        facts = ["greedy"]
-        if self.temperature:
-            facts = [f"temperature {self.temperature:g}"]
-            facts += [f"top-k {self.top_k}"] * (self.top_k > 0)
-            facts += [f"top-p {self.top_p:g}"] * (self.top_p < 1)
-            facts += [f"seed {self.seed}"]
-        facts += [f"{self.limit} tokens"]
-        facts += [f"{self.k} candidates"] * bool(self.k)
-        return " · ".join(facts)
-
-    def fields(self) -> dict[str, float | int]:
-        """The arguments of the engine's `generate`."""
-        return {name: value for name, value in asdict(self).items() if name != "k"}
 
 
 class LoadedModels:

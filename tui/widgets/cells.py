@@ -1,7 +1,5 @@
 """Texts in cells: bars, intervals, durations, signs of methods."""
 
-from math import ceil
-
 from rich.cells import cell_len, set_cell_size
 from textual.content import Content
 
@@ -9,7 +7,6 @@ from tui.widgets.colors import NO_LOOK, look_style, method_look, share_style
 
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 LEVELS = "▁▂▃▄▅▆▇█"
-SHADES = " ·░▒▓█"
 INTERVAL = 12  # cells of an interval from 0 to 1
 
 
@@ -26,12 +23,6 @@ def levels(values: list[float]) -> str:
     """A column per value (a sparkline), the largest at full height; zero is the lowest."""
     top = max(values, default=0.0) or 1.0
     return "".join(LEVELS[round(value / top * (len(LEVELS) - 1))] for value in values)
-
-
-def shade(share: float) -> str:
-    """A character that is darker the larger `share` (0 to 1) is."""
-    darkest = len(SHADES) - 1
-    return SHADES[min(ceil(share * darkest), darkest)]
 
 
 def pad_or_truncate(text: str, width: int) -> str:

@@ -1,6 +1,4 @@
-"""Tokens of any model in tables and in the attention view: nothing invisible or misaligned."""
-
-import random
+"""Tokens of any model in tables: nothing invisible or misaligned."""
 
 import pytest
 from rich.cells import cell_len
@@ -8,7 +6,6 @@ from rich.cells import cell_len
 from pipeline.files.text import abbreviate_repr, escape_whitespace
 from pipeline.inference.talk import Answer
 from tui.screens.conversation.turns import MAX_TOKEN, next_tokens
-from tui.screens.models.attention import looks
 from tui.widgets.cells import pad_or_truncate
 
 TOKENS = [
@@ -73,21 +70,6 @@ def test_the_table_of_next_tokens_has_any_token_of_any_model_once() -> None:
 def test_a_fitted_text_has_its_width(text: str) -> None:
     for width in (1, 3, 4, 5, 20):
         assert cell_len(pad_or_truncate(text, width)) == width
-
-
-@pytest.mark.parametrize("count", [1, 3, 40, 200, 512])
-def test_attention_of_many_tokens_is_in_columns(count: int) -> None:
-    tokens = [escape_whitespace(TOKENS[i % len(TOKENS)]) for i in range(count)]
-    noise = random.Random(0)
-    weights = [
-        [noise.random() for _ in range(row + 1)] + [0.0] * (count - row - 1) for row in range(count)
-    ]
-    weights = [[weight / sum(row) for weight in row] for row in weights]
-    for token in {0, count // 2, count - 1}:
-        head, *rows = looks(tokens, weights[token], token)
-        assert head.plain == f"{tokens[token]} looks at"
-        assert len(rows) == token + 1
-        assert len({row.cell_length for row in rows}) == 1, "the bars are below one another"
 
 
 class Nameless:

@@ -61,14 +61,6 @@ GENERATE = {"do": "generate", "model": "m", "text": "w1"}
         ({**GENERATE, "strength": float("nan")}, r"strength: expected `float` >= 0.0, got nan"),
         ({**GENERATE, "chat": True}, r"has no chat template"),
         ({**GENERATE, "chat": 1}, r"chat: expected `bool`, got `int`"),
-        (
-            {"do": "attention", "model": "m", "text": "w1", "layer": 2, "head": 0},
-            r"m has layers 0 to 1 and heads 0 to",
-        ),
-        (
-            {"do": "attention", "model": "m", "text": "w1 " * 600, "layer": 0, "head": 0},
-            r"shown for up to 512",
-        ),
         ({"do": "spectrum", "adapter": "/nowhere"}, r"/nowhere/adapter_config.json: No such file"),
     ],
 )
@@ -106,15 +98,12 @@ def test_a_model_that_overflows_is_refused_and_the_base_answers(
     asked = {
         "model": "wild",
         "text": "w1",
-        "layer": 1,
-        "head": 0,
         "models": ["wild", "m"],
         "k": 1,
         "temperature": 1,
     }
-    for do in ("generate", "attention"):
-        with pytest.raises(UserError, match="The model's outputs are not finite"):
-            list(handler.answer(do, asked))
+    with pytest.raises(UserError, match="The model's outputs are not finite"):
+        list(handler.answer("generate", asked))
     (done,) = handler.answer("top_k", asked)
     assert "are not finite" in done["answers"]["wild"]["error"]
     assert len(done["answers"]["m"]["top_k"]) == 1

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.inference.talk import Answer, Talk, Turn
+from pipeline.inference.talk import Answer, State, Talk, Turn
 
 STEPS = st.lists(
     st.tuples(
@@ -16,7 +16,7 @@ STEPS = st.lists(
 
 
 def answer(text: str, model: str = "m", chat: bool = True) -> Answer:
-    return Answer(model, model, chat=chat, state="end", text=text)
+    return Answer(model, model, chat=chat, state=State.END, text=text)
 
 
 def texts(turns: list[Turn]) -> list[str]:
@@ -121,7 +121,7 @@ def test_each_model_reads_the_messages_and_its_own_answers() -> None:
 def test_a_text_that_ended_at_once_goes_on() -> None:
     talk = Talk()
     talk.ask("eins", [answer("", chat=False)])
-    talk.ask("wortlos", [Answer("m", "m", state="failed", error="m does not know: wortlos.")])
+    talk.ask("wortlos", [Answer("m", "m", state=State.FAILED, error="m does not know: wortlos.")])
     last = talk.ask("zwei", [answer("", chat=False)])
     assert [message["content"] for message in talk.messages(last, "m")] == ["eins", "zwei"]
 

@@ -271,8 +271,6 @@ def test_the_terminal_uis_models_are_there(project: Path) -> None:
     assert used()
     last("generate", model="lora", text="der wind", limit=3)
     assert used()
-    last("attention", model="lora", text="der wind", layer=0, head=0)
-    assert used()
     assert last("status")["device"].startswith(NAME)
 
 

@@ -1,19 +1,17 @@
 """The chat: several turns with one model, or with two side by side."""
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from textual import work
 from textual.binding import Binding, BindingType
-from textual.widget import Widget
 
-from pipeline.views.model_library import Entry
-from pipeline.views.models import describe
-from tui.screens.chat.picker import MOST_MODELS, ModelPicker
+from tui.screens.conversation.sampling import Sampling
 from tui.screens.conversation.screen import STYLES, ConversationScreen
-from tui.services.loaded_models import Sampling
+
+MOST_MODELS = 2  # side by side
 
 
 class ChatScreen(ConversationScreen):
@@ -34,7 +32,7 @@ Ctrl+S    save the conversation as text or as data"""
 Talk to one model, or to two side by side: each reads the same messages and its own answers.
 Nothing that was said is lost: an edited message and an answer that was asked again begin a branch.
 An answer can become a row of training data (Ctrl+G), the conversation a file (Ctrl+S)."""
-    CSS_PATH: ClassVar[Any] = [STYLES, "chat.tcss"]
+    CSS_PATH: ClassVar[Any] = STYLES
     AUTO_FOCUS = "MessageField"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("ctrl+o", "models", "Models", id="chat.models"),
@@ -42,64 +40,43 @@ An answer can become a row of training data (Ctrl+G), the conversation a file (C
 
     def __init__(self) -> None:
         super().__init__()
-        self.entries: list[Entry] = []  # that can be chosen
-        self._are_given = False  # by another screen, so that none is chosen here
-
-    def body(self) -> Iterable[Widget]:
-        yield from self.conversation()
+        self._wanted: Sequence[Path] = ()  # by another screen; else one is chosen here
 
     def on_mount(self) -> None:
-        self._find_models()
+        self._choose()
         self.engine_line.start()
 
-    def open_with(self, models: Sequence[Path | str] = (), prompt: str = "", **_: Any) -> None:
-        """Chat with these models; `prompt` is put into the field."""
+    def open_with(self, models: Sequence[Path | str] = (), **_: Any) -> None:
+        """Chat with these models."""
+        if len(models) > MOST_MODELS:
+            self.warn(f"Chat has room for {MOST_MODELS} models, so the others were left out.")
         if models:
-            self._are_given = True
-            self._use_paths([Path(path) for path in models[:MOST_MODELS]])
-        if prompt:
-            self.field.fill(prompt)
+            self._wanted = [Path(path) for path in models[:MOST_MODELS]]
+            self._choose()
         self.give_focus(self.field)
 
     def project_changed(self) -> None:
-        if not self.session.entries:
-            self._find_models()
-
-    # Models
-
-    @work(exclusive=True, group="find")
-    async def _find_models(self) -> None:
-        """List the models, the pipeline's own first; without a choice, chat with its first
-        adapter.
-        """
-        self.search_folders()
-        library = self.session.models.library
-        entries = await asyncio.to_thread(lambda: [*library.scan()])
-        self.entries = sorted(entries, key=lambda entry: entry.sort_key)
-        if not self.session.entries and self.entries and not self._are_given:
-            adapters = (entry for entry in self.entries if entry.model.kind == "adapter")
-            await self.use([next(adapters, self.entries[0])])
+        if not self.session.entries and not self._wanted:
+            self._choose()
 
     @work(exclusive=True, group="use")
-    async def _use_paths(self, paths: Sequence[Path]) -> None:
-        """Chat with the models in these folders, also if they were not found yet."""
-        library, chosen = self.session.models.library, list[Entry]()
-        for folder in paths:
-            if folder.is_dir():
-                model = await asyncio.to_thread(describe, folder)
-                chosen.append(Entry(library.label(folder), model, None, group=folder.parent.name))
-            else:
-                self.warn(f"{folder} is not a model folder. Choose another model (Ctrl+O).")
+    async def _choose(self) -> None:
+        """Chat with the wanted models, else with the pipeline's first adapter."""
+        self.search_folders()
+        scan = self.session.models.library.scan
+        found = {entry.model.path: entry for entry in await asyncio.to_thread(lambda: [*scan()])}
+        chosen = [found[path] for path in self._wanted if path in found]
+        for path in self._wanted:
+            if path not in found:
+                self.warn(f"{path} is not a model folder. Choose another model (Ctrl+O).")
+        if not self._wanted:
+            entries = sorted(found.values(), key=lambda entry: entry.sort_key)
+            adapters = [entry for entry in entries if entry.model.kind == "adapter"]
+            chosen = [*adapters, *entries][:1]
         if chosen:
             await self.use(chosen)
 
-    @work(group="ask-user")
-    async def action_models(self) -> None:
-        await self._find_models().wait()  # some may have been trained since
-        if not self.entries:
-            self.warn(self.NO_MODELS)
-            return
+    def action_models(self) -> None:
+        """Choose others on their screen."""
         chosen = [entry.model.path for entry in self.session.entries]
-        paths = await self.app.push_screen_wait(ModelPicker(self.entries, chosen))
-        if paths:
-            self._use_paths(paths)
+        self.workbench.go("models", chosen=chosen)

@@ -1,8 +1,8 @@
-"""The dialog of the sampling settings, with what else decides how a model answers."""
+"""How models are sampled, and the dialog that sets it."""
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from textual import on
@@ -14,15 +14,31 @@ from textual.widgets import Label, TextArea
 
 from tui.panes.fields import Field, Kind
 from tui.panes.form import Form
-from tui.services.loaded_models import Sampling
 
-CHAT = Field(
-    "chat",
-    "choice",
-    label="chat template",
-    choices=("on", "off"),
-    note="of the models that have one",
-)
+
+@dataclass(frozen=True)
+class Sampling:
+    """Temperature 0 is greedy; top_k 0 and top_p 1 are off. `limit`: maximum tokens; `k`: rows of
+    the top-k table.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    limit: int = 20
+    k: int = 5
+
+    def __str__(self) -> str:
+        facts = ["greedy"]
+        if self.temperature:
+            facts = [f"temperature {self.temperature:g}"]
+            facts += [f"top-k {self.top_k}"] * (self.top_k > 0)
+            facts += [f"top-p {self.top_p:g}"] * (self.top_p < 1)
+            facts += [f"seed {self.seed}"]
+        facts += [f"{self.limit} tokens"]
+        facts += [f"{self.k} candidates"] * bool(self.k)
+        return " · ".join(facts)
 
 
 def _declare(key: str, rule: str, is_valid: Callable[[Any], bool]) -> Field:
@@ -45,20 +61,20 @@ FIELDS = (
     _declare("seed", "a whole number below 2^63", lambda value: 0 <= value < 2**63),
     _declare("limit", "a whole number from 1 to 10000", lambda value: 1 <= value <= 10_000),
     _declare("k", "a whole number from 0 to 50 (0: no table)", lambda value: 0 <= value <= 50),
+    Field(
+        "template",
+        "choice",
+        label="chat template",
+        choices=("on", "off"),
+        note="of the models that have one",
+    ),
 )
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How models are asked. The dialog leaves out what is None."""
-
-    sampling: Sampling
-    system: str | None = None
-    chat: bool | None = None
-
-
-class SamplingDialog(ModalScreen[Settings | None]):
-    """Edits the settings; returns them once they are valid, or None on Escape."""
+class SamplingDialog(ModalScreen[dict[str, Any] | None]):
+    """Edits the fields that are given, and the system prompt if it is; returns their values once they
+    are valid, or None on Escape.
+    """
 
     AUTO_FOCUS = ""
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -73,25 +89,24 @@ class SamplingDialog(ModalScreen[Settings | None]):
     }
     """
 
-    def __init__(self, given: Settings) -> None:
+    def __init__(self, given: Mapping[str, Any]) -> None:
         super().__init__()
-        values = {**asdict(given.sampling), "chat": "on" if given.chat else "off"}
-        fields = [*FIELDS, CHAT] if given.chat is not None else FIELDS
-        self.form = Form(fields, values, always=True)
-        self.system = TextArea(given.system or "", compact=True, tab_behavior="focus")
-        self._has_system = given.system is not None
+        fields = [field for field in FIELDS if field.key in given]
+        self.form = Form(fields, given, always=True)
+        self.system = TextArea(given.get("system", ""), compact=True, tab_behavior="focus")
+        self._given = given
 
     def compose(self) -> ComposeResult:
         with VerticalScroll(classes="dialog") as dialog:
             dialog.border_title = "Settings"
             dialog.border_subtitle = "Enter, Ctrl+S use  Tab next field  Esc cancel"
-            if self._has_system:
+            if "system" in self._given:
                 yield Label("System prompt")
                 yield self.system
             yield self.form
 
     def on_mount(self) -> None:
-        if self._has_system:
+        if "system" in self._given:
             self.set_focus(self.system)
         else:
             self.form.take_focus()
@@ -104,5 +119,6 @@ class SamplingDialog(ModalScreen[Settings | None]):
             form.point(wrong[0])
             return
         values = {key: form.value(key) for key in form.fields}
-        chat = values.pop("chat", None) == "on"
-        self.dismiss(Settings(Sampling(**values), self.system.text.strip(), chat))
+        if "system" in self._given:
+            values["system"] = self.system.text.strip()
+        self.dismiss(values)

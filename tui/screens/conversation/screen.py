@@ -1,8 +1,9 @@
 """What the screens Chat and Models have in common: they ask models, and show a conversation."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,18 +22,17 @@ from tui.panes.menu import Menu
 from tui.panes.pane import About
 from tui.screens.base import WorkbenchScreen
 from tui.screens.conversation.about import HISTORY, MESSAGE
-from tui.screens.conversation.engine import BUSY, DIED, LOADING, READY, STARTING, EngineLine
+from tui.screens.conversation.engine import EngineLine
 from tui.screens.conversation.field import MessageField
-from tui.screens.conversation.sampling import SamplingDialog, Settings
-from tui.screens.conversation.session import Session
-from tui.screens.conversation.title import STRONGEST, title_facts
-from tui.screens.conversation.turns import History, Replied, Showing, Stop
-from tui.services.loaded_models import Sampling, shared_models
+from tui.screens.conversation.sampling import Sampling, SamplingDialog
+from tui.screens.conversation.session import STRONGEST, Session
+from tui.screens.conversation.turns import History, Replied, Stop
+from tui.services.loaded_models import shared_models
 
 STYLES = Path(__file__).with_name("conversation.tcss")
 FRAME = 0.08  # seconds between two pictures of an answer
 STEP = 0.05  # of the strength
-MAX_PROMPTS = 200  # in the saved history
+MAX_PROMPTS = 200  # that are saved: the palette has the newest
 NO_SCALE = "Strength scales an adapter's weight changes. None of these models is such an adapter."
 NO_TEMPLATE = "Not all of these models have a chat template, so they were prompted without it."
 IS_WRITING = "An answer is being written. Esc interrupts it."
@@ -42,7 +42,7 @@ SAVE_QUESTION = (
 
 
 class ConversationScreen(WorkbenchScreen):
-    """Subclasses yield `conversation()`, and call `use` with models.
+    """Subclasses call `use` with models.
 
     CHATS: a model reads the messages before. EMPTY: what stands where no message is yet, and
     NO_MODELS, where no model can be asked.
@@ -81,24 +81,22 @@ class ConversationScreen(WorkbenchScreen):
         self.engine = self.session.models.inference
         self._editing: Turn | None = None
         self._draft = ""  # of the field, while a message is edited
-        self._thoughts = False
         self._drawn: object = None  # how far the answers are that are shown
         self._saved = 0  # answers when the conversation was last saved
         # Widgets are attributes: answers can arrive while the screen closes, and queries fail.
-        self.history, self.field = History(), MessageField()
+        self.history, self.field = History(self.session), MessageField()
         self.history_pane = self.pane("history", self.history)
         self.message_pane = self.pane("message", self.field)
         self.engine_line = EngineLine(self.workbench, self.engine)
 
-    def conversation(self) -> Sequence[Widget]:
-        """The widgets of the conversation, from top to bottom."""
+    def body(self) -> Iterable[Widget]:
         return self.history_pane, self.message_pane, self.engine_line
 
     def on_mount(self) -> None:
         self._show()
 
     def tick(self) -> None:
-        self.engine_line.look()
+        self.engine_line.show()
 
     def unsaved(self) -> str:
         """A single prompt of Models may be lost."""
@@ -127,10 +125,8 @@ class ConversationScreen(WorkbenchScreen):
     # Asking
 
     def action_send(self) -> None:
-        self.send(self.field.text.strip())
-
-    def send(self, text: str) -> None:
-        """Ask the models a message."""
+        """Ask the models what is in the field."""
+        text = self.field.text.strip()
         if not text:
             self.warn("The message is empty. Type at least one word.")
         elif self._can_ask():
@@ -161,27 +157,23 @@ class ConversationScreen(WorkbenchScreen):
     @work(exclusive=True, group="ask")
     async def _ask(self, turn: Turn) -> None:
         # Now, while its branch is shown: one may look at another while it is answered.
-        answers = turn.reply.answers
+        answers = self.engine_line.answers = turn.reply.answers
         requests = [(answer, self.talk.messages(turn, answer.model)) for answer in answers]
-        self.engine_line.show(BUSY if self.engine.running else STARTING)
         self._show()
         self.refresh_bindings()
-        writing = asyncio.create_task(self.session.write(turn.text, requests))
+        drawing = self.set_interval(FRAME, partial(self._draw, turn))
         try:
-            while not writing.done():
-                await asyncio.wait([writing], timeout=FRAME)
-                self._draw(turn)
-            await writing
+            await self.session.write(turn.text, requests)
             if self.session.template and not answers[0].chat and not self.CHATS:
                 self.warn(NO_TEMPLATE)
         except UserError as error:
             self.workbench.fail(error)
         finally:
-            writing.cancel()  # if it was interrupted
-            await asyncio.gather(writing, return_exceptions=True)
+            drawing.stop()
             if self.is_attached:  # else the program is closing
                 self._draw(turn)
-                self.engine_line.show(READY if self.engine.running else DIED)
+                if self.engine.running:
+                    self.engine_line.ask()
                 self._show()
                 self.call_later(self.refresh_bindings)
 
@@ -191,11 +183,9 @@ class ConversationScreen(WorkbenchScreen):
         if progress == self._drawn:
             return
         self._drawn = progress
-        loading = [each.label for each in turn.reply.answers if each.state == LOADING]
-        if self.engine.running:
-            self.engine_line.show(LOADING if loading else BUSY, *loading[:1])
+        self.engine_line.show()
         if turn in self.talk.turns[-1:]:  # else one looks at another branch meanwhile
-            self.history.grew(self._showing())
+            self.history.grew()
         self._show_title()
 
     def is_writing(self) -> bool:
@@ -274,7 +264,7 @@ class ConversationScreen(WorkbenchScreen):
         self._show_title()
 
     def action_thoughts(self) -> None:
-        self._thoughts = not self._thoughts
+        self.session.shows_thoughts = not self.session.shows_thoughts
         self._show()
 
     # An answer as data
@@ -327,13 +317,15 @@ class ConversationScreen(WorkbenchScreen):
     @work(group="ask-user")
     async def action_settings(self) -> None:
         session = self.session
-        given = Settings(session.sampling, chat=session.template)
+        given = asdict(session.sampling)
         if self.CHATS:
-            given = Settings(session.sampling, system=self.talk.system)
+            given["system"] = self.talk.system
+        else:
+            given["template"] = "on" if session.template else "off"
         if chosen := await self.app.push_screen_wait(SamplingDialog(given)):
-            session.sampling = chosen.sampling
-            session.template = self.CHATS or bool(chosen.chat)
-            self.talk.system = chosen.system or ""
+            self.talk.system = chosen.pop("system", "")
+            session.template = chosen.pop("template", "on") == "on"
+            session.sampling = Sampling(**chosen)
             self._show()
 
     # Files
@@ -370,21 +362,18 @@ class ConversationScreen(WorkbenchScreen):
 
     # What is shown
 
-    def _showing(self) -> Showing:
-        return Showing(self.session.styles, self._thoughts, self.session.strength)
-
     @work(group="show")
     async def _show(self) -> None:
         """Show the history and the titles anew."""
         empty = self.EMPTY if self.session.entries else self.NO_MODELS
-        await self.history.show(self.talk.turns, self._showing(), empty)
+        self.engine_line.show()
+        await self.history.show(self.talk.turns, empty)
         turns = len(self.talk.turns)
         facts = [f"{turns} turn{'s' * (turns != 1)}"] * bool(turns)
         facts += ["system prompt"] * bool(self.talk.system)
         self.history_pane.show_title(*facts)
-        self.field.earlier = () if turns and self.CHATS else self.workbench.state.prompts
         self._show_title()
 
     def _show_title(self) -> None:
         title = "Edit message" if self._editing else MESSAGE.title
-        self.message_pane.show_title(*title_facts(self.session, self.talk.turns), title=title)
+        self.message_pane.show_title(*self.session.facts(self.talk.turns), title=title)

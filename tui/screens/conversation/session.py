@@ -1,30 +1,25 @@
 """Asks the inference process for the answers to a message, one model after the other."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import aclosing
+from dataclasses import asdict
 from typing import Any
+
+from textual.content import Content
 
 from pipeline.errors import UserError
 from pipeline.files.async_worker import WorkerDied
-from pipeline.inference.talk import (
-    FAILED,
-    INTERRUPTED,
-    LOADING,
-    OPEN,
-    READING,
-    STARTING,
-    WAITING,
-    WRITING,
-    Answer,
-    Message,
-)
+from pipeline.inference.talk import OPEN, Answer, Message, State, Turn
 from pipeline.stages.registry import METHODS
 from pipeline.views.model_library import Entry
-from tui.services.loaded_models import LoadedModels, Sampling
-from tui.widgets.cells import method_sign
+from tui.screens.conversation.sampling import Sampling
+from tui.services.loaded_models import LoadedModels
+from tui.widgets.cells import interval_strip, method_sign
 from tui.widgets.colors import LOOKS
 
+MAX_NAMES = 4  # of models
+STRONGEST, TRACK = 2.0, 11  # strength, and cells of its scale
 # folder → method
 SWEEPS = {stage.output: name for name, stage in METHODS.items() if stage.kind == "adapters"}
 
@@ -40,21 +35,37 @@ class Session:
         self.models, self.sampling, self.chats = models, sampling, chats
         self.strength, self.template = 1.0, chats
         self.entries: list[Entry] = []
-        # path → model, and the style of its name, of all that were chosen so far
-        self.asked: dict[str, Entry] = {}
-        self.styles: dict[str, str] = {}
+        self.asked: dict[str, Entry] = {}  # path → model, of all that were chosen so far
+        self.shows_thoughts = False
 
     def use(self, entries: Sequence[Entry]) -> None:
         """Ask these models from now on."""
         self.entries = list(entries)
-        for entry in entries:
-            self.asked[str(entry.model.path)] = entry
-            self.styles[str(entry.model.path)] = sign_of(entry)[1]
+        self.asked |= {str(entry.model.path): entry for entry in entries}
 
     @property
     def scales(self) -> bool:
         """Whether any of the models is an adapter whose strength can be set."""
         return any(entry.model.scales for entry in self.entries)
+
+    def facts(self, turns: Sequence[Turn]) -> Iterator[Content | str]:
+        """What is set, and how full the model's window is, the most important first: what does not
+        fit is cut at the end.
+        """
+        names = [Content.styled(entry.label, sign_of(entry)[1]) for entry in self.entries]
+        shown = Content(" beside ").join(names) or "no model"
+        yield shown if len(names) <= MAX_NAMES else f"{len(names)} models"
+        if self.models.inference.replays:
+            yield "recorded answers"
+        if self.scales:
+            at = self.strength / STRONGEST
+            yield f"×{self.strength:.2f} {interval_strip(0.0, at, at, TRACK)}"
+        for answer in turns[-1].reply.answers[:1] if turns else ():
+            if answer.window:
+                yield f"context {answer.prompt_tokens + answer.tokens:,} of {answer.window:,}"
+        yield str(self.sampling)
+        if self.template and not self.chats:
+            yield "chat template"
 
     def new_answers(self) -> list[Answer]:
         answers = []
@@ -70,7 +81,7 @@ class Session:
         each. If a model fails, the reason is its answer's `error`. Raises WorkerDied if the process
         ends. Text that arrived until then, or until it was cancelled, stays.
         """
-        unfinished, answers = (INTERRUPTED, ""), [answer for answer, _ in requests]
+        unfinished, answers = (State.INTERRUPTED, ""), [answer for answer, _ in requests]
         try:
             for answer in answers:
                 await self._load(answer)
@@ -83,7 +94,7 @@ class Session:
             for answer, messages in requests:
                 await self._write_one(answer, text, messages)
         except WorkerDied:
-            unfinished = (FAILED, "the engine ended")
+            unfinished = (State.FAILED, "the engine ended")
             raise
         finally:  # also when it is cancelled
             for answer in answers:
@@ -91,18 +102,17 @@ class Session:
                     answer.state, answer.error = unfinished
 
     async def _load(self, answer: Answer) -> None:
-        entry = self.asked[answer.model]
-        answer.state = LOADING if self.models.inference.running else STARTING
+        answer.state = State.LOADING
         try:
-            has_chat = await self.models.load(entry)
+            has_chat = await self.models.load(self.asked[answer.model])
             answer.chat = has_chat and self.template
-            answer.state = WAITING
+            answer.state = State.WAITING
         except UserError as error:
             _fail(answer, error)
 
     async def fill_table(self, text: str, answers: Sequence[Answer]) -> None:
         """The likeliest next tokens of the models that did not fail."""
-        asked = {answer.model: answer for answer in answers if answer.state != FAILED}
+        asked = {answer.model: answer for answer in answers if answer.state != State.FAILED}
         if not asked:
             return
         strength = {a.model: a.strength for a in asked.values() if a.strength is not None}
@@ -118,13 +128,12 @@ class Session:
             answer.top_k = [(one["token"], one["probability"]) for one in facts.get("top_k", [])]
 
     async def _write_one(self, answer: Answer, text: str, messages: list[Message]) -> None:
-        if answer.state == FAILED:
+        if answer.state == State.FAILED:
             return
-        fields: dict[str, Any] = {"model": answer.model, **self.sampling.fields()}
+        fields = {**asdict(self.sampling), "model": answer.model, "strength": answer.strength}
+        del fields["k"]  # it is of the table
         fields |= {"messages": messages} if self.chats else {"text": text, "chat": answer.chat}
-        if answer.strength is not None:
-            fields["strength"] = answer.strength
-        answer.state = READING
+        answer.state = State.READING
         try:
             await self.models.load(self.asked[answer.model])  # another may have taken its place
             # Closing the stream cancels the request: it must not wait for the garbage collector.
@@ -144,11 +153,11 @@ def _take(answer: Answer, event: dict[str, Any]) -> None:
             if event["opens_thought"]:  # the template has written the tag
                 answer.text += f"{OPEN}\n"
         case "token":
-            answer.state = WRITING
+            answer.state = State.WRITING
             answer.tokens += 1
             answer.text += event["text"]
         case "done":
-            answer.state = event["reason"]
+            answer.state = State(event["reason"])
             answer.tokens_per_second = event["tokens_per_second"]
 
 
@@ -159,7 +168,7 @@ def _fail(answer: Answer, error: UserError | str) -> None:
     if isinstance(error, WorkerDied):
         raise error
     text = str(error).removeprefix(f"{answer.model} ").replace(answer.model, answer.label)
-    answer.state, answer.error = FAILED, text
+    answer.state, answer.error = State.FAILED, text
 
 
 def sign_of(entry: Entry) -> tuple[str, str]:

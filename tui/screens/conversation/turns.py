@@ -1,60 +1,33 @@
 """The turns of a conversation: a message, a table of likely next tokens, the answers side by side."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from textual.binding import Binding, BindingType
 from textual.containers import ItemGrid, Vertical, VerticalScroll
 from textual.content import Content
-from textual.events import Click
 from textual.widget import Widget
 from textual.widgets import Static
 
 from pipeline.files.text import escape_whitespace, printable
-from pipeline.inference.talk import (
-    END,
-    FAILED,
-    INTERRUPTED,
-    LENGTH,
-    LOADING,
-    READING,
-    STARTING,
-    WAITING,
-    WRITING,
-    Answer,
-    Branches,
-    Turn,
-    split_thoughts,
-)
+from pipeline.inference.talk import Answer, Branches, State, Turn, split_thoughts
 from tui.panes.lines import MUTED
 from tui.panes.table import Column, Table
+from tui.screens.conversation.session import Session, sign_of
 from tui.widgets.cells import bar
 
 MIN_COLUMN = 45  # cells of an answer: fewer are hard to read
 MAX_TOKEN, BAR = 24, 8  # cells
 TAB = "    "
+# what is said of a state; of the others, which come before, their names
 STATES = {
-    STARTING: "◌ starting the engine (importing libraries)",
-    LOADING: "◌ loading",
-    WAITING: "◌ waiting",
-    READING: "◌ reading",
-    WRITING: "◐ writing",
-    INTERRUPTED: "▪ interrupted",
-    LENGTH: "… limit reached",
-    END: "",
-    FAILED: "",
+    State.WRITING: "◐ writing",
+    State.INTERRUPTED: "▪ interrupted",
+    State.LENGTH: "… limit reached",
+    State.END: "",
+    State.FAILED: "",
 }
-
-
-@dataclass(frozen=True)
-class Showing:
-    """What is shown besides the texts."""
-
-    styles: Mapping[str, str]  # model → style of its name
-    thoughts: bool = False
-    strength: float = 1.0  # that is set now
 
 
 class Stop(Widget, can_focus=True):
@@ -68,8 +41,6 @@ class Stop(Widget, can_focus=True):
         Binding("right", "screen.branch(1)", "Next branch", id="chat.branch_next", show=False),
         Binding("up,k", "move(-1)", "Message above", show=False),
         Binding("down,j", "move(1)", "Message below", show=False),
-        Binding("home,g", "end(0)", "First message", show=False),
-        Binding("end,G", "end(-1)", "Last message", show=False),
         Binding("y", "screen.copy", "Copy", id="chat.copy"),
         Binding("tab", "screen.to_field", "Message", id="chat.message"),
     ]
@@ -81,22 +52,13 @@ class Stop(Widget, can_focus=True):
     def text(self) -> str:
         return self.turn.text
 
-    def _stops(self) -> list["Stop"]:
-        return list(self.screen.query(Stop))
-
     async def action_move(self, by: int) -> None:
-        stops = self._stops()
+        stops = list(self.screen.query(Stop))
         at = stops.index(self) + by
         if at >= len(stops):
             await self.run_action("screen.to_field")
         elif at >= 0:
             stops[at].focus()
-
-    def action_end(self, index: int) -> None:
-        self._stops()[index].focus()
-
-    def on_click(self, _: Click) -> None:
-        self.focus()
 
 
 class Said(Stop, Static):
@@ -114,44 +76,36 @@ class Said(Stop, Static):
 class Replied(Stop, ItemGrid):
     """The answers to a message: side by side where there is room."""
 
-    def __init__(self, turn: Turn) -> None:
-        super().__init__(min_column_width=MIN_COLUMN)
-        self.turn, self.branches = turn, turn.replies
+    def __init__(self, turn: Turn, session: Session) -> None:
         self.texts = [Static() for _ in turn.reply.answers]
+        super().__init__(*self.texts, min_column_width=MIN_COLUMN)
+        self.turn, self.branches, self._session = turn, turn.replies, session
 
     @property
     def text(self) -> str:
         return "\n\n".join(answer.content.strip() for answer in self.turn.reply.answers)
 
-    def compose(self) -> Iterable[Widget]:
-        yield from self.texts
-
-    def show(self, showing: Showing, is_last: bool) -> None:
+    def show(self, is_last: bool) -> None:
         """Show what arrived."""
         branches = str(self.branches)
         for text, answer in zip(self.texts, self.turn.reply.answers, strict=True):
-            text.update(answer_content(answer, branches, showing, is_last))
+            text.update(answer_content(answer, branches, self._session, is_last))
             branches = ""  # they stand beside the first
 
 
 class TurnView(Vertical):
     """A turn of the branch that is shown."""
 
-    def __init__(self, turn: Turn) -> None:
-        super().__init__()
-        self.turn, self.reply = turn, turn.reply
-        self.said, self.replied = Said(turn), Replied(turn)
+    def __init__(self, turn: Turn, session: Session) -> None:
+        self.said, self.replied = Said(turn), Replied(turn, session)
         self.table = Table[str](key=lambda token: token)
+        super().__init__(self.said, self.table, self.replied)
+        self.turn, self.reply = turn, turn.reply
         self.table.can_focus, self.table.display = False, False
 
-    def compose(self) -> Iterable[Widget]:
-        yield self.said
-        yield self.table
-        yield self.replied
-
-    def show(self, showing: Showing, is_last: bool) -> None:
+    def show(self, is_last: bool) -> None:
         self.said.show()
-        self.replied.show(showing, is_last)
+        self.replied.show(is_last)
         self.show_table(self.reply.answers)
 
     def show_table(self, answers: Sequence[Answer]) -> None:
@@ -164,16 +118,14 @@ class TurnView(Vertical):
 class History(VerticalScroll, can_focus=False):
     """The turns of the branch that is shown, the newest last; a sentence while there is none."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, session: Session) -> None:
         self.nothing = Static(id="nothing", markup=False)
+        super().__init__(self.nothing)
+        self._session = session
         self.views: list[TurnView] = []
         self._lock = asyncio.Lock()  # views come and go one time after the other
 
-    def compose(self) -> Iterable[Widget]:
-        yield self.nothing
-
-    async def show(self, turns: Sequence[Turn], showing: Showing, empty: str) -> None:
+    async def show(self, turns: Sequence[Turn], empty: str) -> None:
         """Show the turns; the views of those that are shown already stay."""
         self.nothing.update(empty)
         self.nothing.display = not turns
@@ -183,14 +135,15 @@ class History(VerticalScroll, can_focus=False):
                 if (turn, turn.reply) != (view.turn, view.reply):
                     break
                 same += 1
-            gone, fresh = self.views[same:], [TurnView(turn) for turn in turns[same:]]
+            gone = self.views[same:]
+            fresh = [TurnView(turn, self._session) for turn in turns[same:]]
             self.views = self.views[:same] + fresh
             with self.app.batch_update():
                 for view in gone:
                     await view.remove()
                 await self.mount_all(fresh)
                 for view in self.views:
-                    view.show(showing, view is self.views[-1])
+                    view.show(view is self.views[-1])
             if fresh or at_end:
                 self.scroll_end(animate=False)
                 # and once more, as a scroll bar that comes makes texts longer
@@ -200,11 +153,11 @@ class History(VerticalScroll, can_focus=False):
     def last(self) -> Stop | None:
         return self.views[-1].said if self.views else None
 
-    def grew(self, showing: Showing) -> None:
+    def grew(self) -> None:
         """The last turn has new text. At the end, stay at the end."""
         if self.views:
             at_end = self.is_vertical_scroll_end
-            self.views[-1].show(showing, is_last=True)
+            self.views[-1].show(is_last=True)
             if at_end:
                 self.scroll_end(animate=False, immediate=False)
 
@@ -214,39 +167,39 @@ def shown(text: str) -> str:
     return printable(text.replace("\t", TAB))
 
 
-def answer_content(answer: Answer, branches: str, showing: Showing, is_last: bool) -> Content:
+def answer_content(answer: Answer, branches: str, session: Session, is_last: bool) -> Content:
     """An answer: whose, how far, what was cut, its thoughts, its text, what is wrong."""
     thoughts, text = "", answer.text
     if answer.chat:
         thoughts, text, _ = split_thoughts(text, answer.unfinished)
-    parts = [_title(answer, branches, showing)]
+    parts = [_title(answer, branches, sign_of(session.asked[answer.model])[1])]
     if answer.cut_tokens:
         parts.append(Content.styled(_cut(answer), "$text-warning"))
     if thoughts:
-        sign = "▾" if showing.thoughts else "▸"
+        sign = "▾" if session.shows_thoughts else "▸"
         parts.append(Content.styled(f"{sign} thoughts  {len(thoughts.split())} words", MUTED))
-    if thoughts and showing.thoughts:
+    if thoughts and session.shows_thoughts:
         lines = shown(thoughts.strip()).split("\n")
         parts += [Content.styled(f"│ {line}", MUTED) for line in lines]
     if text.strip():
         parts.append(Content(shown(text.strip())))
     if answer.error:
         parts.append(Content.styled(f"✗ {shown(answer.error)}", "$text-error"))
-    if is_last and answer.content and answer.strength not in (None, showing.strength):
-        note = f"at ×{answer.strength:.2f}; Ctrl+R asks again at ×{showing.strength:.2f}"
+    if is_last and answer.content and answer.strength not in (None, session.strength):
+        note = f"at ×{answer.strength:.2f}; Ctrl+R asks again at ×{session.strength:.2f}"
         parts.append(Content.styled(note, "$text-warning"))
     return Content("\n").join(parts)
 
 
-def _title(answer: Answer, branches: str, showing: Showing) -> Content:
+def _title(answer: Answer, branches: str, style: str) -> Content:
     """`lora  20 tokens · 40 tokens/s · … limit reached  ‹ 2/2 ›`"""
-    name = Content.styled(answer.title, f"bold {showing.styles.get(answer.model, '')}")
+    name = Content.styled(answer.title, f"bold {style}")
     facts = []
-    if answer.tokens or answer.state == END:
+    if answer.tokens or answer.state == State.END:
         facts.append(f"{answer.tokens:,} token{'s' * (answer.tokens != 1)}")
     if answer.tokens_per_second:
         facts.append(f"{answer.tokens_per_second:,.0f} tokens/s")
-    if state := STATES[answer.state]:
+    if state := STATES.get(answer.state, f"◌ {answer.state}"):
         facts.append(state)
     parts = name, Content.styled(" · ".join(facts), MUTED), Content.styled(branches, "$text-accent")
     return Content("  ").join(part for part in parts if part)

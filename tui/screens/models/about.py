@@ -16,12 +16,12 @@ before the name are those of the method's curve.
 * **kept**: share of the base's answers to old sentences that are still the same; **forgot**: how
   much the loss on them rose, in nats per token. Of a folder: of the one that keeps most.
 * **loss**: mean loss of the last epoch of training.
-* **state**: `✓` the files are those that training wrote, `✗` they are not, or the model breaks a
+* **✓**: `✓` the files are those that training wrote, `✗` they are not, or the model breaks a
   limit of `evaluate.limits`; `?` there is no manifest.
 
 Sorted, all models are in one list, whatever folder they are in.""",
     [
-        Binding("s", "screen.sort", "sort", id="models.sort"),
+        Binding("s", "sort", "sort", id="table.sort"),
         Binding("E", "screen.evaluate", "evaluate", id="models.evaluate"),
         Binding("x", "screen.ship", "ship", id="models.ship"),
         Binding("p", "screen.pipeline", "pipeline's", id="models.pipeline"),

@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,15 @@ from tui.screens.conversation.session import sign_of
 from tui.services.evaluation import Evaluation
 from tui.widgets.cells import share_cell
 
-STATES = {  # sign, style, word
-    VERIFIED: ("✓", "$success", "intact"),
-    UNBOUND: ("?", "$warning", "no manifest"),
-    WITHOUT_WEIGHTS: ("○", "", "replayed"),
-    REFUSED: ("✗", "$error", "refused"),
-    CHECKING: ("…", "", "checking"),
+SIGNS = {  # sign and style of a state
+    VERIFIED: ("✓", "$success"),
+    UNBOUND: ("?", "$warning"),
+    WITHOUT_WEIGHTS: ("○", ""),
+    REFUSED: ("✗", "$error"),
+    CHECKING: ("…", ""),
 }
 BAR, SHARE = 7, 12  # cells of a bar, and with its number
 FEW = 8  # models of a folder that is unfolded at first
-AT_ONCE = 20  # lines at least that are checked first
 LEARNED, KEPT = "learned", "kept"
 SEARCHING = "looking for models…"
 NO_MODELS = "No models yet. R runs the pipeline, which makes some; f searches another folder."
@@ -39,16 +39,6 @@ class Folder:
 
     label: str
     entries: tuple[Entry, ...]
-
-    @property
-    def best(self) -> Entry | None:
-        """The model that keeps most."""
-        known = [entry for entry in self.entries if kept(entry) is not None]
-        return max(known, key=lambda entry: kept(entry) or 0.0, default=None)
-
-    @property
-    def unmeasured(self) -> int:
-        return sum(kept(entry) is None for entry in self.entries)
 
 
 Line = Entry | Folder
@@ -63,7 +53,7 @@ class ModelList(Table[Line]):
         self._evaluation = evaluation  # that measures some of them
         self._groups = set[str]()  # that were listed before
         super().__init__(
-            key=key_of,
+            key=lambda line: line.label if isinstance(line, Folder) else line.model.path,
             parent=lambda line: (line.group or None) if isinstance(line, Entry) else None,
             words=words_of,
             nothing=SEARCHING,
@@ -76,26 +66,22 @@ class ModelList(Table[Line]):
         self.entries, self.nothing = entries, NO_MODELS
         paths = {entry.model.path for entry in entries}
         self.chosen = [path for path in self.chosen if path in paths]
-        groups: dict[str, list[Entry]] = {}
-        for entry in sorted(entries, key=lambda entry: entry.sort_key):
-            groups.setdefault(entry.group, []).append(entry)
         lines: list[Line] = []
-        for name, members in groups.items():
+        in_order = sorted(entries, key=lambda entry: entry.sort_key)
+        for name, group in groupby(in_order, lambda entry: entry.group):
+            members = tuple(group)
             if name:
-                lines.append(Folder(name, tuple(members)))
+                lines.append(Folder(name, members))
             if name not in self._groups and len(members) > FEW:
                 self.folded.add(name)
+            self._groups.add(name)
             lines += members
-        self._groups.update(groups)
         self.show(lines)
-
-    def toggle(self, folder: Folder) -> None:
-        self.fold(folder.label, folder.label not in self.folded)
 
     def seen(self) -> list[Path]:
         """The models whose lines can be seen."""
         top = round(self.scroll_offset.y)
-        lines = self.shown[top : top + max(self.page_height, AT_ONCE)]
+        lines = self.shown[top : top + self.page_height]
         return [line.model.path for line in lines if isinstance(line, Entry)]
 
     def chosen_entries(self) -> list[Entry]:
@@ -106,58 +92,31 @@ class ModelList(Table[Line]):
         return sorted(chosen, key=lambda entry: entry.sort_key)
 
     def _all_columns(self) -> list[Column[Line]]:
-        """Those that say most have the lowest rank."""
-        column, number = self._column, self._number
-        return [
-            Column("", self._shown_mark, width=1),
-            column("", lambda e: Content.styled(*sign_of(e)), None, 1, 0),
-            Column("name", self._shown_name, lambda line: natural_sort_key(line.label), fills=True),
-            number("rank", lambda e: e.model.rank, "d", 6, 2),
-            column(LEARNED, _learned, _learned_order, SHARE, 1, largest_first=True),
-            column(KEPT, lambda e: share_cell(kept(e), BAR), kept, SHARE, 0, largest_first=True),
-            number("forgot", lambda e: measured(e, "forgetting"), "+.2f", 6, 4),
-            number("loss", lambda e: e.model.final_loss, ".3f", 6, 5),
-            column("method", _method, _method, 8, 6),
-            column("on disk", lambda e: in_units(e.model.size), lambda e: e.model.size, 10, 7),
-            number("params", lambda e: e.model.parameters, ",d", 11, 9),
-            column("made", made, lambda e: e.model.when, 12, 8, largest_first=True),
-            column("✓", _sign, lambda e: e.state, 1, 3),
-            column("state", _state, _state, 32, 12),
-        ]
+        mark = Column[Line]("", self._mark_of, width=1)
+        name = Column[Line](
+            "name", self._name_of, lambda line: natural_sort_key(line.label), fills=True
+        )
+        sign, *others = (replace(column, cell=self._cell(column)) for column in COLUMNS)
+        return [mark, sign, name, *others]
 
-    def _column(
-        self,
-        title: str,
-        cell: Callable[[Entry], Content | str],
-        order: Callable[[Any], Any] | None,
-        width: int,
-        rank: int,
-        **options: bool,
-    ) -> Column[Line]:
-        def shown(line: Line) -> Content | str:
+    def _cell(self, column: Column[Entry]) -> Callable[[Line], Content | str]:
+        """A column's cell, also of folders and of what is being measured."""
+
+        def cell(line: Line) -> Content | str:
             if isinstance(line, Folder):
-                return _of_folder(line, title)
-            if title in (LEARNED, KEPT) and line.model.path in self._evaluation.adapters:
+                return folder_cell(line, column.title)
+            if column.title in (LEARNED, KEPT) and line.model.path in self._evaluation.adapters:
                 return "measuring…"
-            return cell(line)
+            return column.cell(line)
 
-        return Column(title, shown, order, width, rank, **options)
+        return cell
 
-    def _number(
-        self, title: str, value: Callable[[Any], float | None], form: str, width: int, rank: int
-    ) -> Column[Line]:
-        def cell(entry: Entry) -> Content | str:
-            number = value(entry)
-            return Content.styled("–", MUTED) if number is None else format(number, form)
-
-        return self._column(title, cell, value, width, rank, right=True)
-
-    def _shown_mark(self, line: Line) -> Content | str:
+    def _mark_of(self, line: Line) -> Content | str:
         if isinstance(line, Folder):
             return "▸" if line.label in self.folded else "▾"
         return Content.styled("●" if line.model.path in self.chosen else "", "bold")
 
-    def _shown_name(self, line: Line) -> Content | str:
+    def _name_of(self, line: Line) -> Content | str:
         if isinstance(line, Folder):
             return Content.styled(f"{line.label} ({len(line.entries)})", "bold")
         label = line.label
@@ -167,15 +126,21 @@ class ModelList(Table[Line]):
         return Content.styled(f"{label}{' ●' * bool(line.apart)}", style)
 
 
+def folder_cell(folder: Folder, title: str) -> Content | str:
+    unknown = [entry for entry in folder.entries if kept(entry) is None]
+    if title == LEARNED and unknown:
+        return f"{len(unknown)} unmeasured"
+    shares = [share for share in map(kept, folder.entries) if share is not None]
+    if title == KEPT and shares:
+        return share_cell(max(shares), BAR)
+    return ""
+
+
 def entries_of(line: Line | None) -> Sequence[Entry]:
     """The models of a folder, or the model itself."""
     if isinstance(line, Folder):
         return line.entries
     return [line] if line else []
-
-
-def key_of(line: Line) -> Path | str:
-    return line.label if isinstance(line, Folder) else line.model.path
 
 
 def words_of(line: Line) -> str:
@@ -215,14 +180,6 @@ def _learned_order(entry: Entry) -> float | None:
     return -loss if share is None and loss is not None else share
 
 
-def _of_folder(folder: Folder, title: str) -> Content | str:
-    if title == LEARNED and folder.unmeasured:
-        return f"{folder.unmeasured} unmeasured"
-    if title == KEPT and folder.best:
-        return share_cell(kept(folder.best), BAR)
-    return ""
-
-
 def made(entry: Entry) -> str:
     when = entry.model.when
     return "–" if when is None else f"{datetime.fromtimestamp(when):%d %b %H:%M}"
@@ -231,13 +188,33 @@ def made(entry: Entry) -> str:
 def _sign(entry: Entry) -> Content:
     """An evaluation may have found that an intact model breaks evaluate.limits."""
     is_broken = entry.verdict and entry.verdict.broken
-    sign, style, _ = STATES[REFUSED if is_broken else entry.state]
-    return Content.styled(sign, style)
-
-
-def _state(entry: Entry) -> str:
-    return ", ".join([f"{STATES[entry.state][2]}{entry.gate}", *entry.apart])
+    return Content.styled(*SIGNS[REFUSED if is_broken else entry.state])
 
 
 def _method(entry: Entry) -> str:
     return re.sub("_(tuning|vocab)$", "", entry.model.method)
+
+
+def _number(
+    title: str, value: Callable[[Entry], float | None], form: str, width: int, rank: int
+) -> Column[Any]:
+    def cell(entry: Entry) -> Content | str:
+        number = value(entry)
+        return Content.styled("–", MUTED) if number is None else format(number, form)
+
+    return Column(title, cell, value, width, rank, right=True)
+
+
+COLUMNS: list[Column[Any]] = [  # those that say most have the lowest rank
+    Column("", lambda e: Content.styled(*sign_of(e)), width=1),
+    _number("rank", lambda e: e.model.rank, "d", 6, 2),
+    Column(LEARNED, _learned, _learned_order, SHARE, 1, largest_first=True),
+    Column(KEPT, lambda e: share_cell(kept(e), BAR), kept, SHARE, 0, largest_first=True),
+    _number("forgot", lambda e: measured(e, "forgetting"), "+.2f", 6, 4),
+    _number("loss", lambda e: e.model.final_loss, ".3f", 6, 5),
+    Column("method", _method, _method, 8, 6),
+    Column("on disk", lambda e: in_units(e.model.size), lambda e: e.model.size, 10, 7),
+    _number("params", lambda e: e.model.parameters, ",d", 11, 9),
+    Column("made", made, lambda e: e.model.when, 12, 8, largest_first=True),
+    Column("✓", _sign, lambda e: e.state, 1, 3),
+]

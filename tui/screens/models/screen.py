@@ -3,6 +3,7 @@ by side.
 """
 
 import asyncio
+import threading
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,10 +24,9 @@ from tui.panes.pane import About
 from tui.panes.table import Table
 from tui.screens.conversation.screen import STYLES, ConversationScreen
 from tui.screens.models.about import DETAILS, MODELS
-from tui.screens.models.attention import AttentionDialog
-from tui.screens.models.columns import Folder, ModelList, entries_of, kept, key_of
-from tui.screens.models.details_pane import DetailsPane
-from tui.screens.models.scan import Scan
+from tui.screens.models.columns import Folder, ModelList, entries_of, kept
+from tui.screens.models.details import DetailsPane
+from tui.screens.models.scan import start_scan
 from tui.services.evaluation import Evaluation
 from tui.shipping import ship
 
@@ -36,6 +36,7 @@ NO_ADAPTER = (
     "There is no adapter to evaluate here: the pipeline evaluates its own models (R), and what was "
     "evaluated stays. Move to another adapter, or to a folder."
 )
+CHOOSE = "Space chooses models, and c chats with them: with one, or two side by side."
 TOO_MANY = f"At most {MAX_LOADED} models are compared side by side. Take one away with Space first."
 
 
@@ -65,8 +66,6 @@ sweep's."""
     AUTO_FOCUS = "#models Table"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("c", "chat", "chat", id="models.chat"),
-        Binding("a", "attention", "attention", id="models.attention"),
-        Binding("t", "settings", "Settings", id="models.sampling", show=False),
         Binding("y", "copy", "copy the answer", id="models.copy"),
         Binding("v", "verify", "check all files again", id="models.verify", show=False),
     ]
@@ -80,13 +79,13 @@ sweep's."""
         self.details_pane = DetailsPane(self.workbench, self.session.models)
         self._wanted: Path | None = None  # to be pointed at once it is listed
         self._is_stale, self._next_look = False, 0.0  # whether and when to look at the files
-        self._scan = Scan(self.library, partial(self.call_later, self._take), self.table.seen)
+        self._stop_scan = threading.Event()
         self.field.placeholder = "a prompt; Enter asks the chosen models"
 
     def body(self) -> Iterable[Widget]:
         yield Horizontal(
             Vertical(self.table_pane, self.details_pane, id="left"),
-            Vertical(*self.conversation(), id="right"),
+            Vertical(*super().body(), id="right"),
         )
 
     def on_mount(self) -> None:
@@ -96,13 +95,25 @@ sweep's."""
         self._start_scan()
 
     def on_unmount(self) -> None:
-        self._scan.stop()
+        self._stop_scan.set()
         self.evaluation.stop()
 
     # What the app and other screens ask
 
-    def open_with(self, select: Path | str | None = None, prompt: str = "", **_: Any) -> None:
-        """Point at the model in a folder; put a text into the prompt."""
+    def open_with(
+        self,
+        select: Path | str | None = None,
+        chosen: Sequence[Path] | None = None,
+        prompt: str = "",
+        **_: Any,
+    ) -> None:
+        """Point at the model in a folder; let Chat's models be chosen anew; put a text into the
+        prompt.
+        """
+        if chosen is not None:
+            self.choose(chosen)
+            self.workbench.log_message(CHOOSE)
+            select = next(iter(chosen), None)
         if select is not None:
             self._wanted = self.workbench.root / select
             self.action_browse()
@@ -122,7 +133,6 @@ sweep's."""
 
     def files_changed(self) -> None:
         self._is_stale = True
-        self._look()
 
     def tick(self) -> None:
         super().tick()
@@ -175,7 +185,9 @@ sweep's."""
 
     def _start_scan(self) -> None:
         self.search_folders()
-        self._scan.start()
+        self._stop_scan.set()
+        take = partial(self.call_later, self._take)
+        self._stop_scan = start_scan(self.library, take, self.table.seen)
         if self.is_current:
             self.follow_files()
 
@@ -216,7 +228,7 @@ sweep's."""
     def _line_opened(self, event: Table.Opened) -> None:
         line = event.row
         if isinstance(line, Folder):
-            self.table.toggle(line)
+            self.table.fold(line.label, line.label not in self.table.folded)
         else:
             self.action_prompt()
 
@@ -238,9 +250,6 @@ sweep's."""
         if not own:
             self.warn("The pipeline has made no model yet. R runs it.")
         self.choose([] if self.table.chosen == own else own)
-
-    def action_sort(self) -> None:
-        self.table.action_sort()
 
     def action_verify(self) -> None:
         self.library.forget()
@@ -272,8 +281,9 @@ sweep's."""
 
     def action_chat(self) -> None:
         """Chat with the chosen models, or the one under the cursor."""
-        if entries := self.table.chosen_entries():
-            self.workbench.go("chat", models=[entry.model.path for entry in entries])
+        here = [entry.model.path for entry in self.table.chosen_entries()]
+        if here:
+            self.workbench.go("chat", models=self.table.chosen or here)
         else:
             self.warn("No model is chosen. Move to one, or choose some with Space.")
 
@@ -311,28 +321,3 @@ sweep's."""
             else:
                 self.workbench.log_message(f"Adapters evaluated: {len(adapters)}.")
         self._start_scan()
-
-    # The prompt
-
-    def action_attention(self) -> None:
-        """Attention over the last prompt: of the model under the cursor if it was asked, else of an
-        adapter.
-        """
-        entries, turns, line = self.session.entries, self.talk.turns, self.table.pointed
-        if not entries or not turns:
-            self.warn("Attention is shown for a prompt. Enter one first.")
-            return
-        adapters = [entry for entry in entries if entry.model.kind == "adapter"]
-        here = [entry for entry in entries if line and key_of(entry) == key_of(line)]
-        entry = [*here, *adapters, *entries][0]
-        ask = partial(self._attention, entry, turns[-1].text)
-        self.app.push_screen(AttentionDialog(entry.label, ask))
-
-    async def _attention(self, entry: Entry, text: str, **head: int) -> dict[str, Any]:
-        """Weights of the head at `layer` and `head`; without them small maps of all heads."""
-        has_chat = await self.session.models.load(entry)
-        request: dict[str, Any] = {"model": str(entry.model.path), "text": text, **head}
-        request["chat"] = has_chat and self.session.template
-        if entry.model.kind == "adapter":
-            request["strength"] = self.session.strength if entry.model.scales else 1.0
-        return await self.engine.ask("attention" if head else "attention_maps", **request)

@@ -14,16 +14,16 @@ from textual.pilot import Pilot
 from pipeline.errors import UserError
 from pipeline.inference.talk import Answer
 from tests.helpers.fake_engine import DEATH, FakeInference
-from tests.helpers.pilot import AppSession, drawn, screen_text, until
+from tests.helpers.pilot import AppSession, drawn, screen_opens, screen_text, until
 from tui.app import Workbench
 from tui.dialogs import Ask, AskText
 from tui.panes.key_bar import KeyBar
 from tui.panes.menu import Menu
-from tui.screens.chat.picker import ModelPicker
 from tui.screens.chat.screen import ChatScreen
 from tui.screens.conversation.field import MessageField
 from tui.screens.conversation.sampling import SamplingDialog
-from tui.screens.conversation.turns import History, Showing
+from tui.screens.conversation.turns import History
+from tui.screens.models.screen import ModelsScreen
 
 
 class Session(AppSession[ChatScreen]):
@@ -114,10 +114,18 @@ def line_of(s: Session, name: str) -> int:
 
 async def two_models(s: Session) -> None:
     """Choose lora, and base beside it."""
-    await s.press("ctrl+o")
-    await s.dialog(ModelPicker)
-    await s.press("home", "space", "enter")
+    await choose(s, "home", "space", "c")
     await until(s.pilot, lambda: len(s.screen.session.entries) == 2)
+
+
+async def choose(s: Session, *keys: str) -> None:
+    """Go to the models, and come back with these keys."""
+    await s.press("ctrl+o")
+    models = await screen_opens(s.pilot, ModelsScreen)
+    table = models.table
+    await until(s.pilot, lambda: table.chosen and table.pointed in table.chosen_entries())
+    await s.press(*keys)
+    await screen_opens(s.pilot, ChatScreen)
 
 
 async def test_a_model_reads_all_turns_and_is_asked_with_what_is_set(
@@ -213,13 +221,18 @@ async def test_strength_marks_the_answer_as_given_at_another(
 
 async def test_strength_without_an_adapter_says_why_not(brief: Path) -> None:
     async with open_chat(brief) as s:
-        await s.press("ctrl+o")
-        await s.dialog(ModelPicker)
-        await s.press("home", "enter")
+        await choose(s, "space", "home", "c")
         await until(s.pilot, lambda: s.screen.session.entries[0].label == "base")
         await s.press("ctrl+up")
         assert "None of these models is such an adapter" in s.messages()
         assert "×" not in s.title()
+
+
+async def test_with_more_models_than_there_is_room_for_the_first_are_asked(brief: Path) -> None:
+    async with open_chat(brief) as s:
+        await choose(s, "home", "space", "down", "space", "c")
+        await until(s.pilot, lambda: "lora beside base" in s.title())
+        assert "room for 2 models" in s.messages()
 
 
 async def test_thoughts_are_folded_until_a_key_shows_them(
@@ -379,7 +392,15 @@ async def test_an_answer_becomes_an_example_of_the_data(
 ) -> None:
     went: list[tuple[str, dict[str, Any]]] = []
     async with open_chat(brief, chatty) as s:
-        monkeypatch.setattr(s.app, "go", lambda name, **request: went.append((name, request)))
+        go = s.app.go
+
+        def recorded(name: str, **request: Any) -> None:
+            if name == "data":
+                went.append((name, request))
+            else:
+                go(name, **request)
+
+        monkeypatch.setattr(s.app, "go", recorded)
         await s.press("ctrl+g")
         assert "There is nothing to correct yet." in s.messages()
         await s.ask("eins")
@@ -514,12 +535,9 @@ async def test_quitting_asks_and_another_screen_keeps_the_conversation(
         await s.ask("eins")
         await s.press("f2")
         await until(s.pilot, lambda: s.app.base_screen.NAME == "pipeline")
-        s.app.go(
-            "chat",
-            models=[brief / "artifacts/base", brief / "artifacts/full_finetuned"],
-            prompt="zwei",
-        )
-        await until(s.pilot, lambda: s.app.base_screen.NAME == "chat" and s.field.text == "zwei")
+        folder = brief / "artifacts"
+        s.app.go("chat", models=[folder / "base", folder / "full_finetuned"])
+        await until(s.pilot, lambda: s.app.base_screen.NAME == "chat")
         await until(
             s.pilot, lambda: [entry.label for entry in s.screen.session.entries] == ["base", "full"]
         )
@@ -538,9 +556,12 @@ async def test_without_a_model_the_screen_says_what_to_do(empty: Path) -> None:
         s = Session(pilot)
         await until(pilot, lambda: "There is no model yet" in s.lines())
         await s.write("eins")
-        await s.press("enter", "ctrl+o", "ctrl+r")
-        await until(pilot, lambda: s.messages().count("There is no model yet") == 2)
+        await s.press("enter", "ctrl+r")
+        await until(pilot, lambda: "There is no model yet" in s.messages())
         assert s.field.text == "eins"
+        await s.press("ctrl+o")
+        models = await screen_opens(pilot, ModelsScreen)
+        await until(pilot, lambda: "No models yet" in models.table.line(0).plain)
 
 
 @pytest.mark.parametrize("size", [(60, 16), (30, 8)], ids=["60x16", "30x8"])
@@ -568,7 +589,7 @@ async def test_the_end_is_followed_unless_one_reads_above(
         before = s.history.scroll_offset.y
         assert 0 < before < s.history.max_scroll_y
         s.answers[0].text += "mehr\n" * 9
-        s.history.grew(Showing({}))
+        s.history.grew()
         await s.pilot.pause()
         assert s.history.scroll_offset.y == before
 

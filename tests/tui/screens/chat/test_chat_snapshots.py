@@ -10,7 +10,7 @@ from textual.pilot import Pilot
 
 from tests.helpers.fake_engine import FakeInference
 from tests.helpers.pilot import until
-from tests.tui.screens.chat.test_chat import Session, two_models
+from tests.tui.screens.chat.test_chat import Session
 from tui.app import Workbench
 
 pytestmark = pytest.mark.usefixtures("no_path")
@@ -73,7 +73,9 @@ def test_one_model(snap_compare: Snap, brief: Path, size: tuple[int, int]) -> No
 @SIZES
 def test_two_models(snap_compare: Snap, brief: Path, size: tuple[int, int]) -> None:
     async def run(s: Session) -> None:
-        await two_models(s)
+        folder = brief / "artifacts"
+        s.app.go("chat", models=[folder / "lora_adapter", folder / "base"])
+        await until(s.pilot, lambda: len(s.screen.session.entries) == 2)
         await s.ask("Which currency has Bulgaria?")
         s.engine.cut_messages, s.engine.tokens = 2, ("The yen.",)
         await s.ask("And Japan?")
@@ -82,11 +84,3 @@ def test_two_models(snap_compare: Snap, brief: Path, size: tuple[int, int]) -> N
         await s.press("ctrl+down", "up", "down")
 
     assert compare(snap_compare, brief, size, run, THOUGHT)
-
-
-def test_the_models_to_choose_from(snap_compare: Snap, brief: Path) -> None:
-    async def run(s: Session) -> None:
-        await s.press("ctrl+o")
-        await until(s.pilot, lambda: len(s.app.screen_stack) > 1)
-
-    assert compare(snap_compare, brief, (120, 40), run, THOUGHT)

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -11,8 +12,7 @@ from textual.widgets import TextArea
 
 from tests.helpers.pilot import until
 from tui.panes.form import Form
-from tui.screens.conversation.sampling import SamplingDialog, Settings
-from tui.services.loaded_models import Sampling
+from tui.screens.conversation.sampling import Sampling, SamplingDialog
 
 NOTHING = object()
 
@@ -22,7 +22,7 @@ async def asked(
     size: tuple[int, int] = (100, 30), **options: Any
 ) -> AsyncIterator[tuple[Pilot[None], SamplingDialog, list[Any]]]:
     app, answers = App[None](), list[Any]()
-    dialog = SamplingDialog(Settings(Sampling(), **options))
+    dialog = SamplingDialog({**asdict(Sampling()), **options})
     async with app.run_test(size=size) as pilot:
         await app.push_screen(dialog, answers.append)
         await pilot.pause()
@@ -39,7 +39,7 @@ async def test_what_is_typed_into_each_field_is_returned() -> None:
             await input_is_on(pilot, dialog.form, line)
             await pilot.press(*text, "tab")
         await pilot.press("7", "enter")
-        assert answers[0].sampling == Sampling(0.7, 5, 0.9, 3, 40, 7)
+        assert Sampling(**answers[0]) == Sampling(0.7, 5, 0.9, 3, 40, 7)
 
 
 async def test_the_rules_are_beside_the_fields_and_a_wrong_value_is_not_used() -> None:
@@ -62,16 +62,17 @@ async def test_garbage_is_not_used(text: str) -> None:
 
 
 async def test_the_system_prompt_and_the_template_are_asked_for_where_there_are_any() -> None:
-    async with asked(system="Be brief.", chat=True) as (pilot, dialog, answers):
+    async with asked(system="Be brief.", template="on") as (pilot, dialog, answers):
         assert isinstance(dialog.focused, TextArea)
         await pilot.press("end", *" Yes.", "tab", *["down"] * 6)
-        assert dialog.form.key == "chat"
+        assert dialog.form.key == "template"
         await pilot.press("right", "ctrl+s")
-        assert answers == [Settings(Sampling(), "Be brief. Yes.", False)]
+        expected = {**asdict(Sampling()), "system": "Be brief. Yes.", "template": "off"}
+        assert answers == [expected]
 
 
 @pytest.mark.parametrize("size", [(30, 8), (80, 24), (200, 60)], ids=str)
 async def test_it_is_drawn_at_every_size(size: tuple[int, int]) -> None:
-    async with asked(size, system="", chat=False) as (pilot, _, answers):
+    async with asked(size, system="", template="off") as (pilot, _, answers):
         await pilot.press("tab", *["down"] * 7, "left", "ctrl+s")
-        assert answers[0].chat is True
+        assert answers[0]["template"] == "on"

@@ -32,7 +32,9 @@ from tui.screens.models.screen import ModelsScreen
 
 
 @pytest.mark.slow
-async def test_whether_a_model_keeps_its_limits_stands_beside_its_state(project: Path) -> None:
+async def test_whether_a_model_keeps_its_limits_is_in_its_line_and_its_details(
+    project: Path,
+) -> None:
     path = project / "artifacts/evaluation/manifest.json"
     broken = [
         {"variant": "lora", "limit": name, "wanted": 1, "value": 0}
@@ -41,17 +43,16 @@ async def test_whether_a_model_keeps_its_limits_stands_beside_its_state(project:
     gate = {"passed": False, "variants": ["full", "lora"], "broken": broken}
     edit_json(path, gate=gate)
     async with open_models(project) as s:
-        await s.pilot.resize_terminal(400, 40)
-        await until(s.pilot, lambda: "intact, gate failed: 2 limits" in s.row("lora"))
-        assert "intact, gate passed" in s.row("full")
-        assert "intact" in s.row("freeze") and "gate" not in s.row("freeze")
+        await s.point("freeze")
+        assert "✓ intact" in s.details() and "evaluate.limits" not in s.details()
+        await s.point("full")
+        assert "evaluate.limits passed" in s.details()
         await s.point("lora")
         assert (
             "evaluate.limits failed: 2 limits · answers_kept 0, wanted at least 1 · must_keep 0"
             in s.details()
         )
         await s.pilot.resize_terminal(120, 40)
-        # also where there is no room for the state
         await until(s.pilot, lambda: s.row("lora").rstrip().endswith("✗"))
         assert s.row("full").rstrip().endswith("✓")
 
@@ -88,13 +89,13 @@ async def test_the_models_of_the_parent_project_are_listed_too(brief: Path, tmp_
 async def test_narrow_shows_the_important_columns_and_wide_all(brief: Path) -> None:
     async with open_models(brief) as s:
         assert s.header()[:5] == ["name", "rank", "learned", "kept", "forgot"]
-        assert "state" not in s.header()
+        assert "params" not in s.header()
         await s.pilot.resize_terminal(120, 40)
         await until(s.pilot, lambda: s.header()[:4] == ["name", "rank", "learned", "kept"])
         assert "method" not in s.header()
         assert s.screen.field.region.width > 45
         await s.pilot.resize_terminal(300, 40)
-        await until(s.pilot, lambda: "state" in s.header())
+        await until(s.pilot, lambda: "params" in s.header())
         await s.pilot.resize_terminal(30, 8)
         await until(s.pilot, lambda: s.header()[:1] == ["name"])
 
@@ -279,7 +280,7 @@ async def test_details_are_facts_and_all_fields_come_on_a_key(brief: Path) -> No
             " k out q v",
         ):
             assert fact in s.details()
-        assert "Intact: its files" in s.details() and "target_modules" not in s.details()
+        assert "✓ intact" in s.details() and "target_modules" not in s.details()
         await s.press("i")
         reader = await screen_opens(s.pilot, Reader)
         await until(s.pilot, lambda: reader.page.plain)
@@ -290,7 +291,7 @@ async def test_details_are_facts_and_all_fields_come_on_a_key(brief: Path) -> No
         assert "target_modules" in shown
         await s.press("escape")
         await s.press("end", "up", "up")
-        await until(s.pilot, lambda: "2 models · 2 not evaluated" in s.shown_details())
+        await until(s.pilot, lambda: "E evaluates them" in s.shown_details())
 
 
 @pytest.mark.slow
