@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.calc.settings import CONTEXT
+from pipeline.files.memory import Memory
 from pipeline.project.logs.run_state import Journal
 from pipeline.views.stage_logs import Prediction, read_prediction
 from tests.helpers.pilot import screen_text, until
@@ -169,10 +170,10 @@ async def test_a_longer_time_is_shown_by_a_key(empty: Path) -> None:
 async def test_what_cannot_be_read_is_one_sentence(
     empty: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(_: object) -> float:
+    def broken() -> Memory:
         raise OSError("no /proc")
 
-    monkeypatch.setattr("tui.services.machine.readings._Host.cpu", broken)
+    monkeypatch.setattr("tui.services.machine.readings.read_memory", broken)
     async with monitor(empty) as (pilot, screen):
         await until(pilot, lambda: "The machine cannot be read: no /proc." in text_of(screen))
         assert pilot.app.is_running
