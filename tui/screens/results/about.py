@@ -26,7 +26,7 @@ bootstrap intervals of a task's score. Models in one cell share a sign and a lab
     "methods": About(
         "Methods",
         f"""\
-A row for each model that `lora evaluate` compared; the numbers are those of `lora report`.
+A row for each model that `lora evaluate` compared; further to the right is all else it measured.
 
 - **learned**: answers as expected, new sentences completed word for word, or the loss on them
   (nats per token, less is better).

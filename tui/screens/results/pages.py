@@ -33,8 +33,6 @@ def _title(entry: Page | Picture) -> Content:
 
 
 class ReportsView(View):
-    FIELD = "pages"
-
     def __init__(self) -> None:
         super().__init__(id="report-view")
         self.table, self.page = listed(), Text(wide=True)
@@ -63,8 +61,6 @@ def _text(page: Page) -> str:
 
 
 class FiguresView(View):
-    FIELD = "pictures"
-
     def __init__(self) -> None:
         super().__init__(id="figures-view")
         self.table, self.caption = listed(), Static(id="caption", markup=False)
