@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from itertools import zip_longest
 from typing import ClassVar
 
-from textual import work
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical, VerticalScroll
 from textual.content import Content
@@ -69,7 +68,6 @@ them. `t` shows a longer time, up to an hour.
     def __init__(self) -> None:
         super().__init__()
         self.span = next(iter(SPANS))
-        self.prediction: Prediction | None = None  # of the stage that runs
         self._next = 0.0  # when it is drawn again
         self.charts, self.problem = VerticalScroll(), Static(id="problem", markup=False)
         self.processes = Table[Process](key=lambda process: process[0])
@@ -79,13 +77,12 @@ them. `t` shows a longer time, up to an hour.
             numbers("memory", lambda process: process[1].memory, in_units, width=13),
             numbers("GPU", lambda process: process[1].gpu_memory, in_units, width=13),
         ]
-        self.note = Static(id="note", markup=False)
 
     def body(self) -> Iterable[Widget]:
         with Vertical():
             yield self.pane("machine", self.charts)
             yield self.problem
-            yield self.pane("processes", self.processes, self.note)
+            yield self.pane("processes", self.processes)
 
     def action_span(self) -> None:
         """The next longer time span; after the longest, the shortest."""
@@ -99,6 +96,14 @@ them. `t` shows a longer time, up to an hour.
         running = self.workbench.project_watch.running
         return running.stage.name if running else ""
 
+    @property
+    def prediction(self) -> Prediction | None:
+        """What the stage that runs predicted."""
+        watch = self.workbench.project_watch
+        if watch.project is None or self.stage not in watch.states:
+            return None
+        return read_prediction(watch.project.run_folder(self.stage), watch.states[self.stage].run)
+
     def files_changed(self) -> None:
         self._show()  # it is shown again
 
@@ -110,10 +115,6 @@ them. `t` shows a longer time, up to an hour.
         """Show the present."""
         self._next = time.time() + DRAWN
         machine = self.workbench.machine
-        if self.stage:
-            self._read_prediction(self.stage)
-        else:
-            self.prediction = None
         late = ""
         if not machine.samples:
             late = "Reading the machine …"
@@ -125,9 +126,10 @@ them. `t` shows a longer time, up to an hour.
         device = machine.name if machine.gpus else ""
         facts = f"{machine.cores:g} cores", device, f"last {self.span}"
         self.query_one("#machine", Pane).show_title(*facts)
-        self._show_note()
+        prediction = self.prediction
+        self.query_one("#processes", Pane).show_title(_note(self.stage, prediction))
         if machine.samples:
-            self._show_charts(machine)
+            self._show_charts(machine, prediction)
             processes = machine.samples[-1].processes
             columns = self.columns if machine.gpus else self.columns[:-1]
             self.processes.show(list(processes.items()), columns)
@@ -137,10 +139,10 @@ them. `t` shows a longer time, up to an hour.
         name, _ = process
         return Content.styled(f"▶ {name}", "bold") if name == self.stage else Content(f"  {name}")
 
-    def _show_charts(self, machine: Machine) -> None:
+    def _show_charts(self, machine: Machine, prediction: Prediction | None) -> None:
         seconds = SPANS[self.span]
         recent = machine.samples[-round(seconds) :]
-        found = charts(machine, recent, self.stage, self.prediction)
+        found = charts(machine, recent, self.stage, prediction)
         shown = list(self.charts.query(Plot))
         missing = [Plot() for _ in found[len(shown) :]]
         self.charts.mount(*missing)
@@ -151,17 +153,13 @@ them. `t` shows a longer time, up to an hour.
                 x = Axis(range=(now - seconds, now), shown=False)
                 plot.show(chart.series, x, chart.y, head=chart.head)
 
-    def _show_note(self) -> None:
-        """What the stage predicted of its memory."""
-        note = "" if self.stage else "No stage runs. R runs the pipeline."
-        if self.stage and self.prediction:
-            measured, predicted = self.prediction.measured, in_units(self.prediction.predicted)
-            after = f"{in_units(measured)} measured" if measured else "not measured yet"
-            note = f"{predicted} of tensors predicted at the peak of a step, {after}"
-        say(self.note, note)
 
-    @work(thread=True, exclusive=True, group="prediction")
-    def _read_prediction(self, stage: str) -> None:
-        watch = self.workbench.project_watch
-        if watch.project and (state := watch.states.get(stage)):
-            self.prediction = read_prediction(watch.project.run_folder(stage), state.run)
+def _note(stage: str, prediction: Prediction | None) -> str:
+    """What the stage that runs predicted of its memory."""
+    if not stage:
+        return "No stage runs. R runs the pipeline."
+    if prediction is None:
+        return ""
+    measured, predicted = prediction.measured, in_units(prediction.predicted)
+    after = f"{in_units(measured)} measured" if measured else "not measured yet"
+    return f"{predicted} of tensors predicted at the peak, {after}"

@@ -61,7 +61,6 @@ evaluate` and the other stages wrote.
         self.results: dict[str, Any] = {**NOTHING, "methods": "Reading the evaluation …"}
         self.seen: object = None  # stamps of all files, once all were read
         self.evaluator = Evaluator(self.workbench.params_path)  # of what the pipeline does not
-        self._chosen = False  # whether the user chose the view
         self.methods, self.reports, self.figures = MethodsView(), ReportsView(), FiguresView()
         views: list[View] = [self.methods, SweepView(), self.reports, self.figures]
         self.views = dict(zip(VIEWS, views, strict=True))
@@ -91,7 +90,7 @@ evaluate` and the other stages wrote.
         elif is_first and watch.problem:
             self.results = {**NOTHING, "methods": watch.problem}
         is_evaluated = self.results["methods"] != NOTHING["methods"]
-        if is_first and self._has_sweep() and not is_evaluated and not self._chosen:
+        if is_first and self._has_sweep() and not is_evaluated:
             self.view = "sweep"
         self._show()
 
@@ -103,7 +102,7 @@ evaluate` and the other stages wrote.
     def action_view(self, view: str) -> None:
         """Show a view; the figures from a report begin with its own."""
         page = self.reports.table.pointed if self.view == "report" else None
-        self._chosen, self.view = True, view
+        self.view = view
         if view == "figures" and page:
             self.figures.point(page.folder)
 

@@ -117,7 +117,8 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def text_of(screen: MonitorScreen) -> str:
     plots = [plot.render().plain for plot in screen.query(Plot) if plot.display]
-    notes = str(screen.problem.content), str(screen.note.content)
+    title = screen.query_one("#processes").border_title
+    notes = str(screen.problem.content), str(title)
     return "\n".join([*plots, *screen.processes.texts(), *notes])
 
 
@@ -153,7 +154,7 @@ async def test_the_running_stage_is_followed_with_its_prediction(empty: Path) ->
             await until(pilot, lambda: "of tensors predicted" in text_of(screen))
             text = text_of(screen)
             assert "▶ finetune_lora" in text and "╌" in text
-            assert "1.94 MiB of tensors predicted at the peak of a step, 1.94 MiB measured" in text
+            assert "1.94 MiB of tensors predicted at the peak, 1.94 MiB measured" in text
 
 
 async def test_a_longer_time_is_shown_by_a_key(empty: Path) -> None:
@@ -231,9 +232,7 @@ def test_picture(
     monkeypatch.setattr("tui.screens.monitor.screen.time", SimpleNamespace(time=lambda: NOW))
     prediction = Prediction(15 * GIB, 0, 0, "cuda")
     monkeypatch.setattr(MonitorScreen, "stage", "finetune_lora")
-    monkeypatch.setattr(
-        MonitorScreen, "_read_prediction", lambda self, _: setattr(self, "prediction", prediction)
-    )
+    monkeypatch.setattr(MonitorScreen, "prediction", prediction)
     app = Workbench(empty / "params.yaml")
     app.first_screen = "monitor"
 
