@@ -25,6 +25,7 @@ from tui.widgets.colors import share_style
 BAR = 8  # cells of a bar in the table
 KEPT = "kept"
 SHORT = {"new sentences completed": "new\ncompleted", "old answers kept": "answers\nkept"}
+TRAINED = Measure("trained", lambda numbers: numbers["trainable_percent"])
 ONE_QUANTITY = (
     "One quantity was measured, so there is nothing to draw it against. Set evaluate.old_data."
 )
@@ -110,7 +111,7 @@ def columns(evaluation: Evaluation) -> list[Column[Method]]:
     return [
         Column("model", partial(_name, evaluation), lambda method: method.name),
         *(*learned[:1], *kept[:1]),
-        numbers("trained", lambda m: m.numbers.get("trainable_percent"), "{:.1f}%".format),
+        numbers("trained", lambda m: TRAINED.of(m.numbers), "{:.1f}%".format),
         Column("size", lambda m: m.size, lambda m: m.numbers.get("bytes"), right=True),
         *(*tasks, *learned[1:], *kept[1:]),
     ]
