@@ -77,8 +77,9 @@ class Report(Horizontal):
 
 
 def _problem(problem: Problem) -> Content:
+    sign, style = SIGNS[problem.level]
     row = "" if problem.row is None else f"{problem.row:,}  "
-    return Content.assemble(SIGNS[problem.level], " ", (row, "bold"), flat(problem.problem))
+    return Content.assemble((f"{sign} ", style), (row, "bold"), flat(problem.problem))
 
 
 def histogram(lengths: Lengths, file: DataFile) -> tuple[list[Series], Axis, Axis]:

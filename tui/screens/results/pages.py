@@ -13,7 +13,8 @@ from textual.widget import Widget
 from textual.widgets import Static
 
 from pipeline.errors import UserError
-from pipeline.views.reports import Page, Picture, read_page
+from pipeline.views.reports import Page, Picture
+from tui.dialogs import read_page
 from tui.panes.markdown import markdown
 from tui.panes.pane import Pane
 from tui.panes.table import Column, Table
@@ -54,10 +55,7 @@ class ReportsView(View):
 def _text(page: Page) -> str:
     if page.path is None:
         return f"{page.title} was not measured yet. Press R to run what is left."
-    try:
-        return read_page(page.path)
-    except UserError as error:
-        return str(error)
+    return read_page(page.path)
 
 
 class FiguresView(View):

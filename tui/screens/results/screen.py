@@ -154,21 +154,17 @@ evaluate` and the other stages wrote.
 
     def action_ask(self, what: str) -> None:
         row = self.views[self.view].table.pointed
-        if not isinstance(row, Method | Trial):
-            return
-        match what:
-            case "chat":
-                self._chat(row)
-            case "curve" if row.run:
-                self.workbench.go("curves", run=row.run)
-            case "curve":
-                self.warn(f"{row.name} was not trained, so it has no curve.")
-            case "ship":
-                self._ship(row)
-            case "numbers" if isinstance(row, Method):
-                self.app.push_screen(Reader(numbers_page(row), row.name))
-            case "evaluate":
-                self._evaluate(row)
+        if isinstance(row, Method | Trial):
+            getattr(self, f"_{what}")(row)
+
+    def _curve(self, row: Method | Trial) -> None:
+        if row.run:
+            self.workbench.go("curves", run=row.run)
+        else:
+            self.warn(f"{row.name} was not trained, so it has no curve.")
+
+    def _numbers(self, row: Method) -> None:
+        self.app.push_screen(Reader(numbers_page(row), row.name))
 
     def _chat(self, row: Method | Trial) -> None:
         if row.path.is_dir():

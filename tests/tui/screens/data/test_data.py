@@ -172,7 +172,7 @@ async def test_problems_are_listed_and_lead_to_their_rows(chat_project: Path) ->
 async def test_lengths_say_how_many_are_cut(chat_project: Path) -> None:
     async with open_data(chat_project) as (pilot, screen):
         await checked(pilot, screen)
-        assert re.search(r"  [1-9]\d* cut \(\d+%\)", title(screen, "lengths"))
+        assert re.search(r"[1-9]\d* cut \(\d+%\)", title(screen, "lengths"))
         assert "max_length 64 ▲" in drawn(screen)
 
 
