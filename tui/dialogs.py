@@ -5,7 +5,7 @@ several.
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
@@ -15,6 +15,7 @@ from textual.screen import ModalScreen
 from textual.widget import Widget
 from textual.widgets import Input, Static
 
+from pipeline.files.home import expand
 from tui.panes.text import Draw, Text
 
 Severity = Literal["information", "warning", "error"]
@@ -134,3 +135,18 @@ class Ask(ModalScreen[str]):
         character = getattr(event, "character", None)
         if character in self._answers:
             self.dismiss(character)
+
+
+async def ask_file(workbench: Any, question: str, default: str) -> Path | None:
+    """Ask where to write, and whether to replace what is there; None if the user does not want to.
+
+    Call it in a worker. Raises OSError.
+    """
+    name = await workbench.push_screen_wait(AskText(question, default))
+    if name is None:
+        return None
+    path: Path = workbench.root / expand(name)
+    ask = Ask(f"{path} exists.", {"y": "replace it"}, "Save")
+    if path.exists() and not await workbench.push_screen_wait(ask):
+        return None
+    return path

@@ -16,7 +16,6 @@ from pipeline.project.stage_graph import Project, Stage
 
 REPORT = "report.md"
 PICTURES = (".png", ".svg")
-MAX_PAGE = 4_000_000  # bytes of a page that is shown
 MAX_NUMBERS = 500_000  # bytes of a file whose numbers are shown
 MAX_PICTURES = 500  # of one stage
 COMPARISON = "Comparison"
@@ -114,18 +113,6 @@ def _manifest(folder: Path) -> Mapping[str, Any]:
         return read_manifest(folder)
     except UserError:
         return {}
-
-
-def read_page(path: Path) -> str:
-    """A Markdown file. Raises UserError."""
-    try:
-        if path.stat().st_size > MAX_PAGE:
-            raise UserError(
-                f"{path} is larger than {MAX_PAGE // 10**6} MB. Open it with another program."
-            )
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}. Run the stage again.") from None
 
 
 def numbers_of(path: Path, root: Path) -> str:

@@ -12,9 +12,9 @@ from tests.helpers.pilot import screen_opens, until
 from tui.app import Workbench
 from tui.panes.plot.plot import Plot
 from tui.panes.plot.scale import Range
-from tui.screens.curves.lines import Window, best_of
+from tui.screens.curves.plots import Window
 from tui.screens.curves.screen import CurvesScreen
-from tui.screens.curves.words import details
+from tui.screens.curves.words import best_of, details
 
 
 @asynccontextmanager

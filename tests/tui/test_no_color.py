@@ -2,8 +2,8 @@
 
 import re
 from collections.abc import Callable
-from functools import partial
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 

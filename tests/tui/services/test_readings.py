@@ -11,6 +11,7 @@ from typing import Any
 import pynvml
 import pytest
 
+from pipeline.files.memory import Memory
 from tui.services.machine import readings as module
 from tui.services.machine.nvml import Gpu, Gpus, short_name
 from tui.services.machine.readings import Machine, Sample
@@ -107,12 +108,12 @@ def test_a_reading_that_fails_is_one_sentence_and_the_next_may_succeed(
 ) -> None:
     broken = True
 
-    def used(_: object) -> int:
+    def memory() -> Memory:
         if broken:
             raise OSError("no /proc")
-        return 5
+        return Memory(9, 5, 4, False)
 
-    monkeypatch.setattr("tui.services.machine.readings._Host.used", used)
+    monkeypatch.setattr(module, "read_memory", memory)
     machine = started()
     deadline = time.monotonic() + 30
     while not machine.problem and time.monotonic() < deadline:

@@ -17,7 +17,7 @@ from pipeline.files.home import expand
 from pipeline.inference.talk import Answer, Talk, Turn
 from pipeline.inference.transcript import render, training_row
 from pipeline.views.model_library import Entry
-from tui.dialogs import Ask, AskText
+from tui.dialogs import Ask, ask_file
 from tui.panes.menu import Menu
 from tui.panes.pane import About
 from tui.screens.base import WorkbenchScreen
@@ -334,17 +334,11 @@ class ConversationScreen(WorkbenchScreen):
     async def action_save(self) -> None:
         if not self._place("save"):
             return
-        name = await self.app.push_screen_wait(AskText(SAVE_QUESTION, "chat.md"))
-        if name is None:
-            return
-        path = self.workbench.root / expand(name)
         with self.workbench.errors_shown():
-            question = Ask(f"{path} exists.", {"y": "replace it"}, "Save")
-            if path.exists() and not await self.app.push_screen_wait(question):
-                return
-            write_file(path, render(self.talk, path.suffix), durable=True)
-            self._saved = self.talk.answer_count
-            self.workbench.log_message(f"Saved the conversation to {path}.")
+            if path := await ask_file(self.workbench, SAVE_QUESTION, "chat.md"):
+                write_file(path, render(self.talk, path.suffix), durable=True)
+                self._saved = self.talk.answer_count
+                self.workbench.log_message(f"Saved the conversation to {path}.")
 
     @work(group="ask-user")
     async def action_new(self) -> None:

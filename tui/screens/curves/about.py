@@ -35,12 +35,6 @@ KEYS: list[BindingType] = [
     Binding("a", "answers", "Answers", id="curves.answers"),
     Binding("0", "plots('reset')", "All steps", id="curves.reset"),
     Binding("f", "plots('follow')", "Follow", id="curves.follow"),
-    Binding("minus", "plots('zoom', (1.43,))", "Zoom out", id="curves.out", show=False),
-    Binding("equals_sign", "plots('zoom', (0.7,))", "Zoom in", id="curves.in", show=False),
-    Binding(
-        "shift+left", "plots('pan', (-0.1,))", "Earlier steps", id="curves.earlier", show=False
-    ),
-    Binding("shift+right", "plots('pan', (0.1,))", "Later steps", id="curves.later", show=False),
 ]
 
 PANES = {
@@ -64,20 +58,6 @@ wheel zooms, a click sets the step cursor.
             Binding("down", "screen.plots('zoom', (1.43,))", "out", id="curves.zoom_out"),
             Binding("v", "screen.plots('zoom', (1, 0.7))", "values in", id="curves.zoom_values_in"),
             Binding("V", "screen.plots('zoom', (1, 1.43))", "out", id="curves.zoom_values_out"),
-            Binding(
-                "shift+up",
-                "screen.plots('pan', (0, 0.1))",
-                "greater values",
-                id="curves.up",
-                show=False,
-            ),
-            Binding(
-                "shift+down",
-                "screen.plots('pan', (0, -0.1))",
-                "smaller",
-                id="curves.down",
-                show=False,
-            ),
             Binding(
                 "home,g", "screen.plots('step', (0,))", "first step", id="curves.first", show=False
             ),

@@ -8,60 +8,24 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.files.artifact import write_file
-from pipeline.files.home import expand
 from pipeline.files.worker import python_module
 from pipeline.project.logs.runs import Run
 from pipeline.views.runs import steps_csv
-from pipeline.views.series import METRICS
-from tui.app import Workbench
-from tui.dialogs import Ask, AskText
-from tui.panes.plot.scale import Range
-from tui.screens.curves.lines import Drawn
 
 QUESTION = (
     "Save what is shown as a picture (.svg, .png), or the numbers of the runs that are on (.csv)"
 )
 KINDS = (".svg", ".png", ".csv")
-POINTS = 600  # of a line, at most
-
-
-def panel(
-    metric: str, lines: Iterable[Drawn], x: Range, y: Range | None = None, log: bool = False
-) -> dict[str, Any]:
-    """A plot for `pipeline.stages.charts`, in plain values."""
-    curves = [
-        {
-            **vars(drawn.line(metric, x, POINTS)),
-            "columns": drawn.columns(metric, x, POINTS),
-            "color": drawn.curve.view.look.color,
-        }
-        for drawn in lines
-    ]
-    return {"title": METRICS[metric].title, "x": x, "y": y, "log": log, "curves": curves}
-
-
-async def ask_path(workbench: Workbench) -> Path | None:
-    """Ask where to save; None if the user does not. Raises UserError if nothing can be written
-    there.
-    """
-    answer = await workbench.push_screen_wait(AskText(QUESTION, "curves.svg"))
-    if answer is None:
-        return None
-    path = workbench.root / expand(answer)
-    if path.suffix not in KINDS:
-        raise UserError(
-            f"{answer} must end in .svg or .png for a picture, or in .csv for the numbers."
-        )
-    ask = Ask(f"{answer} exists.", {"y": "replace it"}, title="Export")
-    if path.exists() and not await workbench.push_screen_wait(ask):
-        return None
-    return path
 
 
 def save(path: Path, runs: Iterable[Run], panels: list[dict[str, Any]], title: str) -> None:
     """Write the numbers of the runs, or the panels, as the suffix of `path` says; in a thread, as it
     takes long. Raises UserError and OSError.
     """
+    if path.suffix not in KINDS:
+        raise UserError(
+            f"{path.name} must end in .svg or .png for a picture, or in .csv for the numbers."
+        )
     if path.suffix == ".csv":
         contents = steps_csv(runs)
     else:

@@ -1,7 +1,7 @@
 """The plots: one metric large, the others small, what is constant as a number."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,24 +12,40 @@ from textual.message import Message
 from textual.widget import Widget
 from textual.widgets import Static
 
-from pipeline.views.curves import Runs
-from pipeline.views.series import METRICS
+from pipeline.project.logs.run_log import DIVERGED
+from pipeline.views.curves import Curve, Runs
+from pipeline.views.series import METRICS, Column
 from tui.panes.pane import Pane
 from tui.panes.plot.plot import Head, Plot
 from tui.panes.plot.scale import Range, power_of_ten
-from tui.panes.plot.series import Axis, Line
+from tui.panes.plot.series import XY, Axis, Line
 from tui.screens.curves.about import PANES
-from tui.screens.curves.export import panel
-from tui.screens.curves.lines import Drawn, Window
+from tui.widgets.colors import look_style
 
 SMOOTHINGS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 WIDTH = 22  # cells of a small plot, at least
+QUIET, BAND = "50%", "30%"  # of the colour, the rest is background
+POINTS = 600  # of a line that is exported, at most
+
+
+@dataclass(frozen=True)
+class Window:
+    """What is visible. `x` None: all steps; `y` None: all values; `log` None: where a decade is
+    spanned. `following`: `x` moves with the newest step. `cursor`: the step at which values are read.
+    """
+
+    x: Range | None = None
+    y: Range | None = None
+    log: bool | None = None
+    following: bool = False
+    cursor: float | None = None
 
 
 class Plots(Vertical):
-    """Draws the lines of curves in a window of steps and values that keys and the mouse change.
+    """Draws the curves that are on, in a window of steps and values that keys and the mouse change.
 
-    A small plot is hidden while its metric is large or constant.
+    `pointed`: the one that the list's cursor is on. A small plot is hidden while its metric is
+    large or constant.
     """
 
     class Changed(Message):
@@ -39,9 +55,9 @@ class Plots(Vertical):
         super().__init__(id="plots")
         self.runs, self.window = runs, Window()
         self.metric = "loss"  # that of the large plot
-        self.lines: Sequence[Drawn] = ()
+        self.curves: Sequence[Curve] = ()  # the last is drawn on top
+        self.pointed: Curve | None = None
         self.chart = Plot(can_zoom=True)
-        self.pan = self.chart.pan
         self.small = {name: Plot(name=name) for name in METRICS}
         self.constants = Static(id="constants", markup=False)
 
@@ -52,14 +68,26 @@ class Plots(Vertical):
 
     @property
     def steps(self) -> Range:
-        """The visible steps."""
-        return self.window.steps(self.runs)
+        """The visible steps: all, the window's, or as many up to the newest step."""
+        x, logs = self.window.x, [curve.log.steps for curve in self.runs.curves]
+        ends = [end for steps in logs for end in (*steps[:1], *steps[-1:])]
+        first, last = min(ends, default=0.0), max(ends, default=1.0)
+        if x is None:
+            return (first, last) if first < last else (first - 1, last + 1)
+        return (last - (x[1] - x[0]), last) if self.window.following else x
+
+    def is_quiet(self, curve: Curve) -> bool:
+        """Whether it is another adapter of a sweep than its best and the pointed one."""
+        return curve not in (curve.view.best, self.pointed)
 
     # What is drawn
 
-    def show(self, lines: Sequence[Drawn]) -> None:
-        """Draw these lines, the last on top."""
-        self.lines, logged = lines, self.runs.logged()
+    def show(self, pointed: Curve | None) -> None:
+        """Draw the curves: the quiet ones, the others, those that run, the pointed one."""
+        self.pointed, logged = pointed, self.runs.logged()
+        self.curves = sorted(
+            self.runs.curves, key=lambda c: (c is pointed, not self.is_quiet(c), c.view.alive)
+        )
         if self.metric not in logged:
             self.metric = "loss"
         window, cursor = self.window, self.window.cursor
@@ -80,11 +108,44 @@ class Plots(Vertical):
         self.constants.display = bool(numbers)
 
     def _series(self, metric: str, columns: int) -> list[Line]:
-        steps, cursor = self.steps, self.window.cursor
-        lines = [line.line(metric, steps, columns, cursor) for line in self.lines]
+        lines = [self._line(curve, metric, columns) for curve in self.curves]
         if metric == self.metric:
             return lines
         return [replace(line, label="", value="", band=()) for line in lines]
+
+    def _line(self, curve: Curve, metric: str, count: int) -> Line:
+        """Its line of `count` columns; the pointed one has the band of its raw values."""
+        steps, style = self.steps, look_style(curve.view.look)
+        columns = curve.series(metric).visible(*steps, count)
+        line = Line(
+            _means(columns),
+            style,
+            sign=curve.view.look.sign,
+            bold=curve is self.pointed,
+            stray=curve.outcome == DIVERGED,
+        )
+        if self.is_quiet(curve):
+            return replace(line, style=f"{style} {QUIET}", sign="")
+        held_out, marks = METRICS[metric].held_out, list[XY]()
+        if held_out:
+            marks = _means(curve.series(held_out).visible(*steps, count))
+        flat = curve.flat() if metric == "loss" else None
+        later = [column for column in columns if flat and flat[1] <= column.x]
+        is_seen = len(later) < len(columns)
+        return replace(
+            line,
+            label=curve.label,
+            value=self._value(curve, metric) or "–",
+            band=[column[:3] for column in columns if line.bold],
+            band_style=f"{style} {BAND}",
+            marks=marks,
+            flat=_means(later)[0] if later and is_seen else None,
+        )
+
+    def _value(self, curve: Curve, metric: str) -> str:
+        """The value at the cursor, or the newest; "" if there is none."""
+        value = curve.value(metric, self.window.cursor)
+        return "" if value is None else METRICS[metric].format(value)
 
     def _small_metrics(self) -> list[str]:
         """Those that change, but for the large one."""
@@ -94,15 +155,23 @@ class Plots(Vertical):
     def _head(self, metric: str) -> Head:
         """A metric's name, and its value of the pointed run, else of the uppermost that has one."""
         short = METRICS[metric].short
-        for line in reversed(self.lines):
-            value = "" if line.quiet else line.value(metric, self.window.cursor)
+        for curve in reversed(self.curves):
+            value = "" if self.is_quiet(curve) else self._value(curve, metric)
             if value:
-                return Head(short, value, line.style)
+                return Head(short, value, look_style(curve.view.look))
         return Head(short)
 
     def _facts(self) -> Iterable[str]:
         """What is drawn, and how; the least important comes last."""
-        yield from self.window.facts(self.steps)
+        window, (first, last) = self.window, self.steps
+        if window.cursor is not None:
+            yield f"at step {window.cursor:,.0f}"
+        if window.x is None:
+            yield "all steps"
+        elif window.following:
+            yield f"last {last - first:,.0f} steps"
+        else:
+            yield f"steps {first:,.0f} to {last:,.0f}"
         yield "log" if self.chart.drawing.y.log else "linear"
         if any(isinstance(line, Line) and line.marks for line in self.chart.shown):
             yield "× held out"
@@ -112,10 +181,19 @@ class Plots(Vertical):
         """The plots that are visible, at a higher resolution, as `pipeline.stages.charts` takes
         them.
         """
-        steps, y = self.steps, self.chart.drawing.y
+        y = self.chart.drawing.y
         ends = (power_of_ten(y.low), power_of_ten(y.high)) if y.log else (y.low, y.high)
-        large = panel(self.metric, self.lines, steps, ends, y.log)
-        return [large, *(panel(name, self.lines, steps) for name in self._small_metrics())]
+        panels = [self._panel(name) for name in (self.metric, *self._small_metrics())]
+        return [{**panels[0], "y": ends, "log": y.log}, *panels[1:]]
+
+    def _panel(self, metric: str) -> dict[str, Any]:
+        curves = []
+        for curve in self.curves:
+            columns = curve.series(metric).visible(*self.steps, POINTS)
+            more = {"columns": columns, "color": curve.view.look.color}
+            curves.append({**vars(self._line(curve, metric, POINTS)), **more})
+        title = METRICS[metric].title
+        return {"title": title, "x": self.steps, "y": None, "log": False, "curves": curves}
 
     # What keys and the mouse do
 
@@ -159,7 +237,7 @@ class Plots(Vertical):
         """Move the step cursor by a column; at first it is at the last step of the pointed run."""
         (first, last), cursor = self.steps, self.window.cursor
         if cursor is None:
-            steps = self.lines[-1].curve.log.steps if self.lines else ()
+            steps = self.curves[-1].log.steps if self.curves else ()
             cursor = steps[-1] if steps else last
         else:
             column = (last - first) / max(self.chart.drawing.width, 1)
@@ -199,3 +277,7 @@ class Plots(Vertical):
     @on(Plot.Opened)
     def _opened(self, event: Plot.Opened) -> None:
         self.enlarge(event.control.name or "loss")
+
+
+def _means(columns: Sequence[Column]) -> list[XY]:
+    return [(column.x, column.mean) for column in columns]

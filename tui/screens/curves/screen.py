@@ -13,16 +13,15 @@ from textual.content import Content
 from textual.widget import Widget
 
 from pipeline.views.curves import Runs, RunView
-from tui.dialogs import Reader
+from tui.dialogs import Reader, ask_file
 from tui.panes.pane import Pane
 from tui.panes.plot.plot import Plot
 from tui.panes.table import Column, Table
 from tui.panes.text import Text
 from tui.screens.base import HUGE, TALL, WIDE, WorkbenchScreen
 from tui.screens.curves import about, export, words
-from tui.screens.curves.lines import best_of, drawn
 from tui.screens.curves.plots import Plots
-from tui.screens.curves.words import Row
+from tui.screens.curves.words import Row, best_of
 
 EMPTY = "No runs yet. R runs the pipeline; each training stage then has its curve here."
 SMOOTHING = 0.9  # initial
@@ -163,11 +162,12 @@ class CurvesScreen(WorkbenchScreen):
     def draw(self) -> None:
         """Draw the plots, and what is said of the runs at the step cursor."""
         pointed, step = best_of(self.table.pointed), self.plots.window.cursor
-        lines = drawn(self.runs, pointed)
-        self.plots.show(lines)
+        self.plots.show(pointed)
+        uppermost = reversed(self.plots.curves)  # the pointed one first
+        loud = [curve for curve in uppermost if not self.plots.is_quiet(curve)]
         wanted = self.has_class("-high") if self._answers is None else self._answers
         self.set_class(self._has_answers() and wanted, "-answers")
-        self.answers.show(words.answers(lines, step), again=True)
+        self.answers.show(words.answers(loud, step), again=True)
         self.details.show(lambda _: words.details(pointed, step) if pointed else (), again=True)
         self.refresh_bindings()
 
@@ -259,7 +259,7 @@ class CurvesScreen(WorkbenchScreen):
             self.warn("There is nothing to export: no run that is on has logged a step.")
             return
         with self.workbench.errors_shown():
-            if path := await export.ask_path(self.workbench):
+            if path := await ask_file(self.workbench, export.QUESTION, "curves.svg"):
                 runs = [view.run for view in self.runs.on]
                 title = f"smoothing {self.runs.smoothing:g}"
                 panels = self.plots.panels()

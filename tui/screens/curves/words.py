@@ -1,6 +1,6 @@
 """Runs in words: the columns of their table, the details of a run, what it answered."""
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from datetime import datetime
 
 from textual.content import Content
@@ -8,7 +8,6 @@ from textual.content import Content
 from pipeline.data.answers.match import match
 from pipeline.views.curves import ENDS, Curve, RunView, in_words
 from pipeline.views.series import three_digits
-from tui.screens.curves.lines import Drawn
 from tui.widgets.cells import LEVELS, duration
 from tui.widgets.colors import look_style
 
@@ -22,6 +21,11 @@ SIGNS = {  # and their styles
     "finished": ("", ""),
 }
 OFF = "·"  # in place of the sign of a run that is not drawn
+
+
+def best_of(row: Row | None) -> Curve | None:
+    """A curve itself, of a run its best."""
+    return row.best if isinstance(row, RunView) else row
 
 
 def rows(views: Iterable[RunView]) -> list[Row]:
@@ -100,16 +104,14 @@ def details(curve: Curve, step: float | None) -> Iterator[Content]:
         yield Content.styled(message or DIED, style)
 
 
-def answers(lines: Sequence[Drawn], step: float | None) -> Content:
-    """What each run answered, and of a sweep its best and the pointed one: at a step, or the
-    newest.
-    """
+def answers(curves: Iterable[Curve], step: float | None) -> Content:
+    """What each curve's run answered, at a step or the newest."""
     parts: list[str | tuple[str, str]] = []
-    for line in reversed(lines):  # the pointed one first
-        samples = [] if line.quiet else line.curve.answers_at(step)
+    for curve in curves:
+        samples, look = curve.answers_at(step), curve.view.look
         for sample in samples[:1]:
-            sign = line.curve.view.look.sign, line.style
-            parts += [sign, " ", (line.curve.label, "bold"), f"  step {sample.step:,}\n"]
+            parts += [(look.sign, look_style(look)), " ", (curve.label, "bold")]
+            parts.append(f"  step {sample.step:,}\n")
         for sample in samples:
             answer = "(not finite)" if sample.answer is None else sample.answer
             compared = match(answer, sample.expected) if sample.expected is not None else None

@@ -23,19 +23,19 @@ from tui.panes.plot.series import Axis, Bars, Rule, Series
 from tui.panes.table import Column, Table
 from tui.screens.data.about import LENGTHS, PROBLEMS
 from tui.screens.data.reader import Reader
+from tui.screens.data.rows import SIGNS
 
 NO_MODEL = "No model yet, so tokens are not counted: run import or pretrain."
 
 
 class Report(Horizontal):
-    """Two panes: lengths and problems of the reader's file; `answer`: the report, if it was checked.
+    """Two panes: lengths and problems of the reader's file.
 
     `mark` is called with what a check says of rows: number → error, or else warning.
     """
 
     def __init__(self, reader: Reader, mark: Callable[[Mapping[int, str]], None]) -> None:
         super().__init__(id="report")
-        self.answer: Answer | None = None
         self._reader, self._mark = reader, mark
         column = Column[Problem]("problem", _problem, fills=True)
         self.problems = Table[Problem](key=lambda each: each, columns=[column], titles=False)
@@ -49,7 +49,7 @@ class Report(Horizontal):
 
     def say(self, problems: str, lengths: str = "") -> None:
         """Sentences in place of a report."""
-        self.answer, self.problems.nothing = None, flat(problems)
+        self.problems.nothing = flat(problems)
         self.problems.show([])
         self.problems_pane.show_title()
         self.plot.show([], empty=lengths)
@@ -65,7 +65,7 @@ class Report(Horizontal):
             self.say(f"checking … {answer['rows']:,} rows")
             return
         file = self._reader.file
-        self.answer, self.problems.nothing = answer, Content.styled("✓ none", "$success")
+        self.problems.nothing = Content.styled("✓ none", "$success")
         problems = [Problem(*map(each.get, Problem._fields)) for each in answer["problems"]]
         self.problems.show(problems)
         self.problems_pane.show_title(*problem_facts(answer))
@@ -77,9 +77,9 @@ class Report(Horizontal):
 
 
 def _problem(problem: Problem) -> Content:
-    sign = ("✗ ", "$error") if problem.level == "error" else ("! ", "$warning")
+    sign, style = SIGNS[problem.level]
     row = "" if problem.row is None else f"{problem.row:,}  "
-    return Content.assemble(sign, (row, "bold"), flat(problem.problem))
+    return Content.assemble((f"{sign} ", style), (row, "bold"), flat(problem.problem))
 
 
 def histogram(lengths: Lengths, file: DataFile) -> tuple[list[Series], Axis, Axis]:

@@ -3,7 +3,7 @@ and edits.
 """
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -59,7 +59,6 @@ Both can be put into `params.yaml` from here, so that the next run (`R`) trains 
         super().__init__()
         self.reader = Reader(self.workbench.root)
         self.known: dict[str, DataFile] = {}  # by name
-        self._columns: dict[str, Mapping[str, str]] = {}  # by name, of files that nothing reads
         # They are attributes, as messages can arrive while the screen closes.
         column = Column[DataFile]("file", self._file_line, fills=True)
         self.files = Table[DataFile](key=lambda file: file.name, columns=[column], titles=False)
@@ -91,8 +90,8 @@ Both can be put into `params.yaml` from here, so that the next run (`R`) trains 
         """
         project, shown = self._project, self.reader.file
         own = project_files(project) if project else {}
-        others = other_files(self.workbench.root, own)
-        self.known = own | {name: self._other_file(name) for name in others}
+        others = [*other_files(self.workbench.root, own), *filter(None, [shown.name])]
+        self.known = own | {name: self._other_file(name) for name in others if name not in own}
         if shown.name:
             if self._file(shown.name) != shown:
                 self._open(self._file(shown.name), self.rows.position)
@@ -107,8 +106,9 @@ Both can be put into `params.yaml` from here, so that the next run (`R`) trains 
         return self.known.setdefault(name, self._other_file(name))
 
     def _other_file(self, name: str) -> DataFile:
+        """A file that nothing reads, with the columns that the user said."""
         file = other_file(self._project, name)
-        return replace(file, columns=self._columns.get(name, file.columns))
+        return replace(file, columns=self.known.get(name, file).columns)
 
     def _file_line(self, file: DataFile) -> Content:
         is_shown, name = file == self.reader.file, flat(file.name.removeprefix("data/"))
@@ -152,9 +152,8 @@ Both can be put into `params.yaml` from here, so that the next run (`R`) trains 
         text = await self.app.push_screen_wait(AskText(question, before))
         with self.workbench.errors_shown():
             if text is not None:
-                self._columns[file.name] = parse_columns(text)
-                self.known.pop(file.name, None)
-                self._open(self._file(file.name))
+                self.known[file.name] = replace(file, columns=parse_columns(text))
+                self._open(self.known[file.name])
 
     def open_with(self, **request: Any) -> None:
         """`file` and `row` to show; or `add`, a row to train on: {"messages": …} or {"prompt",

@@ -3,38 +3,37 @@ of the project.
 """
 
 import time
-from collections.abc import Collection, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable
+from itertools import zip_longest
 from typing import ClassVar
 
-from textual import work
 from textual.binding import Binding, BindingType
-from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.containers import Vertical, VerticalScroll
 from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Static
 
 from pipeline.files.text import in_units
 from pipeline.views.stage_logs import Prediction, read_prediction
+from tui.panes.numbers import numbers
 from tui.panes.pane import About, Pane
 from tui.panes.plot.plot import Plot
-from tui.panes.plot.series import Axis, Bars, Rule
+from tui.panes.plot.series import Axis
 from tui.panes.table import Column, Table
 from tui.panes.text import say
 from tui.screens.base import WorkbenchScreen
-from tui.screens.monitor.series import Series, bars, machine_series
+from tui.screens.monitor.charts import charts
 from tui.services.machine.readings import Machine, ProcessReading
-from tui.widgets.units import unit_of
 
 SPANS = {"2 minutes": 120.0, "10 minutes": 600.0, "1 hour": 3600.0}
 LOW, TALL = 14, 32  # rows from which there is room for processes, between two charts
-LEVEL = "╌"
+DRAWN = 1.5  # seconds, so that of the ticks each second one draws
 MACHINE = About(
     "Machine",
     """\
 CPU, memory and each NVIDIA GPU, read once a second since the program started; the present is at
-the right, a column is the highest value of its time. Green is below half of what the machine has,
-yellow below 85%, red above. In a container the total is its limit.
+the right. A line is green while the present is below half of what the machine has, yellow below
+85%, red above. In a container the total is its limit.
 
 The dashed line is what the running stage predicted for itself: on a GPU, its tensors at the peak
 of a step and CUDA's context; on the CPU, in the chart of its own memory, its tensors and what the
@@ -52,37 +51,8 @@ PANES = {"machine": MACHINE, "processes": PROCESSES}
 Process = tuple[str, ProcessReading]
 
 
-class Chart(Horizontal):
-    """A quantity over time: its name, bars coloured by load, and its present value."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.label = Static(markup=False, classes="label")
-        self.facts = Static(markup=False, classes="facts")
-        self.plot = Plot()
-        self.plot.can_focus = False
-
-    def compose(self) -> Iterable[Widget]:
-        yield from (self.label, self.plot, self.facts)
-
-    def show(self, series: Series, now: float, seconds: float) -> None:
-        is_low = self.size.height < 2
-        drawn: list[Bars | Rule] = [Bars(partial(bars, series, now, seconds))]
-        first, *others = filter(None, series.facts)
-        facts = [Content.styled(first, "bold")]
-        if series.level:
-            drawn += [Rule(y=series.level, style="$accent")] * (not is_low)
-            predicted = f"{LEVEL} {in_units(round(series.level))} predicted"
-            facts.append(Content.styled(predicted, "$accent"))
-        facts += [Content.styled(fact, "$foreground-muted") for fact in others]
-        y = Axis(range=(0, series.high or series.full), shown=False)
-        self.plot.show(drawn, Axis(shown=False), y)
-        self.facts.update(Content("  " if is_low else "\n").join(facts), layout=False)
-        self.label.update(series.label, layout=False)
-
-
 class MonitorScreen(WorkbenchScreen):
-    """Draws what `Machine` has read, once a second while it is shown."""
+    """Draws what `Machine` has read, every other second while it is shown."""
 
     NAME = "monitor"
     PANES = PANES
@@ -98,22 +68,27 @@ them. `t` shows a longer time, up to an hour.
     def __init__(self) -> None:
         super().__init__()
         self.span = next(iter(SPANS))
-        self.prediction: Prediction | None = None  # of the stage that runs
+        self._next = 0.0  # when it is drawn again
         self.charts, self.problem = VerticalScroll(), Static(id="problem", markup=False)
         self.processes = Table[Process](key=lambda process: process[0])
-        self.note = Static(id="note", markup=False)
+        self.columns = [
+            Column("process", self._process, fills=True),
+            numbers("CPU", lambda process: process[1].cpu, "{:.1%}".format, width=8),
+            numbers("memory", lambda process: process[1].memory, in_units, width=13),
+            numbers("GPU", lambda process: process[1].gpu_memory, in_units, width=13),
+        ]
 
     def body(self) -> Iterable[Widget]:
         with Vertical():
             yield self.pane("machine", self.charts)
             yield self.problem
-            yield self.pane("processes", self.processes, self.note)
+            yield self.pane("processes", self.processes)
 
     def action_span(self) -> None:
         """The next longer time span; after the longest, the shortest."""
         names = list(SPANS)
         self.span = names[(names.index(self.span) + 1) % len(names)]
-        self.tick()
+        self._show()
 
     @property
     def stage(self) -> str:
@@ -121,16 +96,25 @@ them. `t` shows a longer time, up to an hour.
         running = self.workbench.project_watch.running
         return running.stage.name if running else ""
 
+    @property
+    def prediction(self) -> Prediction | None:
+        """What the stage that runs predicted."""
+        watch = self.workbench.project_watch
+        if watch.project is None or self.stage not in watch.states:
+            return None
+        return read_prediction(watch.project.run_folder(self.stage), watch.states[self.stage].run)
+
     def files_changed(self) -> None:
-        self.tick()  # it is shown again
+        self._show()  # it is shown again
 
     def tick(self) -> None:
-        """Draw the present."""
+        if time.time() >= self._next:
+            self._show()
+
+    def _show(self) -> None:
+        """Show the present."""
+        self._next = time.time() + DRAWN
         machine = self.workbench.machine
-        if self.stage:
-            self._read_prediction(self.stage)
-        else:
-            self.prediction = None
         late = ""
         if not machine.samples:
             late = "Reading the machine …"
@@ -142,62 +126,40 @@ them. `t` shows a longer time, up to an hour.
         device = machine.name if machine.gpus else ""
         facts = f"{machine.cores:g} cores", device, f"last {self.span}"
         self.query_one("#machine", Pane).show_title(*facts)
+        prediction = self.prediction
+        self.query_one("#processes", Pane).show_title(_note(self.stage, prediction))
         if machine.samples:
-            self._show_charts(machine)
-            self._show_processes(machine.samples[-1].processes)
+            self._show_charts(machine, prediction)
+            processes = machine.samples[-1].processes
+            columns = self.columns if machine.gpus else self.columns[:-1]
+            self.processes.show(list(processes.items()), columns)
 
-    def _show_charts(self, machine: Machine) -> None:
+    def _process(self, process: Process) -> Content:
+        """The name of a process; the stage that runs is marked."""
+        name, _ = process
+        return Content.styled(f"▶ {name}", "bold") if name == self.stage else Content(f"  {name}")
+
+    def _show_charts(self, machine: Machine, prediction: Prediction | None) -> None:
         seconds = SPANS[self.span]
-        recent = machine.samples[-round(2 * seconds) :]
-        series = machine_series(machine, recent, self.stage, self.prediction)
-        shown = list(self.charts.query(Chart))
-        missing = [Chart() for _ in series[len(shown) :]]
+        recent = machine.samples[-round(seconds) :]
+        found = charts(machine, recent, self.stage, prediction)
+        shown = list(self.charts.query(Plot))
+        missing = [Plot() for _ in found[len(shown) :]]
         self.charts.mount(*missing)
-        for number, chart in enumerate([*shown, *missing]):
-            chart.display = number < len(series)
-            if chart.display:
-                chart.show(series[number], time.time(), seconds)
-
-    def _show_processes(self, processes: Mapping[str, ProcessReading]) -> None:
-        """A row per process, and what the stage predicted of its memory."""
-        self.processes.show(list(processes.items()), columns(processes.values(), self.stage))
-        note = "" if self.stage else "No stage runs. R runs the pipeline."
-        if self.stage and self.prediction:
-            measured, predicted = self.prediction.measured, in_units(self.prediction.predicted)
-            after = f"{in_units(measured)} measured" if measured else "not measured yet"
-            note = f"{predicted} of tensors predicted at the peak of a step, {after}"
-        say(self.note, note)
-
-    @work(thread=True, exclusive=True, group="prediction")
-    def _read_prediction(self, stage: str) -> None:
-        watch = self.workbench.project_watch
-        if watch.project and (state := watch.states.get(stage)):
-            self.prediction = read_prediction(watch.project.run_folder(stage), state.run)
+        now = time.time()
+        for chart, plot in zip_longest(found, [*shown, *missing]):
+            plot.can_focus, plot.display = False, chart is not None
+            if chart:
+                x = Axis(range=(now - seconds, now), shown=False)
+                plot.show(chart.series, x, chart.y, head=chart.head)
 
 
-def columns(readings: Collection[ProcessReading], stage: str) -> list[Column[Process]]:
-    """Name, cores' worth of CPU time, memory; the stage that runs is marked."""
-    unit = unit_of(reading.memory for reading in readings)
-    on_gpu = [reading.gpu_memory for reading in readings if reading.gpu_memory]
-    gpu_unit = unit_of(on_gpu)
-
-    def name(process: Process) -> Content:
-        sign, style = ("▶", "bold") if process[0] == stage else (" ", "")
-        return Content.styled(f"{sign} {process[0]}", style)
-
-    def cpu(process: Process) -> str:
-        share = process[1].cpu
-        return f"{share:.0%}" if share >= 0.1 else f"{share:.1%}"
-
-    def memory(process: Process) -> str:
-        return unit.format(process[1].memory)
-
-    def gpu(process: Process) -> str:
-        size = process[1].gpu_memory
-        return "" if size is None else gpu_unit.format(size)
-
-    found = [Column("process", name, fills=True), Column("CPU", cpu, width=8, right=True)]
-    found.append(Column(f"memory, {unit}", memory, width=13, right=True))
-    if on_gpu:
-        found.append(Column(f"GPU, {gpu_unit}", gpu, width=13, right=True))
-    return found
+def _note(stage: str, prediction: Prediction | None) -> str:
+    """What the stage that runs predicted of its memory."""
+    if not stage:
+        return "No stage runs. R runs the pipeline."
+    if prediction is None:
+        return ""
+    measured, predicted = prediction.measured, in_units(prediction.predicted)
+    after = f"{in_units(measured)} measured" if measured else "not measured yet"
+    return f"{predicted} of tensors predicted at the peak, {after}"

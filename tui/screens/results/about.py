@@ -5,6 +5,11 @@ from textual.binding import Binding
 from tui.panes.pane import About
 
 BEST, FRONT = "◂", "◆"  # the model that forgot least or has the lowest loss; the Pareto front
+CHAT = Binding("c", "screen.ask('chat')", "chat", id="results.chat")
+CURVE = Binding("o", "screen.ask('curve')", "curve", id="results.open")
+NUMBERS = Binding("i", "screen.ask('numbers')", "all numbers", id="results.fields")
+EVALUATE = Binding("E", "screen.ask('evaluate')", "evaluate", id="results.evaluate")
+SHIP = Binding("x", "screen.ask('ship')", "ship", id="results.ship")
 
 PANES = {
     "scatter": About(
@@ -26,7 +31,7 @@ bootstrap intervals of a task's score. Models in one cell share a sign and a lab
     "methods": About(
         "Methods",
         f"""\
-A row for each model that `lora evaluate` compared; the numbers are those of `lora report`.
+A row for each model that `lora evaluate` compared; further to the right is all else it measured.
 
 - **learned**: answers as expected, new sentences completed word for word, or the loss on them
   (nats per token, less is better).
@@ -42,13 +47,7 @@ A row for each model that `lora evaluate` compared; the numbers are those of `lo
 evaluates again. `s` sorts, `<` `>` sort by the column beside. ← → move to the columns that do not
 fit.
 """,
-        [
-            Binding("c", "screen.ask('chat')", "chat", id="results.chat"),
-            Binding("o", "screen.ask('curve')", "curve", id="results.open"),
-            Binding("i", "screen.ask('numbers')", "all numbers", id="results.fields"),
-            Binding("E", "screen.ask('evaluate')", "evaluate", id="results.evaluate"),
-            Binding("x", "screen.ask('ship')", "ship", id="results.ship"),
-        ],
+        [CHAT, CURVE, NUMBERS, EVALUATE, SHIP],
         filters="filter",
     ),
     "model": About(
@@ -75,12 +74,7 @@ else `evaluate.old_data` (nats per token). Less is better of both.
 `c` or Enter prompts it beside the base, `o` shows its loss curve. `E` evaluates it: **kept** is
 then the share of old answers that are still the base's.
 """,
-        [
-            Binding("c", "screen.ask('chat')", "chat", id="results.chat_sweep"),
-            Binding("o", "screen.ask('curve')", "curve", id="results.open_sweep"),
-            Binding("E", "screen.ask('evaluate')", "evaluate", id="results.evaluate_sweep"),
-            Binding("x", "screen.ask('ship')", "ship", id="results.ship_sweep"),
-        ],
+        [CHAT, CURVE, EVALUATE, SHIP],
         filters="filter",
     ),
     "plots": About(

@@ -1,30 +1,98 @@
-"""Which model to ship: the columns of a table, the points of a scatter, the pointed one in words."""
+"""Which model to ship: all models in a table and against each other, the pointed one in words."""
 
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
+from textual import on, work
+from textual.containers import Vertical
 from textual.content import Content
+from textual.widget import Widget
 
 from pipeline.evaluation.comparison import MISSING
 from pipeline.views.evaluations import Evaluation, Measure, Method, in_words
 from tui.panes.lines import MUTED
-from tui.panes.plot.series import Point
-from tui.panes.table import Column
+from tui.panes.menu import Menu
+from tui.panes.numbers import numbers
+from tui.panes.plot.plot import Plot
+from tui.panes.plot.series import Axis, Point
+from tui.panes.table import Column, Table
+from tui.panes.text import Text
 from tui.screens.results.about import BEST
+from tui.screens.results.view import View
 from tui.widgets.cells import bar_cell, interval_strip, method_sign
 from tui.widgets.colors import share_style
 
 BAR = 8  # cells of a bar in the table
 KEPT = "kept"
 SHORT = {"new sentences completed": "new\ncompleted", "old answers kept": "answers\nkept"}
-FURTHER = (  # further numbers of `lora report`
-    "new\nloss",
-    "old\nloss",
-    "old loss\nchange",
-    "KL from\nbase",
-    "prefers\nchosen",
+TRAINED = Measure("trained", lambda numbers: numbers["trainable_percent"])
+ONE_QUANTITY = (
+    "One quantity was measured, so there is nothing to draw it against. Set evaluate.old_data."
 )
+TITLES = {"x": "To the right", "y": "Upwards"}
+
+
+class MethodsView(View):
+    def __init__(self) -> None:
+        super().__init__(id="methods-view")
+        self.scatter, self.details = Plot(), Text()
+        self.table = Table[Method](key=lambda method: method.name, words=_words)
+        self.table.sorted_by = KEPT
+        self.chosen = {"x": "", "y": ""}  # the measures that the user chose
+
+    def compose(self) -> Iterable[Widget]:
+        yield self.pane("scatter", self.scatter)
+        with Vertical(id="side"):
+            yield self.pane("methods", self.table)
+            yield self.pane("model", self.details)
+
+    def show_found(self) -> None:
+        found, is_first = self.found, not self.table.rows
+        self.table.show(found.methods, columns(found))
+        broken, least = found.limits and found.limits.broken, found.forgot_least
+        verdict = Content.styled(found.verdict, "bold $error" if broken else "bold $success")
+        self.titled("methods", verdict, f"{BEST} forgot least: {least.name}" if least else "")
+        if is_first and least:
+            self.table.point(least.name)
+
+    @on(Table.Pointed)
+    def pointed(self, event: Table.Pointed) -> None:
+        method, found = event.row, self.found
+        if self.table.rows:  # still
+            self.titled("model", title=method.stage.title)
+            self.details.show(lambda _: details(method, found))
+            self._draw()
+
+    def _draw(self) -> None:
+        (x, *_), (y, *_) = self._measures("x"), self._measures("y")
+        shown = [] if x == y else points(self.found, x, y, self.table.pointed)
+        self.scatter.show(shown, _axis(x), _axis(y), empty=ONE_QUANTITY)
+
+    def _measures(self, axis: str) -> Sequence[Measure]:
+        """What an axis can show: what was chosen, then the default first."""
+        # without texts to measure forgetting on, the tasks say what was kept
+        groups = [self.found.learned, self.found.tasks, self.found.kept]
+        if axis == "y":
+            groups.reverse()
+        measures = [measure for group in groups for measure in group]
+        return sorted(measures, key=lambda measure: measure.name != self.chosen[axis])
+
+    @work
+    async def choose_axis(self, axis: str) -> None:
+        """Choose the quantity to the right (x), or upwards (y)."""
+        if self.table.rows:
+            choices = {measure.name: measure.name for measure in self._measures(axis)}
+            name = await self.app.push_screen_wait(Menu(TITLES[axis], choices))
+            self.chosen[axis] = name or self.chosen[axis]
+            self._draw()
+
+
+def _axis(measure: Measure) -> Axis:
+    return Axis(measure.name, log=None, falls=measure.falls, share=measure.share)
+
+
+def _words(method: Method) -> str:
+    return f"{method.name} {method.stage.title}"
 
 
 def sign_of(method: Method) -> tuple[str, str]:
@@ -32,37 +100,33 @@ def sign_of(method: Method) -> tuple[str, str]:
     return method_sign("lora" if method.stage.method == "merge" else method.stage.method)
 
 
-def columns(evaluation: Evaluation) -> Iterator[Column[Method]]:
-    """Bars for what each learned and kept, its size, tasks with intervals, all other numbers."""
-    yield Column("model", partial(_name, evaluation), lambda method: method.name)
-    for title, measures in (("learned", evaluation.learned), (KEPT, evaluation.kept)):
-        for measure in measures[:1]:
-            yield _measured(title, measure, partial(_bar, measure, title))
-    yield _number("share\nof all", "trained")
-    yield Column("size", lambda m: m.size, lambda m: m.numbers.get("bytes"), right=True)
-    for measure in evaluation.tasks:
-        yield _measured(f"task: {measure.name}", measure, partial(_task, measure))
-    for heading in FURTHER:
-        if any(heading in method.cells for method in evaluation.methods):
-            yield _number(heading, heading.replace("\n", " "))
+def columns(evaluation: Evaluation) -> list[Column[Method]]:
+    """What each learned and kept, its size, tasks with intervals, then all else that was measured."""
+    learned = _measured("learned", evaluation.learned)
+    kept = _measured(KEPT, evaluation.kept)
+    tasks = [
+        _column(f"task: {measure.name}", measure, partial(_task, measure))
+        for measure in evaluation.tasks
+    ]
+    return [
+        Column("model", partial(_name, evaluation), lambda method: method.name),
+        *(*learned[:1], *kept[:1]),
+        numbers("trained", lambda m: TRAINED.of(m.numbers), "{:.1f}%".format),
+        Column("size", lambda m: m.size, lambda m: m.numbers.get("bytes"), right=True),
+        *(*tasks, *learned[1:], *kept[1:]),
+    ]
 
 
-def _number(heading: str, title: str) -> Column[Method]:
-    """A column of a number that `lora report` prints under this heading."""
-
-    def text(method: Method) -> str:
-        return method.cells.get(heading, MISSING)
-
-    def order(method: Method) -> float | None:
-        """The number, the last of several: `50% → 75%`."""
-        with suppress(ValueError):
-            return float(text(method).split()[-1].rstrip("%").replace(",", ""))
-        return None
-
-    return Column(title, text, order, right=True, largest_first=heading == FURTHER[-1])
+def _measured(title: str, measures: Sequence[Measure]) -> list[Column[Method]]:
+    """A column of each measure; the first has the title."""
+    names = [title, *(measure.name for measure in measures[1:])]
+    return [
+        _column(name, measure, partial(_bar, measure, title))
+        for name, measure in zip(names, measures, strict=False)
+    ]
 
 
-def _measured(
+def _column(
     title: str, measure: Measure, cell: Callable[[Method], Content | str]
 ) -> Column[Method]:
     """A column of a measure, the best first."""
@@ -74,13 +138,11 @@ def _measured(
 
 def _name(evaluation: Evaluation, method: Method) -> Content:
     sign, style = sign_of(method)
-    marks = {
-        (" ✗", "$error"): bool(method.broken),
-        (" ●", "$warning"): bool(method.apart),
-        (f" {BEST}", "bold $success"): method == evaluation.forgot_least,
-    }
-    parts = [mark for mark, is_shown in marks.items() if is_shown]
-    return Content.assemble((f"{sign} {method.name}", style), *parts)
+    parts = [(f"{sign} {method.name}", style)]
+    parts += [(" ✗", "$error")] * bool(method.broken)
+    parts += [(" ●", "$warning")] * bool(method.apart)
+    parts += [(f" {BEST}", "bold $success")] * (method == evaluation.forgot_least)
+    return Content.assemble(*parts)
 
 
 def _bar(measure: Measure, title: str, method: Method) -> Content:
@@ -106,11 +168,11 @@ def points(evaluation: Evaluation, x: Measure, y: Measure, pointed: Method | Non
     """A sign for each model of which both were measured, the pointed one first."""
     found = []
     for method in sorted(evaluation.methods, key=lambda method: method is not pointed):
-        numbers, (sign, style) = method.numbers, sign_of(method)
-        right, up = x.of(numbers), y.of(numbers)
+        measured, label = method.numbers, f"{method.name}{' ✗' * bool(method.broken)}"
+        right, up = x.of(measured), y.of(measured)
         if right is not None and up is not None:
-            label = f"{method.name} ✗" if method.broken else method.name
-            intervals = x.interval(numbers), y.interval(numbers)
+            sign, style = sign_of(method)
+            intervals = x.interval(measured), y.interval(measured)
             found.append(Point(right, up, sign, label, style, method is pointed, *intervals))
     return found
 

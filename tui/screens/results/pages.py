@@ -13,7 +13,8 @@ from textual.widget import Widget
 from textual.widgets import Static
 
 from pipeline.errors import UserError
-from pipeline.views.reports import Page, Picture, read_page
+from pipeline.views.reports import Page, Picture
+from tui.dialogs import read_page
 from tui.panes.markdown import markdown
 from tui.panes.pane import Pane
 from tui.panes.table import Column, Table
@@ -33,8 +34,6 @@ def _title(entry: Page | Picture) -> Content:
 
 
 class ReportsView(View):
-    FIELD = "pages"
-
     def __init__(self) -> None:
         super().__init__(id="report-view")
         self.table, self.page = listed(), Text(wide=True)
@@ -56,15 +55,10 @@ class ReportsView(View):
 def _text(page: Page) -> str:
     if page.path is None:
         return f"{page.title} was not measured yet. Press R to run what is left."
-    try:
-        return read_page(page.path)
-    except UserError as error:
-        return str(error)
+    return read_page(page.path)
 
 
 class FiguresView(View):
-    FIELD = "pictures"
-
     def __init__(self) -> None:
         super().__init__(id="figures-view")
         self.table, self.caption = listed(), Static(id="caption", markup=False)

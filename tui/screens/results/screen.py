@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from textual import on, work
 from textual.binding import Binding, BindingType
@@ -19,9 +19,9 @@ from tui.dialogs import Reader
 from tui.panes.table import Table
 from tui.screens.base import WorkbenchScreen
 from tui.screens.results import about
-from tui.screens.results.methods_view import MethodsView
+from tui.screens.results.methods import MethodsView
 from tui.screens.results.pages import FiguresView, ReportsView
-from tui.screens.results.reading import NO_SWEEP, NOTHING, Results, read_results
+from tui.screens.results.reading import NOTHING, read_results, stamps
 from tui.screens.results.sweep import SweepView
 from tui.screens.results.view import View
 from tui.services.evaluation import Evaluation as Evaluator
@@ -58,9 +58,9 @@ evaluate` and the other stages wrote.
 
     def __init__(self) -> None:
         super().__init__()
-        self.results = Results()
+        self.results: dict[str, Any] = {**NOTHING, "methods": "Reading the evaluation …"}
+        self.seen: object = None  # stamps of all files, once all were read
         self.evaluator = Evaluator(self.workbench.params_path)  # of what the pipeline does not
-        self._chosen = False  # whether the user chose the view
         self.methods, self.reports, self.figures = MethodsView(), ReportsView(), FiguresView()
         views: list[View] = [self.methods, SweepView(), self.reports, self.figures]
         self.views = dict(zip(VIEWS, views, strict=True))
@@ -81,22 +81,28 @@ evaluate` and the other stages wrote.
     @work(exclusive=True, group="results")
     async def _read(self) -> None:
         """Read what the stages wrote, and show it."""
-        watch, before = self.workbench.project_watch, self.results
+        watch, is_first = self.workbench.project_watch, self.seen is None
         if watch.project:
-            self.results = await asyncio.to_thread(read_results, watch.project, before)
-        elif before.seen is None and watch.problem:
-            self.results = Results(watch.problem)
-        only_sweeps = self.results.evaluation == NOTHING and self.results.sweep != NO_SWEEP
-        if before.seen is None and only_sweeps and not self._chosen:
+            seen = await asyncio.to_thread(stamps, watch.project)
+            if seen != self.seen:
+                self.results = await asyncio.to_thread(read_results, watch.project)
+                self.seen = seen
+        elif is_first and watch.problem:
+            self.results = {**NOTHING, "methods": watch.problem}
+        is_evaluated = self.results["methods"] != NOTHING["methods"]
+        if is_first and self._has_sweep() and not is_evaluated:
             self.view = "sweep"
         self._show()
+
+    def _has_sweep(self) -> bool:
+        return bool(self.results["sweep"] != NOTHING["sweep"])
 
     # Views
 
     def action_view(self, view: str) -> None:
         """Show a view; the figures from a report begin with its own."""
         page = self.reports.table.pointed if self.view == "report" else None
-        self._chosen, self.view = True, view
+        self.view = view
         if view == "figures" and page:
             self.figures.point(page.folder)
 
@@ -107,7 +113,7 @@ evaluate` and the other stages wrote.
 
     def _show(self) -> None:
         self.query_one("#views", Static).update(self._views_line())
-        self.views[self.view].fill(self.results)
+        self.views[self.view].fill(self.results[self.view])
         self.refresh_bindings()  # the bottom line leaves out what a border shows by now
 
     def _views_line(self) -> Content:
@@ -117,7 +123,7 @@ evaluate` and the other stages wrote.
             style = "reverse bold" if view == self.view else ""
             key = f"[{style or 'bold $accent'}] {KEYS[view]}[/]"
             text = f"[{style or 'not bold'}] {label} [/]"
-            if view != "sweep" or self.results.sweep != NO_SWEEP:
+            if view != "sweep" or self._has_sweep():
                 parts.append(f"[@click=\"screen.view('{view}')\"]{key}{text}[/]")
         return Content.from_markup(" ".join(parts))
 
@@ -148,21 +154,17 @@ evaluate` and the other stages wrote.
 
     def action_ask(self, what: str) -> None:
         row = self.views[self.view].table.pointed
-        if not isinstance(row, Method | Trial):
-            return
-        match what:
-            case "chat":
-                self._chat(row)
-            case "curve" if row.run:
-                self.workbench.go("curves", run=row.run)
-            case "curve":
-                self.warn(f"{row.name} was not trained, so it has no curve.")
-            case "ship":
-                self._ship(row)
-            case "numbers" if isinstance(row, Method):
-                self.app.push_screen(Reader(numbers_page(row), row.name))
-            case "evaluate":
-                self._evaluate(row)
+        if isinstance(row, Method | Trial):
+            getattr(self, f"_{what}")(row)
+
+    def _curve(self, row: Method | Trial) -> None:
+        if row.run:
+            self.workbench.go("curves", run=row.run)
+        else:
+            self.warn(f"{row.name} was not trained, so it has no curve.")
+
+    def _numbers(self, row: Method) -> None:
+        self.app.push_screen(Reader(numbers_page(row), row.name))
 
     def _chat(self, row: Method | Trial) -> None:
         if row.path.is_dir():

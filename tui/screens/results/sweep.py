@@ -1,7 +1,7 @@
 """The sweep: its adapters in a table, and their losses against each key that it varied."""
 
-from collections.abc import Iterable, Iterator
-from operator import attrgetter
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from textual import on
@@ -12,6 +12,7 @@ from textual.widget import Widget
 from pipeline.evaluation.comparison import MISSING
 from pipeline.files.text import natural_sort_key
 from pipeline.views.sweeps import Sweep, Trial, value_text
+from tui.panes.numbers import numbers
 from tui.panes.plot.plot import Plot
 from tui.panes.plot.series import Axis, Point
 from tui.panes.table import Column, Table
@@ -23,12 +24,9 @@ MAX_NAME = 28  # cells
 PLOT_WIDTH = 36  # cells of a plot, at least
 DIVERGENCE = "divergence"
 NOTHING = "There is nothing to draw: no adapter has a loss, or all have the same settings."
-FORMS = {"loss": "{:.4f}", DIVERGENCE: "{:.4f}", "kept": "{:.0%}", "trainable": "{:,}"}
 
 
 class SweepView(View):
-    FIELD = "sweep"
-
     def __init__(self) -> None:
         super().__init__(id="sweep-view")
         self.table = Table[Trial](key=lambda trial: trial.name)
@@ -41,7 +39,7 @@ class SweepView(View):
 
     def show_found(self) -> None:
         found, is_first = self.found, not self.table.rows
-        self.table.show(found.trials, list(columns(found)))
+        self.table.show(found.trials, columns(found))
         if is_first:
             self.table.point(next((trial.name for trial in found.trials if trial.best), ""))
         edge = f"best at the edge: {', '.join(found.edges)}" if found.edges else ""
@@ -59,35 +57,24 @@ class SweepView(View):
                 plot.show(*plotted(self.found, key, event.row), empty=NOTHING)
 
 
-def columns(sweep: Sweep) -> Iterator[Column[Trial]]:
+def columns(sweep: Sweep) -> list[Column[Trial]]:
     """The values of each adapter, its loss, its divergence from the base."""
-    yield Column("adapter", _name, lambda trial: natural_sort_key(trial.name))
-    yield from _numbers(sweep, "loss", DIVERGENCE)
-    yield from map(_key_column, sweep.keys)
-    yield from _numbers(sweep, "kept", "trainable")
-    yield Column("state", _state, lambda trial: trial.state)
+    found: list[Column[Trial]] = [
+        Column("adapter", _name, lambda trial: natural_sort_key(trial.name)),
+        numbers("loss", lambda trial: trial.loss, "{:.4f}".format),
+        numbers(DIVERGENCE, lambda trial: trial.divergence, "{:.4f}".format),
+        *(numbers(key, partial(_value, key), value_text) for key in sweep.keys),
+        numbers("kept", lambda trial: trial.kept, "{:.0%}".format, largest_first=True),
+        numbers("trained", lambda trial: trial.trainable, "{:,}".format),
+        Column("state", _state, lambda trial: trial.state),
+    ]
+    return [each for each in found if any(each.cell(t) != MISSING for t in sweep.trials)]
 
 
-def _numbers(sweep: Sweep, *names: str) -> Iterator[Column[Trial]]:
-    """Columns of what was measured of any adapter."""
-    for name in names:
-        get, form = attrgetter(name), FORMS[name].format
-
-        def cell(trial: Trial, get: Any = get, form: Any = form) -> str:
-            return MISSING if get(trial) is None else form(get(trial))
-
-        if any(get(trial) is not None for trial in sweep.trials):
-            title = "trained" if name == "trainable" else name
-            yield Column(title, cell, get, right=True, largest_first=name == "kept")
-
-
-def _key_column(key: str) -> Column[Trial]:
-    def order(trial: Trial) -> Any:
-        """Numbers by size, else texts; a column never mixes them, as a key has one type."""
-        value = trial.values.get(key)
-        return value if isinstance(value, int | float) else value_text(value)
-
-    return Column(key, lambda trial: value_text(trial.values.get(key)), order, right=True)
+def _value(key: str, trial: Trial) -> Any:
+    """A number, else a text; a column never mixes them, as a key has one type."""
+    value = trial.divergence if key == DIVERGENCE else trial.values.get(key)
+    return value if value is None or isinstance(value, int | float) else value_text(value)
 
 
 def _name(trial: Trial) -> Content:
@@ -103,30 +90,23 @@ def _state(trial: Trial) -> Content:
 
 def plotted(sweep: Sweep, key: str, pointed: Trial) -> tuple[list[Point], Axis, Axis]:
     """The points of a plot and its axes; better is to the right and upwards."""
-
-    def value(trial: Trial) -> Any:
-        return trial.divergence if key == DIVERGENCE else trial.values.get(key)
-
-    trials = [each for each in sweep.trials if None not in (each.loss, value(each))]
+    trials = [each for each in sweep.trials if None not in (each.loss, _value(key, each))]
     trials.sort(key=lambda trial: (trial is not pointed, not trial.best, not trial.front))
-    tried = [value(trial) for trial in trials]
+    tried = [_value(key, trial) for trial in trials]
+    names = sorted({value for value in tried if isinstance(value, str)})
     if key == DIVERGENCE:
         x = Axis("divergence from the base", log=None, falls=True)
-    elif all(isinstance(each, int | float) for each in tried):
-        x = Axis(key, log=None, marks=[(each, value_text(each)) for each in sorted(set(tried))])
-    else:
-        names = sorted(set(map(value_text, tried)))
+    elif names:
         x = Axis(key, (-0.5, len(names) - 0.5), marks=list(enumerate(names)))
-        tried = [names.index(value_text(each)) for each in tried]
+        tried = list(map(names.index, tried))
+    else:
+        x = Axis(key, log=None, marks=[(each, value_text(each)) for each in sorted(set(tried))])
     points = [_point(trial, at, trial is pointed) for trial, at in zip(trials, tried, strict=True)]
     return points, x, Axis("loss, less is better", log=None, falls=True)
 
 
 def _point(trial: Trial, x: float, pointed: bool) -> Point:
-    style = look_style(method_look("sweep"))
-    if trial.best:
-        style = f"bold {style}"
-    elif not (pointed or trial.front):
-        style = f"{style} dim"
+    style = "" if pointed or trial.front else " dim"
+    style = f"{look_style(method_look('sweep'))}{' bold' if trial.best else style}"
     sign, label = FRONT if trial.front else "●", trial.name if pointed else ""
     return Point(x, trial.loss or 0.0, sign, label, style, pointed)

@@ -1,6 +1,6 @@
 """What the four views of the screen have in common."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 from textual.containers import Horizontal
 from textual.content import Content
@@ -9,16 +9,14 @@ from textual.widget import Widget
 from tui.panes.pane import Pane
 from tui.panes.table import Table
 from tui.screens.results.about import PANES
-from tui.screens.results.reading import Results
 
 
 class View(Horizontal):
-    """A table of what `Results` has in one field, and what its cursor is on.
+    """A table of what was found, and what its cursor is on.
 
     It is filled when it is shown, so that a hidden one takes no time.
     """
 
-    FIELD: ClassVar[str]
     table: Table[Any]  # an attribute, as messages can arrive while the screen closes
     found: Any = ""  # what is shown; a text says why there is nothing
 
@@ -30,9 +28,8 @@ class View(Horizontal):
         """Show a pane's title with the facts."""
         self.query_one(f"#{name}", Pane).show_title(*facts, title=title)
 
-    def fill(self, results: Results) -> None:
-        """Show results, unless they are shown already."""
-        found = getattr(results, self.FIELD)
+    def fill(self, found: Any) -> None:
+        """Show what was found, unless it is shown already."""
         if found is self.found:
             return
         self.found, is_empty = found, isinstance(found, str)

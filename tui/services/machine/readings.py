@@ -6,12 +6,13 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.files.cgroup import cpu_quota, cpu_seconds
 from pipeline.files.memory import read_memory
-from pipeline.project.process import AUTO, asked, is_valid
+from pipeline.project.process import AUTO, asked
 from tui.services.machine.nvml import Gpu, GpuReading, Gpus
 
 if TYPE_CHECKING:
@@ -59,8 +60,12 @@ class Machine:
         self.gpu_problem = ""  # why no GPU can be read, or one of them
         self._processes = processes
         self.samples: tuple[Sample, ...] = ()  # the oldest first
-        self._host: _Host | None = None
-        self._gpus: Gpus | None = None
+        self._gpus: Gpus | None = None  # until the first reading
+        self._quota: tuple[float, Path] | None = None  # of a container: cores, and its folder
+        self._before = (0.0, 0.0)  # time, and CPU seconds of the container, when it was read
+        self._followed: Mapping[str, int] = {}
+        self._trees: dict[str, list[Process]] = {}  # label → the process and its children
+        self._count = 0  # readings
         self._ended = Event()
 
     def start(self) -> None:
@@ -90,11 +95,10 @@ class Machine:
         """Which of the GPUs train, as --device, LORA_DEVICE or the params file say; without them
         all.
         """
-        name = asked().name
-        if is_valid(name) and name.startswith("cuda:"):
-            index = int(name[5:])
-            return slice(index, index + 1)
-        return slice(0, None if name in (AUTO, "cuda") else 0)
+        kind, _, index = asked().name.partition(":")
+        if kind == "cuda" and index.isdecimal():
+            return slice(int(index), int(index) + 1)
+        return slice(0, None if kind in (AUTO, "cuda") else 0)
 
     def summary(self) -> str:
         """Used of total memory of the device that trains, as H100 12/80 GiB; "" while nothing was
@@ -122,84 +126,70 @@ class Machine:
                 self.problem = f"The machine cannot be read: {error}."
 
     def _read(self) -> None:
-        if not self._host or not self._gpus:
-            self._gpus, self._host = Gpus(), _Host()
+        import psutil  # 20 ms
+
+        if not self._gpus:
+            self._quota = cpu_quota()
+            self.cores = float(psutil.cpu_count() or 1)
+            if self._quota:
+                self.cores = min(self._quota[0], self.cores)
+            self._cpu()  # begins the interval of the first reading
+            self._gpus = Gpus()
             self.gpus, self.gpu_problem = self._gpus.devices, self._gpus.problem
-            self.cores = self._host.cores
-            self.memory, self.limited = self._host.memory.total, self._host.memory.limited
             return
         gpus, followed = self._gpus.read(), self._processes()
         self.gpu_problem = self._gpus.problem
-        on_gpus = self._gpus.memory_by_process()
-        cpu, used = self._host.cpu(), self._host.used()
-        processes = self._host.processes(followed, on_gpus)
-        sample = Sample(time.time(), cpu, used, gpus, processes)
+        if followed != self._followed or self._count % CHILDREN_EVERY == 0:
+            self._follow(followed)
+        self._count += 1
+        memory = read_memory()
+        self.memory, self.limited = memory.total, memory.limited
+        cpu, processes = self._cpu(), self._read_processes()
+        sample = Sample(time.time(), cpu, memory.used, gpus, processes)
         self.samples = (*self.samples[1 - KEPT :], sample)
 
+    def _cpu(self) -> float:
+        """The share of all cores since the last call, within the limit of a container."""
+        import psutil
 
-class _Host:
-    """CPU and memory by psutil, within the limits of a container."""
-
-    def __init__(self) -> None:
-        import psutil  # 20 ms
-
-        self._psutil = psutil
-        self.memory = read_memory()
-        self._quota = cpu_quota()
-        self.cores = float(psutil.cpu_count() or 1)
-        if self._quota:
-            self.cores = min(self._quota[0], self.cores)
-        # time, and CPU seconds of the control group, at the last call of `cpu`
-        self._before = (0.0, 0.0)
-        self._followed: Mapping[str, int] = {}
-        self._trees: dict[str, list[Process]] = {}  # label → the process and its children
-        self._count = 0
-        self.cpu()  # begins the interval of the first reading
-
-    def cpu(self) -> float:
-        """The share of all cores since the last call."""
         if self._quota is None:
-            return float(self._psutil.cpu_percent(None)) / 100
-        now, before = (time.monotonic(), cpu_seconds(self._quota[1])), self._before
-        self._before = now
-        return min((now[1] - before[1]) / (now[0] - before[0]) / self.cores, 1.0)
+            return float(psutil.cpu_percent(None)) / 100
+        before, self._before = self._before, (time.monotonic(), cpu_seconds(self._quota[1]))
+        seconds, used = (now - then for now, then in zip(self._before, before, strict=True))
+        return min(used / seconds / self.cores, 1.0)
 
-    def used(self) -> int:
-        return read_memory().used
+    def _follow(self, processes: Mapping[str, int]) -> None:
+        """List the processes and their children. Known ones keep their object, which has the CPU
+        time at its last call.
+        """
+        import psutil
 
-    def processes(
-        self, followed: Mapping[str, int], on_gpus: Mapping[int, int]
-    ) -> dict[str, ProcessReading]:
+        known = {process: process for tree in self._trees.values() for process in tree}
+        self._followed, self._trees = processes, {}
+        for label, pid in processes.items():
+            with suppress(psutil.Error):
+                tree = [psutil.Process(pid)]
+                if pid != os.getpid():  # its children are the pipeline and the engine
+                    tree += tree[0].children(recursive=True)
+                self._trees[label] = [known.get(process, process) for process in tree]
+
+    def _read_processes(self) -> dict[str, ProcessReading]:
         """A reading of each process that is still there."""
-        if followed != self._followed or self._count % CHILDREN_EVERY == 0:
-            self._followed = followed
-            self._find(followed)
-        self._count += 1
+        import psutil
+
+        on_gpus = self._gpus.memory_by_process() if self._gpus else {}
         readings = {}
         for label, tree in self._trees.items():
-            known = list[ProcessReading]()
+            known = list[tuple[float, int, int]]()
             for process in tree:
                 # it may be gone, or another user's
-                with suppress(self._psutil.Error), process.oneshot():
+                with suppress(psutil.Error), process.oneshot():
                     cpu, memory = process.cpu_percent(None) / 100, process.memory_info().rss
-                    known.append(ProcessReading(cpu, memory, on_gpus.get(process.pid, 0)))
+                    known.append((cpu, memory, on_gpus.get(process.pid, 0)))
             if known:
                 cpu, memory, gpu_memory = map(sum, zip(*known, strict=True))
                 readings[label] = ProcessReading(cpu, memory, gpu_memory if on_gpus else None)
         return readings
-
-    def _find(self, followed: Mapping[str, int]) -> None:
-        """List the processes and their children. Known ones keep their object, which has the CPU
-        time at its last call.
-        """
-        known = {process: process for tree in self._trees.values() for process in tree}
-        self._trees = {}
-        for label, pid in followed.items():
-            with suppress(self._psutil.Error):
-                tree = [self._psutil.Process(pid)]
-                if pid != os.getpid():  # its children are the pipeline and the engine
-                    tree += tree[0].children(recursive=True)
-                self._trees[label] = [known.get(process, process) for process in tree]
 
 
 def _gib(size: int) -> str:

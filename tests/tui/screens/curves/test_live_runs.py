@@ -60,7 +60,8 @@ async def test_of_a_run_that_is_resumed_and_has_not_begun_no_end_is_foretold(emp
 async def test_chosen_steps_stay_while_the_run_goes_on(empty: Path) -> None:
     folder = write_run(empty, "finetune_lora", 20, "running")
     async with open_curves(empty) as (pilot, screen):
-        await pilot.press("equals_sign")
+        screen.set_focus(screen.plots.chart)
+        await pilot.press("up")
         await until(pilot, lambda: window(screen).x is not None)
         before = ranges(screen)[0]
         with (folder / "loss.csv").open("a", encoding="utf-8") as file:

@@ -36,16 +36,18 @@ from tests.helpers.run_folders import (
     write_samples,
     write_sweep,
 )
-from tui.screens.curves.lines import Drawn
+from tui.panes.plot.series import Line
 from tui.screens.curves.screen import CurvesScreen
 
 FOUR = {"rank-1": 6.0, "rank-2": 5.0, "rank-4": 3.0, "rank-8": 4.0}  # the third is the best
 SIGN = "★"
 
 
-def drawn(screen: CurvesScreen) -> dict[str, Drawn]:
-    """Adapter or stage → what is drawn of it, in drawing order."""
-    return {line.curve.name or line.curve.view.run.stage: line for line in screen.plots.lines}
+def drawn(screen: CurvesScreen) -> dict[str, Line]:
+    """Adapter or stage → what is drawn of it, in drawing order; a quiet line has no label."""
+    names = [curve.name or curve.view.run.stage for curve in screen.plots.curves]
+    lines = [line for line in screen.plots.chart.shown if isinstance(line, Line)]
+    return dict(zip(names, lines, strict=True))
 
 
 async def open_sweep(pilot: Any, screen: CurvesScreen) -> None:
@@ -73,7 +75,7 @@ async def test_its_best_curve_is_on_top_and_the_others_are_quiet(empty: Path) ->
         assert (
             set(list(result)[:3]) == {"rank-1", "rank-2", "rank-8"} and list(result)[-1] == "rank-4"
         )
-        assert [name for name, line in result.items() if line.quiet] == [
+        assert [name for name, line in result.items() if not line.label] == [
             "rank-1",
             "rank-2",
             "rank-8",
@@ -128,11 +130,11 @@ async def test_the_adapter_under_the_cursor_is_on_top(empty: Path) -> None:
         await point_to(pilot, screen, "rank-2")
         await until(pilot, lambda: list(drawn(screen))[-1] == "rank-2")
         line = drawn(screen)["rank-2"]
-        assert (line.pointed, line.quiet) == (True, False)
+        assert line.bold and line.label
         assert "sweep rank-2" in chart_text(screen) and "sweep rank-4" in chart_text(screen)
         assert "rank-2" in details_text(screen).splitlines()[0]
         await point_to(pilot, screen, "sweep")
-        await until(pilot, lambda: drawn(screen)["rank-2"].quiet)
+        await until(pilot, lambda: not drawn(screen)["rank-2"].label)
 
 
 @pytest.mark.slow
@@ -160,7 +162,7 @@ async def test_a_diverged_adapter_is_named_and_does_not_affect_the_axis(empty: P
             screen
         ) and "1 stopped early: rank-2" in details_text(screen)
         result = drawn(screen)
-        ends = [result[name].columns("loss", (1, 300), 100)[-1].x for name in outcomes]
+        ends = [result[name].points[-1][0] for name in outcomes]
         assert [end <= last for end, (_, last) in zip(ends, outcomes.values(), strict=True)] == [
             True,
             True,
@@ -214,7 +216,7 @@ async def test_its_curves_move_while_it_runs_and_one_that_diverges_is_reported_i
             await until(pilot, lambda: "1 diverged: rank-1" in details_text(screen))
             assert "40 of 300" in details_text(screen)
             await until(pilot, lambda: "3 × 32 tokens/s" in details_text(screen))
-            assert drawn(screen)["rank-1"].columns("loss", (1, 40), 100)[-1].x == 20
+            assert drawn(screen)["rank-1"].points[-1][0] == 20
 
 
 async def test_an_adapter_whose_log_begins_later_joins_the_others(empty: Path) -> None:

@@ -55,7 +55,7 @@ async def read_to_the_end(pilot: Pilot[Any]) -> DataScreen:
     screen = pilot.app.screen
     assert isinstance(screen, DataScreen)
     await until(pilot, lambda: screen.row.row and screen.row.row["event"] == "done")
-    await until(pilot, lambda: screen.report.answer)
+    await until(pilot, lambda: str(screen.report.problems.nothing) == "✓ none")
     return screen
 
 

@@ -4,7 +4,6 @@ import math
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,53 +11,19 @@ from typing import Any
 import pytest
 
 from pipeline.calc.settings import CONTEXT
+from pipeline.files.memory import Memory
 from pipeline.project.logs.run_state import Journal
 from pipeline.views.stage_logs import Prediction, read_prediction
 from tests.helpers.pilot import screen_text, until
 from tests.helpers.run_folders import hold, write_run, write_sweep
 from tui.app import Workbench
-from tui.panes.plot.drawing import draw
-from tui.panes.plot.series import Axis, Bars, Rule
-from tui.screens.monitor.screen import Chart, MonitorScreen
-from tui.screens.monitor.series import Series, bars, columns, machine_series
+from tui.panes.plot.plot import Plot
+from tui.screens.monitor.charts import charts
+from tui.screens.monitor.screen import MonitorScreen
 from tui.services.machine.nvml import Gpu, GpuReading
 from tui.services.machine.readings import Machine, ProcessReading, Sample
 
 GIB = 2**30
-
-
-# --- columns and charts ---
-
-
-def test_a_column_is_the_highest_value_of_its_time() -> None:
-    values = [(90.0, 9.0), (101.0, 1.0), (104.0, 5.0), (105.5, 2.0), (119.0, 3.0)]
-    tops = columns(values, end=120, seconds=20, width=4)
-    assert tops[:3] == [5.0, 2.0, 2.0], "a hole of one column holds the value before"
-    assert tops[3] == 3.0
-    assert columns([], end=120, seconds=20, width=4) == [None] * 4
-
-
-def test_readings_a_second_apart_leave_no_holes_where_columns_are_shorter() -> None:
-    values = [(float(second), 1.0) for second in range(60, 121)]
-    tops = columns(values, end=120, seconds=60, width=150)
-    assert None not in tops[2:]
-    tops = columns(values[:20] + values[-20:], end=120, seconds=60, width=150)
-    assert None in tops, "a pause is one"
-
-
-def test_a_chart_is_coloured_by_load_and_marks_the_level_where_it_is_above() -> None:
-    values = [(float(second), share) for second, share in enumerate((0.2, 0.6, 1.0))]
-    chart = Series("memory", values, 1.0, ("1 GiB", "of 4"), 0.5)
-    drawn: list[Bars | Rule] = [Bars(partial(bars, chart, 3.0, 3.0)), Rule(y=0.5, style="$accent")]
-    rows = draw(drawn, 12, 4, Axis(shown=False), Axis(range=(0, 1), shown=False)).rows
-    styles = {str(span.style) for row in rows for span in row.spans}
-    assert {"$success", "$warning", "$error", "$accent"} <= styles
-    assert [row.plain for row in rows] == [
-        "        ████",
-        "╌╌╌╌▃▃▃▃████",
-        "    ████████",
-        "▆▆▆▆████████",
-    ]
 
 
 # --- prediction ---
@@ -106,21 +71,27 @@ def test_the_predicted_level_lies_in_the_memory_that_it_is_about() -> None:
     machine = Machine()
     machine.memory, machine.cores = 24 * GIB, 8.0
     on_cpu = Prediction(2 * GIB, 2 * GIB, 3 * GIB, "cpu")
-    series = machine_series(machine, samples_of(100.0, finetune_lora=GIB), "finetune_lora", on_cpu)
-    assert [(s.label, s.level) for s in series] == [
-        ("cpu", 0.0),
-        ("memory", 0.0),
+    drawn = charts(machine, samples_of(100.0, finetune_lora=GIB), "finetune_lora", on_cpu)
+    assert [(chart.name, chart.level) for chart in drawn] == [
+        ("cpu", 0),
+        ("memory", 0),
         ("finetune_lora", 3 * GIB),
     ]
-    assert series[1].facts[:2] == ("6.00 GiB", "of 24.00, 25%")
+    assert drawn[1].head.value == "6.00 GiB of 24.00 GiB, 25%"
     machine.gpus = [Gpu("H100", 80 * GIB)]
     on_gpu = Prediction(10 * GIB, 0, 0, "cuda")
     samples = samples_of(100.0, gpus=[GpuReading(0.9, 12 * GIB, 61, 412.0)])
-    series = machine_series(machine, samples, "", on_gpu)
-    assert [s.label for s in series] == ["cpu", "memory", "GPU 0 H100", "  memory"]
-    assert (series[2].facts, series[3].level) == (("90%", "61 °C  412 W"), 10 * GIB + CONTEXT)
-    lost = machine_series(machine, samples_of(100.0, gpus=[GpuReading()]), "", None)
-    assert (lost[2].facts, lost[3].facts[0]) == (("–", ""), "–")
+    drawn = charts(machine, samples, "", on_gpu)
+    assert [(chart.name, chart.style) for chart in drawn] == [
+        ("cpu", "$success"),
+        ("memory", "$success"),
+        ("GPU 0 H100", "$error"),
+        ("  memory", "$success"),
+    ]
+    assert drawn[2].head.value == "90%  61 °C  412 W"
+    assert drawn[3].head.value == "12.00 GiB of 80.00 GiB, 15%  ╌ 10.50 GiB predicted"
+    lost = charts(machine, samples_of(100.0, gpus=[GpuReading()]), "", None)
+    assert (lost[2].fact, lost[3].fact) == ("–", "– of 80.00 GiB")
 
 
 # --- the screen ---
@@ -145,11 +116,10 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def text_of(screen: MonitorScreen) -> str:
-    charts = [chart for chart in screen.query(Chart) if chart.display]
-    parts = [str(part.content) for chart in charts for part in (chart.label, chart.facts)]
-    plots = [chart.plot.plain for chart in charts]
-    notes = str(screen.problem.content), str(screen.note.content)
-    return "\n".join([*parts, *plots, *screen.processes.texts(), *notes])
+    plots = [plot.plain for plot in screen.query(Plot) if plot.display]
+    title = screen.query_one("#processes").border_title
+    notes = str(screen.problem.content), str(title)
+    return "\n".join([*plots, *screen.processes.texts(), *notes])
 
 
 async def test_this_machine_is_shown_and_no_gpu_is_one_line(
@@ -184,7 +154,7 @@ async def test_the_running_stage_is_followed_with_its_prediction(empty: Path) ->
             await until(pilot, lambda: "of tensors predicted" in text_of(screen))
             text = text_of(screen)
             assert "▶ finetune_lora" in text and "╌" in text
-            assert "1.94 MiB of tensors predicted at the peak of a step, 1.94 MiB measured" in text
+            assert "1.94 MiB of tensors predicted at the peak, 1.94 MiB measured" in text
 
 
 async def test_a_longer_time_is_shown_by_a_key(empty: Path) -> None:
@@ -201,10 +171,10 @@ async def test_a_longer_time_is_shown_by_a_key(empty: Path) -> None:
 async def test_what_cannot_be_read_is_one_sentence(
     empty: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(_: object) -> float:
+    def broken() -> Memory:
         raise OSError("no /proc")
 
-    monkeypatch.setattr("tui.services.machine.readings._Host.cpu", broken)
+    monkeypatch.setattr("tui.services.machine.readings.read_memory", broken)
     async with monitor(empty) as (pilot, screen):
         await until(pilot, lambda: "The machine cannot be read: no /proc." in text_of(screen))
         assert pilot.app.is_running
@@ -229,7 +199,7 @@ async def test_any_size_is_drawn(empty: Path, size: tuple[int, int]) -> None:
     async with monitor(empty, size) as (pilot, screen):
         await until(pilot, lambda: bool(pilot.app.machine.samples))
         await pilot.press("t", "f10")
-        await until(pilot, lambda: any(chart.size for chart in screen.query(Chart)))
+        await until(pilot, lambda: any(plot.size for plot in screen.query(Plot)))
         assert all(len(line) <= size[0] for line in screen_text(pilot.app).splitlines())
 
 
@@ -262,9 +232,7 @@ def test_picture(
     monkeypatch.setattr("tui.screens.monitor.screen.time", SimpleNamespace(time=lambda: NOW))
     prediction = Prediction(15 * GIB, 0, 0, "cuda")
     monkeypatch.setattr(MonitorScreen, "stage", "finetune_lora")
-    monkeypatch.setattr(
-        MonitorScreen, "_read_prediction", lambda self, _: setattr(self, "prediction", prediction)
-    )
+    monkeypatch.setattr(MonitorScreen, "prediction", prediction)
     app = Workbench(empty / "params.yaml")
     app.first_screen = "monitor"
 

@@ -95,7 +95,7 @@ async def results(
     async with app.run_test(size=size) as pilot:
         await pilot.press("3")
         session = Session(pilot, asked)
-        await until(pilot, lambda: not read or session.screen.results.seen is not None)
+        await until(pilot, lambda: not read or session.screen.seen is not None)
         yield session
 
 

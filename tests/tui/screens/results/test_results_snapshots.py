@@ -94,7 +94,7 @@ def shown(*keys: str) -> Any:
         await pilot.pause()
         screen = pilot.app.screen
         assert isinstance(screen, ResultsScreen)
-        await until(pilot, lambda: screen.results.seen is not None)
+        await until(pilot, lambda: screen.seen is not None)
         await pilot.press(*keys)
         await pilot.pause()
 
