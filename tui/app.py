@@ -286,8 +286,10 @@ class Workbench(App[None]):
         """Update the top line of the screen that is shown; it is drawn only if it changed."""
         watch = self.project_watch
         states, is_started = [*watch.states.values()], watch.pipeline is not None
+        run = watch.running.run if watch.running else None
+        is_stopping = run is not None and self.runner.is_stopping(run.pid)
         for header in self.base_screen.query(Header):
-            header.state = describe_state(states, is_started, watch.problem)
+            header.state = describe_state(states, is_started, watch.problem, is_stopping)
             header.facts = (watch.branch, self.machine.summary(), self.folder_label)
 
     async def on_event(self, event: Event) -> None:

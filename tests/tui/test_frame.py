@@ -312,6 +312,8 @@ def test_the_header_says_what_runs_else_what_failed_else_what_is_left() -> None:
     running = state("finetune_lora", "running", done=64, total=100)
     long, short, _ = describe_state([done, running], True, "x")
     assert long.startswith("▶ finetune_lora 64% ") and short == "▶ lora 64%"
+    long, short, _ = describe_state([done, running], True, "", True)
+    assert long.startswith("▶ stopping finetune_lora 64% ") and short == "▶ stopping lora 64%"
     assert describe_state([done], True, "")[0] == "▶ starting"
     assert describe_state([done, lost], False, "") == (
         "✗ finetune_lora",

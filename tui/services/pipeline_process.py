@@ -44,6 +44,7 @@ class Runner:
         self.root = root
         self._child: subprocess.Popen[bytes] | None = None
         self._stops = 0
+        self._stopped = set[int]()  # process groups that were told to stop
 
     @property
     def log(self) -> Path:
@@ -134,11 +135,18 @@ class Runner:
             raise UserError("Nothing is running.")
         number = STOPS[min(self._stops, 2)]
         self._stops += 1
+        self._stopped.update(groups)
         for group in groups:
             _send_signal(group, number)
         if number == signal.SIGKILL:
             return "Killed. The last checkpoint is kept."
         return "Stopping. A training ends with a checkpoint. Press again if it does not stop."
+
+    def is_stopping(self, pid: int) -> bool:
+        """Whether a process was told to stop, which ends a step first, or an evaluation."""
+        with suppress(ProcessLookupError):
+            return os.getpgid(pid) in self._stopped
+        return False
 
     def groups(self) -> list[int]:
         """The process groups that run stages of this project, no matter who started them."""

@@ -66,14 +66,17 @@ def screens_line(current: str, kind: str) -> Content:
     return Content.styled(NAME, "bold $accent") + gap.join(parts)
 
 
-def describe_state(states: Sequence[StageState], started: bool, problem: str) -> State:
+def describe_state(
+    states: Sequence[StageState], started: bool, problem: str, stopping: bool = False
+) -> State:
     """What runs, else what went wrong, else what is left to do; and its colour."""
     running = next((state for state in reversed(states) if state.state == "running"), None)
     if running:
         name, run, style = running.stage.name, running.run, "bold $accent"
         share = f" {run.done / run.total:.0%}" if run and run.total else ""
         clock = f" {duration(time.time() - run.started)}" if run else ""
-        return f"▶ {name}{share}{clock}", f"▶ {running.stage.method}{share}", style
+        verb = "▶ stopping" if stopping else "▶"
+        return f"{verb} {name}{share}{clock}", f"{verb} {running.stage.method}{share}", style
     if started:
         return "▶ starting", "▶", "bold $accent"
     if problem:

@@ -288,10 +288,10 @@ def test_an_interval_with_an_end_that_has_no_place_is_drawn_as_far_as_it_goes(en
 # Bars and rules
 
 
-def test_bars_are_from_zero_and_what_is_not_known_is_a_dot() -> None:
-    bars = Bars(lambda _: [(0.5, ""), (None, ""), (nan, ""), (1.0, ""), (0.0, ""), (0.01, "")])
+def test_bars_are_from_zero_and_the_least_is_seen() -> None:
+    bars = Bars(lambda _: [(0.5, ""), (1.0, ""), (0.0, ""), (0.01, "")])
     axis = Axis(range=(0, 1), shown=False)
-    assert drawn([bars], 8, 2, axis, axis) == ["     █  ", "  █· █ ▁"]
+    assert drawn([bars], 8, 2, axis, axis) == ["     █  ", "    ██ ▁"]
     many = Bars(lambda width: [(1.0, "")] * (width + 3))
     assert drawn([many], 8, 1, axis, axis) == ["████████"]
 

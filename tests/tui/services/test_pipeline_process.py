@@ -62,9 +62,10 @@ def test_a_second_stop_ends_a_process_that_ignores_the_interrupt(folder: Path) -
     runner.start([STUBBORN])
     wait_for(lambda: runner.log.read_text().strip())
     child = int(runner.log.read_text())
+    assert not runner.is_stopping(child)
     runner.stop()
     time.sleep(0.2)
-    assert not gone(child)
+    assert not gone(child) and runner.is_stopping(child)
     runner.stop()
     wait_for(lambda: gone(child))
 

@@ -15,7 +15,7 @@ from tui.panes.plot.raster import braille
 from tui.panes.plot.series import XY, Axis, Bars, Line, Point, Rule, Scale, Series
 from tui.widgets.cells import pad_or_truncate
 
-EVALUATED, FLAT, GRID, LEVEL, RULE, MARK, UNKNOWN = "×", "»", "┈", "╌", "│", "▲", "·"
+EVALUATED, FLAT, GRID, LEVEL, RULE, MARK = "×", "»", "┈", "╌", "│", "▲"
 EIGHTHS = " ▁▂▃▄▅▆▇█"
 ROWS_PER_TICK, CELLS_PER_TICK = 3, 10  # at least between two ticks
 # of the width, for the labels at line ends; cells, or there are none
@@ -128,7 +128,7 @@ def _values(lines: Iterable[Line], points: Iterable[Point]) -> list[XY]:
 def _tops(bars: Iterable[Bars], width: int) -> Iterator[float]:
     for each in bars:
         yield 0.0
-        yield from (value for value, _ in each.columns(width) if value is not None)
+        yield from (value for value, _ in each.columns(width))
 
 
 def _ends(lines: Iterable[Line], x: Scale) -> list[tuple[XY, Line]]:
@@ -221,10 +221,8 @@ class _Area:
         width, height = self.canvas.width, self.canvas.height
         columns = bars.columns(width)[-width:]
         for x, (value, style) in enumerate(columns, width - len(columns)):
-            share, eighths = self.y.share(value or nan), 0
-            if value is None:
-                self.canvas.put(x, height - 1, UNKNOWN, FAINT)
-            if not isnan(share):
+            share, eighths = self.y.share(value), 0
+            if value:
                 eighths = max(round(min(max(share, 0.0), 1.0) * 8 * height), 1)
             for row in range(ceil(eighths / 8)):
                 part = EIGHTHS[min(eighths - 8 * row, 8)]

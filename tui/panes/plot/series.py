@@ -133,11 +133,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Bars:
-    """For so many columns of cells a value from 0 and its style each; None, which is a dot, where
-    it is not known.
-    """
+    """For so many columns of cells a value from 0 and its style each."""
 
-    columns: Callable[[int], Sequence[tuple[float | None, str]]]
+    columns: Callable[[int], Sequence[tuple[float, str]]]
 
 
 @dataclass(frozen=True)

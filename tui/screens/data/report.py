@@ -92,7 +92,7 @@ def histogram(lengths: Lengths, file: DataFile) -> tuple[list[Series], Axis, Axi
     limit, longest = file.max_length or file.window, lengths[-1][0]
     longest = max(longest, min(limit, 2 * longest))
 
-    def columns(width: int) -> list[tuple[float | None, str]]:
+    def columns(width: int) -> list[tuple[float, str]]:
         counts = length_counts(lengths, longest, file.max_length, width)
         return [(count, "$error" if cut else "$accent") for count, cut in counts]
 
