@@ -151,9 +151,9 @@ async def test_the_running_stage_is_followed_with_its_prediction(empty: Path) ->
     (folder / "run.json").write_text(journal, encoding="utf-8")
     with hold(folder):
         async with monitor(empty) as (pilot, screen):
-            await until(pilot, lambda: "of tensors predicted" in text_of(screen))
+            await until(pilot, lambda: "▶ finetune_lora" in text_of(screen))
+            await until(pilot, lambda: "╌" in text_of(screen))
             text = text_of(screen)
-            assert "▶ finetune_lora" in text and "╌" in text
             assert "1.94 MiB of tensors predicted at the peak, 1.94 MiB measured" in text
 
 
