@@ -109,7 +109,7 @@ recordings: install-dev ## the short recordings of the tutorials, from the real 
 # Chats of people, as a package of PyPI (MIT, 8 MB).
 CHATS := $(DOWNLOADS)/chitchat_dataset-0.9.0-py3-none-any.whl
 
-demo: install-dev $(SMOLLM2) $(CHATS)  ## the finished projects that `lora-tui --demo` opens, made and packed into the program; 20 minutes of CPU time
+demo: install-dev $(SMOLLM2) $(CHATS)  ## the finished projects that `lora-tui --demo` opens, made and packed into the program; 40 minutes of CPU time
 	@DOWNLOADS=$(DOWNLOADS) python -m docs.demo
 
 $(CHATS): | $(VENV)/.installed-dev
