@@ -197,8 +197,8 @@ def _title(answer: Answer, branches: str, style: str) -> Content:
     facts = []
     if answer.tokens or answer.state == State.END:
         facts.append(f"{answer.tokens:,} token{'s' * (answer.tokens != 1)}")
-    if answer.tokens_per_second:
-        facts.append(f"{answer.tokens_per_second:,.0f} tokens/s")
+    if pace := answer.tokens_per_second:
+        facts.append(f"{pace:,.0f} tokens/s" if pace >= 10 else f"{pace:.1f} tokens/s")
     if state := STATES.get(answer.state, f"◌ {answer.state}"):
         facts.append(state)
     parts = name, Content.styled(" · ".join(facts), MUTED), Content.styled(branches, "$text-accent")

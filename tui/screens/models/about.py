@@ -21,6 +21,7 @@ before the name are those of the method's curve.
 
 Sorted, all models are in one list, whatever folder they are in.""",
     [
+        Binding("c", "screen.chat", "chat", id="models.chat"),
         Binding("s", "sort", "sort", id="table.sort"),
         Binding("E", "screen.evaluate", "evaluate", id="models.evaluate"),
         Binding("x", "screen.ship", "ship", id="models.ship"),

@@ -65,7 +65,6 @@ the models read no message before it. `E` evaluates adapters that the pipeline d
 sweep's."""
     AUTO_FOCUS = "#models Table"
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("c", "chat", "chat", id="models.chat"),
         Binding("y", "copy", "copy the answer", id="models.copy"),
         Binding("v", "verify", "check all files again", id="models.verify", show=False),
     ]
