@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,11 @@ class Folder:
 
     label: str
     entries: tuple[Entry, ...]
+
+    @cached_property  # of thousands, and the line is drawn again and again while they are checked
+    def shares(self) -> Sequence[float]:
+        """What those keep that were evaluated."""
+        return [share for share in map(kept, self.entries) if share is not None]
 
 
 Line = Entry | Folder
@@ -127,12 +133,11 @@ class ModelList(Table[Line]):
 
 
 def folder_cell(folder: Folder, title: str) -> Content | str:
-    unknown = [entry for entry in folder.entries if kept(entry) is None]
-    if title == LEARNED and unknown:
-        return f"{len(unknown)} unmeasured"
-    shares = [share for share in map(kept, folder.entries) if share is not None]
-    if title == KEPT and shares:
-        return share_cell(max(shares), BAR)
+    unmeasured = len(folder.entries) - len(folder.shares)
+    if title == LEARNED and unmeasured:
+        return f"{unmeasured} unmeasured"
+    if title == KEPT and folder.shares:
+        return share_cell(max(folder.shares), BAR)
     return ""
 
 

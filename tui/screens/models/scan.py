@@ -22,17 +22,21 @@ def start_scan(
     stop = threading.Event()
 
     def scan() -> None:
-        entries = {entry.model.path: entry for entry in library.scan()}
+        entries = dict[Path, Entry]()
+        for entry in library.scan():
+            if stop.is_set():  # another scan began meanwhile: two take twice as long
+                return
+            entries[entry.model.path] = entry
         checked, since = library.check_all([*entries.values()], seen), 0.0
         while not stop.is_set():
             if monotonic() - since > BATCH:
                 found([*entries.values()])
                 since = monotonic()
-            entry = next(checked, None)
-            if entry is None:
+            judged = next(checked, None)
+            if judged is None:
                 found([*entries.values()])
                 return
-            entries[entry.model.path] = entry
+            entries[judged.model.path] = judged
 
     # A daemon, not a worker of Textual's: quitting must not wait until gigabytes are hashed.
     threading.Thread(target=scan, daemon=True).start()
