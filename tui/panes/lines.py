@@ -156,12 +156,12 @@ class Lines(ScrollView, can_focus=True):
         x, width = self.scroll_offset.x, max(self.size.width, self.virtual_size.width)
         content, name = self._looks[y] = self._look(y)
         style: Style = self.get_visual_style(name) if name else self.visual_style
-        if not content:
+        number = self._line_at(y)
+        if number >= self.line_count:
             return Strip.blank(self.size.width, style.rich_style)
-        strip, *_ = Visual.to_strips(
-            self, content, width, 1, style, apply_selection=False, pad=True
-        )
-        return strip.apply_offsets(0, self._line_at(y)).crop(x, x + self.size.width)
+        strips = Visual.to_strips(self, content, width, 1, style, apply_selection=False, pad=True)
+        strip = strips[0] if strips else Strip.blank(width, style.rich_style)
+        return strip.apply_offsets(0, number).crop(x, x + self.size.width)
 
     def _line_at(self, y: int) -> int:
         """The line in a row of the widget, which there may not be."""
