@@ -221,8 +221,8 @@ class _Area:
         width, height = self.canvas.width, self.canvas.height
         columns = bars.columns(width)[-width:]
         for x, (value, style) in enumerate(columns, width - len(columns)):
-            share, eighths = self.y.share(value), 0
-            if value:
+            share, eighths = self.y.share(value or nan), 0
+            if not isnan(share):
                 eighths = max(round(min(max(share, 0.0), 1.0) * 8 * height), 1)
             for row in range(ceil(eighths / 8)):
                 part = EIGHTHS[min(eighths - 8 * row, 8)]
