@@ -70,10 +70,12 @@ class LoraCommand:
 
 async def _lines(stream: StreamReader, on_note: Callable[[str], object]) -> str:
     lines = []
-    with suppress(ValueError):  # a line without an end
+    try:
         async for line in stream:
             lines.append(line.decode(errors="replace").rstrip())
             on_note(lines[-1])
+    except ValueError:  # a line without an end
+        await stream.read()  # else the command would wait for a reader
     return "\n".join(lines)
 
 

@@ -37,6 +37,14 @@ async def test_how_it_fails_is_one_message(tmp_path: Path, code: str, message: s
     assert str(raised.value).startswith(message)
 
 
+async def test_a_line_without_an_end_holds_nothing_up(tmp_path: Path) -> None:
+    code = (
+        "import sys; print('one', file=sys.stderr); print('x' * 2**23, file=sys.stderr); print(1)"
+    )
+    async with asyncio.timeout(20):
+        assert await python(code, tmp_path).run("new") == ("1", "one")
+
+
 async def test_a_command_that_is_not_waited_for_any_more_ends(tmp_path: Path) -> None:
     code = "import os, time; print(os.getpid(), file=open('pid', 'w'), flush=True); time.sleep(60)"
     task = asyncio.create_task(python(code, tmp_path).run("new"))
