@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -161,15 +160,19 @@ class ConversationScreen(WorkbenchScreen):
         requests = [(answer, self.talk.messages(turn, answer.model)) for answer in answers]
         self._show()
         self.refresh_bindings()
-        drawing = self.set_interval(FRAME, partial(self._draw, turn))
+        writing = asyncio.create_task(self.session.write(turn.text, requests))
         try:
-            await self.session.write(turn.text, requests)
+            while not writing.done():
+                await asyncio.wait([writing], timeout=FRAME)
+                self._draw(turn)
+            await writing
             if self.session.template and not answers[0].chat and not self.CHATS:
                 self.warn(NO_TEMPLATE)
         except UserError as error:
             self.workbench.fail(error)
         finally:
-            drawing.stop()
+            writing.cancel()  # if it was interrupted
+            await asyncio.gather(writing, return_exceptions=True)
             if self.is_attached:  # else the program is closing
                 self._draw(turn)
                 if self.engine.running:
