@@ -93,6 +93,19 @@ def test_no_variable_is_a_pronoun() -> None:
     assert found == []
 
 
+DRAWS = re.compile(r"def (render|render_line|on_resize)\(|\.set_interval\(")
+
+
+def test_screens_are_made_of_panes_and_draw_nothing_and_one_clock_ticks() -> None:
+    sources = {path: path.read_text(encoding="utf-8") for path in (ROOT / "tui").rglob("*.py")}
+    screens = {path: text for path, text in sources.items() if "screens" in path.parts}
+    assert (
+        len(screens) > 30 and [path for path, text in screens.items() if DRAWS.search(text)] == []
+    )
+    assert sum(text.count(".set_interval(") for text in sources.values()) == 1
+    assert sum(text.count("(ScrollView") for text in sources.values()) == 1
+
+
 LOADED = """
 import atexit, sys
 from cli.main import main
