@@ -159,8 +159,11 @@ class Lines(ScrollView, can_focus=True):
         number = self._line_at(y)
         if number >= self.line_count:
             return Strip.blank(self.size.width, style.rich_style)
-        strips = Visual.to_strips(self, content, width, 1, style, apply_selection=False, pad=True)
-        strip = strips[0] if strips else Strip.blank(width, style.rich_style)
+        strip = Strip.blank(width, style.rich_style)
+        if content:
+            strip, *_ = Visual.to_strips(
+                self, content, width, 1, style, apply_selection=False, pad=True
+            )
         return strip.apply_offsets(0, number).crop(x, x + self.size.width)
 
     def _line_at(self, y: int) -> int:
