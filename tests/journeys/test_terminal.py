@@ -126,7 +126,7 @@ def test_what_is_typed_in_one_burst_is_handled_in_order(tmp_path: Path) -> None:
         assert (section.rank, section.alpha) == (12, 24)
         terminal.type("5")
         terminal.see("engine")
-        terminal.type("t0.7\t5\t0.9\t3\t40\t7\r")
+        terminal.type("\x0c0.7\t5\t0.9\t3\t40\t7\r")
         terminal.see("temperature 0.7 · top-k 5 · top-p 0.9 · seed")
 
 
@@ -233,7 +233,7 @@ def test_a_long_generation_is_interrupted_at_once(worked: Path) -> None:
         terminal.keys("/")
         terminal.type("endless")
         terminal.miss("expanded")
-        terminal.keys("Enter", "Space", "t")
+        terminal.keys("Enter", "Space", "C-l")
         terminal.see("a whole number from 1 to 10000")
         terminal.keys("Tab", "Tab", "Tab", "Tab")
         terminal.field("limit")
