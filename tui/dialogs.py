@@ -2,7 +2,7 @@
 several.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
@@ -137,15 +137,18 @@ class Ask(ModalScreen[str]):
             self.dismiss(character)
 
 
-async def ask_file(workbench: Any, question: str, default: str) -> Path | None:
+async def ask_file(
+    workbench: Any, question: str, default: str, check: Callable[[Path], object] = lambda _: None
+) -> Path | None:
     """Ask where to write, and whether to replace what is there; None if the user does not want to.
 
-    Call it in a worker. Raises OSError.
+    Call it in a worker. Raises OSError, and what `check` raises of the path.
     """
     name = await workbench.push_screen_wait(AskText(question, default))
     if name is None:
         return None
     path: Path = workbench.root / expand(name)
+    check(path)
     ask = Ask(f"{path} exists.", {"y": "replace it"}, "Save")
     if path.exists() and not await workbench.push_screen_wait(ask):
         return None

@@ -16,9 +16,9 @@ from pipeline.files.text import in_units
 from pipeline.views.calculation import Advice, Peaks, Result
 from tui.panes.lines import MUTED
 from tui.panes.table import fitted
+from tui.screens.calculator.units import format_count_change, percent, unit_of
 from tui.widgets.cells import bar, method_sign
 from tui.widgets.colors import share_style
-from tui.widgets.units import format_count_change, percent, unit_of
 
 WHOLE, DURING = "$primary", "$secondary"  # the whole step, or a part of it
 PARTS = {  # part of memory → its texture and colour

@@ -34,7 +34,7 @@ from tui.screens.base import WorkbenchScreen
 from tui.screens.calculator import about
 from tui.screens.calculator.fields import DEFAULTS, FIELDS, Texts, answer, relevant, texts_of
 from tui.screens.calculator.result import answers, details, memory, verdict
-from tui.widgets.units import short_count
+from tui.screens.calculator.units import short_count
 
 PAUSE = 0.15  # seconds without a key press before the slow search starts
 PINS = 2

@@ -18,14 +18,18 @@ QUESTION = (
 KINDS = (".svg", ".png", ".csv")
 
 
-def save(path: Path, runs: Iterable[Run], panels: list[dict[str, Any]], title: str) -> None:
-    """Write the numbers of the runs, or the panels, as the suffix of `path` says; in a thread, as it
-    takes long. Raises UserError and OSError.
-    """
+def check(path: Path) -> None:
+    """Raises UserError if nothing can be written as the suffix says."""
     if path.suffix not in KINDS:
         raise UserError(
             f"{path.name} must end in .svg or .png for a picture, or in .csv for the numbers."
         )
+
+
+def save(path: Path, runs: Iterable[Run], panels: list[dict[str, Any]], title: str) -> None:
+    """Write the numbers of the runs, or the panels, as the suffix of `path` says; in a thread, as it
+    takes long. Raises UserError and OSError.
+    """
     if path.suffix == ".csv":
         contents = steps_csv(runs)
     else:

@@ -259,7 +259,8 @@ class CurvesScreen(WorkbenchScreen):
             self.warn("There is nothing to export: no run that is on has logged a step.")
             return
         with self.workbench.errors_shown():
-            if path := await ask_file(self.workbench, export.QUESTION, "curves.svg"):
+            ask = ask_file(self.workbench, export.QUESTION, "curves.svg", export.check)
+            if path := await ask:
                 runs = [view.run for view in self.runs.on]
                 title = f"smoothing {self.runs.smoothing:g}"
                 panels = self.plots.panels()

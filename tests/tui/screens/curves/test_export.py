@@ -118,9 +118,11 @@ async def test_what_exists_is_replaced_after_a_question(
 async def test_a_path_that_cannot_be_is_one_message(
     three_runs: Path, path: str, message: str
 ) -> None:
+    (three_runs / "loss.txt").write_text("kept")  # no question whether to replace it
     async with open_curves(three_runs) as (pilot, screen):
         await save_as(pilot, path)
         await until(pilot, lambda: screen.workbench.message_history)
+        assert (three_runs / "loss.txt").read_text() == "kept"
         assert message in screen.workbench.message_history[-1].text
 
 

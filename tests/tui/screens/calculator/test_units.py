@@ -4,7 +4,7 @@ something.
 
 import pytest
 
-from tui.widgets.units import format_count_change, percent, short_count, unit_of
+from tui.screens.calculator.units import format_count_change, percent, short_count, unit_of
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
