@@ -97,13 +97,17 @@ def show(
             "--folder."
         )
         return
-    rows = []
+    rows, paths = [], {adapter.path for adapter in found}
     for adapter in found:
+        name = str(adapter.path.relative_to(folder))
+        if adapter.path.parent in paths:  # a checkpoint, listed below its adapter
+            name = f"  {adapter.path.name}"
         rank = number(adapter.rank)
         if adapter.rank is not None and adapter.trained_rank not in (None, adapter.rank):
             rank += f", {adapter.trained_rank} trained"
+        mark = marks.get(adapter.path.resolve(), ())
         row = (
-            str(adapter.path.relative_to(folder)),
+            name,
             adapter.method.removesuffix("_tuning"),
             rank,
             " ".join(
@@ -114,7 +118,7 @@ def show(
             number(adapter.final_loss, ".3f"),
             number(adapter.forgetting, "+.3f"),
             adapter.gate or "",
-            "; ".join([adapter.problem or "verified", *marks.get(adapter.path.resolve(), ())]),
+            "; ".join(filter(None, [adapter.problem or "verified", adapter.weights_of, *mark])),
         )
         rows.append(row)
     shown = [

@@ -55,9 +55,8 @@ CheckpointOption = Annotated[
     int | None,
     Option(
         "--checkpoint-every",
-        "--save-steps",
         min=1,
-        help="Steps between checkpoints; default: save_steps.",
+        help="Most steps that a kill costs: checkpoints to resume from are this far apart.",
     ),
 ]
 AdapterArgument = Annotated[Path, Argument(metavar="PATH", help="Adapter folder.")]

@@ -357,8 +357,7 @@ def _print_artifact(project: Project, stage: Stage, manifest: Mapping[str, Any])
     if steps:
         parts.append(f"loss {final_loss(steps):.3f} after {steps[-1].step:,} steps")
         settings = project.params.section(stage.section)
-        by_answers = settings.metric_for_best_model == "eval_answers"
-        answered = final_answers(steps, settings.patience, by_answers)
+        answered = final_answers(steps, settings.takes_best, settings.metric_for_best_model)
         if answered is not None:
             parts.append(f"held-out answers {answered:.0%} as expected (long ones: ROUGE-L)")
     label = f"{name:{WIDEST}}  " if UNDER_DVC else ""

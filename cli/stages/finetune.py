@@ -172,6 +172,16 @@ def _print_plan(project: Project, stage: Stage) -> None:
     print_line(f"steps   {trial.steps:,}, {trial.steps_per_epoch:,} per epoch")
     print_line(f"tokens  {trial.tokens:,}, {trial.epoch_tokens:,} per epoch")
     print_line(f"time    {duration_range(*trial.seconds)}, by {trial.timed} steps")
+    settings = project.params.section(stage.section)
+    if settings.save_steps:
+        size = trial.trained
+        if stage.kind == "checkpoint":
+            base = project.artifact("expand_vocab")
+            size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+        number = trial.steps // settings.save_steps
+        if limit := settings.save_total_limit:
+            number = min(number, limit + 1)
+        print_line(f"disk    {number} checkpoints of {in_units(size)}")
     states = Status().of(project)
     waiting = [
         other.command for name, other in project.stages.items() if states[name].state != "current"

@@ -335,10 +335,9 @@ def _prepare(part: Job, run: Run) -> "Generator[Event, None, tuple[TrainingTask,
     from pipeline.models.device import move_for_inference
     from pipeline.stages.finetune import prepare
 
-    learner = yield from prepare(part)
-    base = learner.base
+    base, task = yield from prepare(part)
     move_for_inference(base.model)  # it is measured before its first step too
-    return learner.task, LoadedModel(
+    return task, LoadedModel(
         run.name, base.model, base.tokenizer, part.project.artifact("expand_vocab")
     )
 

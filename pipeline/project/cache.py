@@ -75,10 +75,10 @@ class Cache:
                 # a file of it may have been edited through one of its hard links
                 artifact.verify(entry)
             except UserError as error:
-                _remove(entry)
+                remove(entry)
                 raise Damaged(str(error)) from None
             with artifact.writing(target) as folder:
-                _copy(entry, folder)
+                copy_contents(entry, folder)
             # another user's entry: only its time of last use is not updated
             with suppress(OSError):
                 (entry / artifact.MANIFEST).touch()
@@ -90,7 +90,7 @@ class Cache:
         with self._lock():
             if not entry.is_dir():
                 with artifact.writing(entry) as folder:
-                    _copy(source, folder)
+                    copy_contents(source, folder)
 
     def has(self, stage: str, key: str) -> bool:
         """Whether there is an entry; it may be damaged."""
@@ -129,7 +129,7 @@ class Cache:
                 count[entry.stage] += 1
                 size += entry.size
                 if count[entry.stage] > keep and entry.used <= limit and size > max_size:
-                    _remove(entry.path)
+                    remove(entry.path)
                     removed.append(entry)
         return removed
 
@@ -159,18 +159,19 @@ class Cache:
             yield
 
 
-def _remove(entry: Path) -> None:
-    """Remove an entry: whole, also if the process is killed, so that nobody finds a part of it."""
-    aside = entry.with_name(f".{entry.name}")  # by the dot `prune` knows what is unfinished
+def remove(folder: Path) -> None:
+    """Remove it whole, also if the process is killed, so that nobody finds a part of it."""
+    aside = folder.with_name(f".{folder.name}")  # by the dot `prune` knows what is unfinished
     shutil.rmtree(aside, ignore_errors=True)
-    shutil.rmtree(entry.rename(aside))
+    shutil.rmtree(folder.rename(aside))
 
 
-def _copy(source: Path, target: Path) -> None:
+def copy_contents(source: Path, target: Path) -> None:
+    """Copy what is in a folder into another one; large files are linked."""
     for path in sorted(source.iterdir()):
         if path.is_dir():
             (target / path.name).mkdir()
-            _copy(path, target / path.name)
+            copy_contents(path, target / path.name)
         elif not _try_link(path, target / path.name):
             shutil.copyfile(path, target / path.name)
 

@@ -100,10 +100,9 @@ def changed_inputs(made_from: Mapping[str, str], now: Mapping[str, str]) -> list
 def changed_params(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """How params differ from those in a manifest: `rank 4 → 8`."""
     plain = json.loads(json.dumps(now))  # tuples are lists in a manifest
-    if "grid" in before:  # a sweep has no value of a key that its grid has
-        plain = {key: value for key, value in plain.items() if key in before}
-    changed = [key for key, value in plain.items() if before.get(key) != value]
-    return [f"{key} {_abbreviate(before.get(key))} → {_abbreviate(plain[key])}" for key in changed]
+    # An earlier version knew fewer keys. A sweep has no value of a key that its grid has.
+    changed = [key for key, value in plain.items() if before.get(key, value) != value]
+    return [f"{key} {_abbreviate(before[key])} → {_abbreviate(plain[key])}" for key in changed]
 
 
 def _abbreviate(value: Any) -> str:
@@ -125,6 +124,7 @@ DIGESTS = Digests()
 # of a data set, with a revision and a split
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?(\[[^\[\]]+\])?")
 MOST = 4  # changed params that a note names
+SAVED = "saved"  # in a run folder: the models of the steps that its artifact will have
 
 
 def run(
@@ -376,7 +376,11 @@ def _discard_checkpoints_of(key: str, run: Path) -> None:
 
 
 def discard_checkpoints(run: Path, keep: Path | None = None) -> None:
-    """Remove a run's checkpoints except `keep`, and unfinished ones of a killed process."""
-    for path in [*checkpoints(run), *run.glob(".checkpoint-*")]:
+    """Remove a run's checkpoints except `keep`, and unfinished ones of a killed process.
+
+    Without `keep` the run is over, and its saved steps go too.
+    """
+    over = [run / SAVED] if keep is None else []
+    for path in [*checkpoints(run), *run.glob(".checkpoint-*"), *over]:
         if path != keep:
             shutil.rmtree(path, ignore_errors=True)

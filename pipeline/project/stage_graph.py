@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from msgspec import Struct
+from msgspec.structs import asdict
 
 from pipeline.errors import UserError
 from pipeline.extensions import Registry
 from pipeline.files.artifact import MANIFEST
 from pipeline.project.params.load import Params, inherit, parse, read_text
-from pipeline.project.params.schema import Section, effective
+from pipeline.project.params.schema import Section
 
 ARTIFACTS, RUNS, CACHE = "artifacts", "runs", ".lora-cache"
 # below a project: where `dvc exp run --queue` and `--temp` run copies of it
@@ -247,15 +248,14 @@ class Project:
         """All params that affect the stage's output. The keys of a sweep's grid replace those of
         its settings.
         """
-        values = effective(self.section(stage))
-        settings = effective(self.params.section(stage.section))
+        values = asdict(self.section(stage))
+        settings = asdict(self.params.section(stage.section))
         params = {
             key: value for key, value in settings.items() if key not in values.get("grid", ())
         } | values
         for name in stage.extra_sections:
             params |= {
-                f"{name}.{key}": value
-                for key, value in effective(self.params.section(name)).items()
+                f"{name}.{key}": value for key, value in asdict(self.params.section(name)).items()
             }
         return params
 

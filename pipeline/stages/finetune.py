@@ -1,12 +1,14 @@
 """Every fine-tuning method: load the expanded base, attach what trains, train it, save it."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from pipeline.calc.method import FinetuningMethod
 from pipeline.files.base_model import base_fingerprint
@@ -14,17 +16,24 @@ from pipeline.models.device import placed_for_inference
 from pipeline.models.load import DTYPES, Base, count, load_base, skeleton, stored_precision
 from pipeline.project.params.sections import AdapterTraining, Training
 from pipeline.project.runner import Event, Facts, Job
-from pipeline.stages.init_from import Continued, save_state
 from pipeline.training.batches import Batches
-from pipeline.training.data import asked_while_training, prepare_data, save_checkpoint, save_logs
+from pipeline.training.data import asked_while_training, prepare_data
 from pipeline.training.loop import train
 from pipeline.training.optimizer import FlatOptimizer
-from pipeline.training.parallel.collectives import is_main_process
+from pipeline.training.saving import finish, save_checkpoint, save_state
 from pipeline.training.step import Evaluation, Learner, LossPath
-from pipeline.training.task import TrainingSetup, TrainingTask
+from pipeline.training.task import Saver, TrainingSetup, TrainingTask
 
 if TYPE_CHECKING:
     from pipeline.training.retention import RetentionLoss
+
+
+class Continued(NamedTuple):
+    """What a run takes over from the run that made its first adapter."""
+
+    state: Mapping[str, Tensor] | None = None  # the optimizer's, if it was kept
+    # the steps of that run, if this one reads the same data in the same order and starts after it
+    seen: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,9 +71,9 @@ def run(job: Job) -> Generator[Event, None, Facts]:
 
     Raises UserError, and whatever `train` raises.
     """
-    learner = yield from prepare(job)
-    optimizer = yield from train(job, learner.task)
-    return learner.save(optimizer) if is_main_process() else {}
+    task = (yield from prepare(job)).task
+    optimizer = yield from train(job, task)
+    return finish(job, task, optimizer)
 
 
 def prepare(job: Job) -> Generator[Event, None, TrainingSetup]:
@@ -79,7 +88,13 @@ def prepare(job: Job) -> Generator[Event, None, TrainingSetup]:
     attached: Attached = yield from import_module(job.stage.module).attach(job, settings, base)
     continued = attached.continued
     data = yield from (attached.prepare or _prepare)(job, settings, base, continued.seen)
-    trainable = count(base.model)["trainable"]
+    if attached.save is not None:
+        save = _adapter_saver(job, base, attached.save, continued.seen)
+    else:
+        # trained in another precision, the change is added to the base as it is stored
+        converted = stored_precision(folder) != settings.precision
+        as_stored = (lambda: load_base(folder, None, trust).model) if converted else None
+        save = partial(save_checkpoint, base=base, trained_from=as_stored)
     task = TrainingTask(
         base.model,
         [Learner(settings, data.batches, attached.retain)],
@@ -88,24 +103,11 @@ def prepare(job: Job) -> Generator[Event, None, TrainingSetup]:
         attached.counted,
         sharded=job.sharded if attached.shardable else False,
         state=continued.state,
+        save=save,
+        facts=data.facts,
         **asked_while_training(job, settings, base),
     )
-
-    def save(optimizer: FlatOptimizer) -> Facts:
-        if attached.save is None:
-            stored = None
-            if stored_precision(folder) != settings.precision:
-                # trained in another precision: the change is added to the base as it is stored
-                stored = load_base(folder, None, trust).model
-            return save_checkpoint(job, base, optimizer, trained_from=stored)
-        save_logs(job.run, job.out)
-        facts: Facts = {}
-        if getattr(settings, "save_optimizer", False):
-            facts = save_state(job, optimizer, continued.seen)
-        saved = save_adapter_of(job, base, attached.save, job.out, trainable)
-        return {**saved, **facts, **data.facts()}
-
-    return TrainingSetup(base, task, save)
+    return TrainingSetup(base, task)
 
 
 def _prepare(
@@ -140,14 +142,42 @@ def attach_virtual(
     return Attached(counted, save)
 
 
+def _adapter_saver(job: Job, base: Base, save: Callable[[Path], Facts], seen: int) -> Saver:
+    """`seen`: the steps of the runs that this one continues."""
+    keeps_state = getattr(job.project.section(job.stage), "save_optimizer", False)
+    trainable = count(base.model)["trainable"]
+    trained_on = cache(partial(facts_of_base, job))
+
+    def save_all(out: Path, optimizer: FlatOptimizer) -> Facts:
+        state = save_state(out, optimizer, seen) if keeps_state else {}
+        return {**save_adapter_of(trained_on(), base, save, out, trainable), **state}
+
+    return save_all
+
+
+class BaseFacts(NamedTuple):
+    """What an adapter's manifest says of its base."""
+
+    fingerprint: Mapping[str, str]
+    total: int  # parameters, of the unquantized model: quantized weights are no parameters
+
+
+def facts_of_base(job: Job) -> BaseFacts:
+    """Reads all of the base's weights: of a large one it takes many seconds."""
+    folder = job.project.artifact("expand_vocab")
+    model = skeleton(folder, job.project.params.origin.trust_remote_code)
+    return BaseFacts(base_fingerprint(folder), count(model)["total"])
+
+
 def save_adapter_of(
-    job: Job, base: Base, save: Callable[[Path], Facts], out: Path, trainable: int
+    trained_on: BaseFacts, base: Base, save: Callable[[Path], Facts], out: Path, trainable: int
 ) -> Facts:
     """Write an adapter and its tokenizer to `out`. Returns the manifest entries."""
-    folder = job.project.artifact("expand_vocab")
     facts = save(out)
     base.tokenizer.save(out, base.model.max_length)
-    # of the unquantized model: quantized weights are no parameters
-    total = count(skeleton(folder, job.project.params.origin.trust_remote_code))["total"]
-    parameters = {"total": total, "trainable": trainable, **facts.pop("parameters", {})}
-    return {"base": base_fingerprint(folder), "parameters": parameters, **facts}
+    parameters = {
+        "total": trained_on.total,
+        "trainable": trainable,
+        **facts.pop("parameters", {}),
+    }
+    return {"base": trained_on.fingerprint, "parameters": parameters, **facts}

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from pipeline.adapters.config import LORA, AdapterConfig
 from pipeline.adapters.folder import refuse_foreign
 from pipeline.adapters.peft import StoredLora, read_lora
 from pipeline.errors import UserError
 from pipeline.files import artifact
-from pipeline.models.save import load_tensors, save_tensors
-from pipeline.project.logs.run_log import LOSS, read_steps
+from pipeline.models.save import load_tensors
 from pipeline.project.params.sections import data_files
+from pipeline.stages.finetune import Continued
 from pipeline.training.parallel.collectives import broadcast_object
+from pipeline.training.saving import STATE
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from pipeline.models.base import CausalLM
-    from pipeline.project.runner import Facts, Job
-    from pipeline.training.optimizer import FlatOptimizer
+    from pipeline.project.runner import Job
 
-STATE = "optimizer.safetensors"  # beside the adapter, with save_optimizer
 # The settings on which the order of the batches depends, beside the data files.
 ORDER = (
     "seed",
@@ -38,21 +35,13 @@ ORDER = (
 )
 
 
-class Continued(NamedTuple):
-    """What a run takes over from the run that made its first adapter."""
-
-    state: Mapping[str, Tensor] | None = None  # the optimizer's, if it was kept
-    # the steps of that run, if this one reads the same data in the same order and starts after it
-    seen: int = 0
-
-
 def read_init(
     job: Job, model: CausalLM, base_folder: Path, name: str
 ) -> tuple[StoredLora, Continued]:
     """The adapter `name` of `init_from`, and what continues of its run. Raises UserError."""
     key = f"{job.stage.name}.init_from"
     folder = job.path(name)
-    if folder.resolve() == job.project.artifact(job.stage.name).resolve():
+    if folder.resolve().is_relative_to(job.project.artifact(job.stage.name).resolve()):
         raise UserError(
             f"{key} is {name}, which this stage itself writes. Copy the folder to another place "
             "and name that."
@@ -84,12 +73,3 @@ def _order(manifest: Mapping[str, Any]) -> list[Any]:
     others = [inputs.get(params[key]) for key in ("eval_data", "retention_data")]
     # the manifest of an earlier version has fewer keys
     return [files, others, *(params.get(key) for key in ORDER)]
-
-
-def save_state(job: Job, optimizer: FlatOptimizer, seen: int) -> Facts:
-    """Write the optimizer's state beside the adapter. Returns the manifest entry.
-
-    `seen`: the steps of the runs that this one continues.
-    """
-    save_tensors(job.out / STATE, optimizer.state())
-    return {"optimizer": {"steps": seen + read_steps(job.run / LOSS)[-1].step}}

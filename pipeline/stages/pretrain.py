@@ -1,6 +1,7 @@
 """pretrain: trains a MiniGPT from scratch on everyday sentences."""
 
 from collections.abc import Generator
+from functools import partial
 
 import torch
 
@@ -11,13 +12,9 @@ from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.project.params.sections import Import, Pretrain
 from pipeline.project.runner import Event, Facts, Job
 from pipeline.stages.methods.full import COUNTED as FULL
-from pipeline.training.data import (
-    asked_while_training,
-    prepare_data,
-    save_checkpoint,
-    training_examples,
-)
+from pipeline.training.data import asked_while_training, prepare_data, training_examples
 from pipeline.training.loop import train
+from pipeline.training.saving import finish, save_checkpoint
 from pipeline.training.task import TrainingTask
 
 
@@ -28,9 +25,10 @@ def run(job: Job) -> Generator[Event, None, Facts]:
     base = _new_model(job, settings)
     batches, evaluation = yield from prepare_data(job, settings, base)
     asked = asked_while_training(job, settings, base)
-    task = TrainingTask.of_one(base.model, batches, settings, FULL, evaluation, **asked)
+    save = partial(save_checkpoint, base=base)
+    task = TrainingTask.of_one(base.model, batches, settings, FULL, evaluation, save=save, **asked)
     optimizer = yield from train(job, task)
-    return save_checkpoint(job, base, optimizer)
+    return finish(job, task, optimizer)
 
 
 def _new_model(job: Job, settings: Pretrain) -> Base:

@@ -299,6 +299,7 @@ def _trial(
         eval_data="",
         eval_steps=0,
         patience=0,
+        load_best=False,
         metric_for_best_model="eval_loss",
         samples={},
     )

@@ -1,30 +1,21 @@
-"""What every training stage does around the loop.
-
-Before it, settings become batches and prompts; after it, the trained model becomes a checkpoint.
-"""
+"""What every training stage does before the loop: settings become batches and prompts."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
-from pathlib import Path
-from shutil import copyfile
 from typing import TYPE_CHECKING, TypedDict
-
-import torch
 
 from pipeline.data.examples import Example, in_evaluation
 from pipeline.data.formats import iter_examples
 from pipeline.data.masking import Encoded, Encoder
 from pipeline.data.windows import Corpus, Dataset, dataset_from, refuse_empty
 from pipeline.errors import UserError
-from pipeline.files.base_model import base_fingerprint
-from pipeline.models.base import CausalLM
-from pipeline.models.load import Base, count, save_base
-from pipeline.project.logs.run_log import LOSS, SAMPLES, Sample
+from pipeline.models.load import Base
+from pipeline.project.logs.run_log import Sample
 from pipeline.project.params.sections import Training
-from pipeline.project.runner import Event, Facts, Job, Note
+from pipeline.project.runner import Event, Job, Note
 from pipeline.training.batches import Batches
-from pipeline.training.optimizer import FlatOptimizer, refuse_long_warmup
+from pipeline.training.optimizer import refuse_long_warmup
 from pipeline.training.step import Evaluation
 
 if TYPE_CHECKING:  # a run without samples does not load it
@@ -77,7 +68,7 @@ def prepare_data(
     if held_out is None:
         return batches, None
     in_order = Batches(held_out, settings.batch_size, seed=None)
-    return batches, Evaluation(in_order, settings.eval_steps or len(batches), settings.patience)
+    return batches, Evaluation.of(settings, in_order, len(batches))
 
 
 def build_datasets(
@@ -122,10 +113,10 @@ def build_corpora(
     yield from (Note(f"{job.stage.name}: {note}") for note in notes)
     if not share and not settings.eval_data:
         refuse_empty(training, files)
-        for key in ("eval_steps", "patience"):
+        for key in ("eval_steps", "patience", "load_best"):
             if value := getattr(settings, key):
                 raise UserError(
-                    f"{section}.{key} is {value}, but there is no evaluation set. Set "
+                    f"{section}.{key} is {str(value).lower()}, but there is no evaluation set. Set "
                     f"{section}.eval_share above 0."
                 )
         return training, None
@@ -269,34 +260,3 @@ def held_out_questions(job: Job, settings: Training, base: Base) -> Prompts | No
     if not asked:
         return None
     return Prompts(base, asked, [base.tokenizer.encode(question.prompt) for question in asked])
-
-
-def save_logs(run: Path, out: Path) -> None:
-    """Copy the logs that are equal in every run to the artifact: loss.csv, samples.jsonl if any."""
-    copyfile(run / LOSS, out / LOSS)
-    if (run / SAMPLES).exists():
-        copyfile(run / SAMPLES, out / SAMPLES)
-
-
-@torch.no_grad()
-def save_checkpoint(
-    job: Job, base: Base, optimizer: FlatOptimizer, trained_from: CausalLM | None = None
-) -> Facts:
-    """Write the trained model and its logs; returns their facts for the manifest.
-
-    `trained_from`: the base in its stored precision, if training ran in another one. The fp32
-    difference of each trained parameter is then added to it, so that frozen parameters and unused
-    embedding rows stay bit for bit.
-    """
-    parameters = count(base.model)  # of the model that trained: it knows what was frozen
-    model = base.model.to("cpu")
-    if trained_from is not None:
-        names = {id(p): name for name, p in model.named_parameters()}
-        trained = {names[id(p)]: (p.dtype, weights.cpu()) for p, weights in optimizer.trained()}
-        model = trained_from
-        for name, (dtype, weights) in trained.items():
-            stored = model.get_parameter(name)
-            stored.copy_(stored.float() + (weights - stored.to(dtype).float()))
-    save_base(job.out, Base(model, base.tokenizer))
-    save_logs(job.run, job.out)
-    return {"parameters": parameters, "fingerprint": base_fingerprint(job.out)}

@@ -49,6 +49,7 @@ from pipeline.training.parallel.collectives import (
     limit_waiting,
     raise_on_all_ranks,
 )
+from pipeline.training.saving import save_step
 from pipeline.training.step import NO_BETTER, Gradient, gradients
 from pipeline.training.task import (
     TrainingTask,
@@ -61,7 +62,8 @@ from pipeline.training.task import (
 if TYPE_CHECKING:  # a run without it does not import it
     from pipeline.training.data import Prompts
 
-MOST_LOST = 600.0  # seconds of work that a kill may cost, where save_steps take longer
+# steps, and seconds of work where these take longer, that a kill may cost
+RESUME_EVERY, MOST_LOST = 100, 600.0
 
 
 class Diverged(Exception):
@@ -273,7 +275,7 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer
         logs = [stack.enter_context(log) for log in _open_logs(job, task, done)]
         signals = stack.enter_context(_held_signals())
         save = partial(write_checkpoint, job, task, logs, optimizer)
-        save_steps, saved_at = job.checkpoint_every or task.settings.save_steps, monotonic()
+        every, saved_at = job.checkpoint_every or RESUME_EVERY, monotonic()
         try:
             # Steps after the last checkpoint are lost when the run is killed. The next run takes
             # them again with the same data and weights, so that its log and its result are those of
@@ -284,9 +286,12 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer
                     done = record.step
                 yield from _tell_stops(job, task)
                 _append_samples(task, logs, [*by_learner], done)
+                if task.saves(done):
+                    # before the checkpoint, from which a resumed run would not come by here again
+                    save_step(job, task, optimizer, by_learner[0])
                 # all ranks stop after the same step
                 stop = all_reduce_max(signals[-1] if signals else 0)
-                if stop or done % save_steps == 0 or monotonic() - saved_at > MOST_LOST:
+                if stop or done % every == 0 or monotonic() - saved_at > MOST_LOST:
                     save(done)
                     saved_at = monotonic()
                 if stop:
@@ -321,6 +326,9 @@ def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer
     # after the last checkpoint, which keeps the newest weights and the best ones
     if task.evaluation is not None:
         task.evaluation.restore_best(optimizer)
+        best = task.evaluation.best_step
+        if task.settings.takes_best and best != done and not task.learners[0].name:
+            yield Note(f"{name}: takes the weights after step {best}, its best evaluation")
     model.eval()
     if meter.peak:
         yield Note(

@@ -29,6 +29,7 @@ class Probe(NamedTuple):
     tokens: int  # of the whole run
     # peak memory of the largest step of an epoch, in bytes of tensors on the device; 0: not known
     predicted: int
+    trained: int  # bytes of the weights that train
     device: torch.device
 
     def of_all(self, share: float, max_steps: int) -> "Probe":
@@ -79,6 +80,7 @@ def probe(task: TrainingTask) -> Probe:
         raise UserError(
             "the loss is not finite within a few steps. Lower learning_rate, or check the data."
         ) from None
+    trained = [p.numel() * p.element_size() for p in model.parameters() if p.requires_grad]
     epoch, rest = divmod(total, len(batches))
     tokens = epoch * sum(step_tokens) + sum(step_tokens[:rest])
     # a step that another program held up says nothing of the others
@@ -92,5 +94,6 @@ def probe(task: TrainingTask) -> Probe:
         epoch_tokens=sum(step_tokens),
         tokens=tokens,
         predicted=predicted,
+        trained=sum(trained),
         device=device,
     )

@@ -319,10 +319,12 @@ NO_BETTER = "no longer improves"
 
 
 class Evaluation:
-    """Evaluates every so many steps; with `patience` above 0, training returns the best weights.
+    """Evaluates every so many steps; with `patience` or `load_best`, training returns the best
+    weights.
 
-    It evaluates after the last step too. The best weights are those of the lowest loss; where
-    answers are given, those of the most answers as expected, and among these of the lowest loss.
+    It evaluates after the last step too, and after those whose models are kept. The best weights
+    are those of the lowest loss; where answers are given, those of the most answers as expected,
+    and among these of the lowest loss.
 
     `rungs`: step → how many learners train on after it, those with the lowest losses; each rung is
     evaluated too. The state of the evaluation is part of the checkpoint, so that a resumed run
@@ -336,17 +338,34 @@ class Evaluation:
         patience: int,
         learners: int = 1,
         rungs: Mapping[int, int] | None = None,
+        save_steps: int = 0,
+        load_best: bool = False,
     ) -> None:
-        self._batches, self._every, self._patience = batches, every, patience
+        self._batches, self._patience = batches, patience
+        self._every = [steps for steps in (every, save_steps) if steps]
+        self._takes_best = load_best or patience > 0
         self._rungs = rungs or {}
         # learner → how many trained on at the rung that stopped it; 0 while it trains on
         self._left = torch.zeros(learners, dtype=torch.int64)
         self._best = [(math.inf, math.inf)] * learners  # share of wrong answers, loss
+        self._best_steps = [0] * learners
         self._waited = torch.zeros(learners, dtype=torch.int64)  # evaluations since the best one
         self._weights: Tensor | None = None  # (N, P)
 
+    @classmethod
+    def of(cls, settings: Training, batches: Batches, per_epoch: int) -> "Evaluation":
+        """The evaluation of a single learner, whose epochs have `per_epoch` steps."""
+        return cls(
+            batches,
+            settings.eval_steps or per_epoch,
+            settings.patience,
+            save_steps=settings.save_steps,
+            load_best=settings.load_best,
+        )
+
     def due(self, step: int, last: int) -> bool:
-        return step % self._every == 0 or step == last or step in self._rungs
+        is_multiple = any(step % every == 0 for every in self._every)
+        return is_multiple or step == last or step in self._rungs
 
     def after_step(
         self,
@@ -367,10 +386,10 @@ class Evaluation:
             if math.isnan(mean) or reached >= self._best[n]:
                 self._waited[n] += 1
                 continue
-            self._best[n], self._waited[n] = reached, 0
-            if self._patience:
-                if self._weights is None:
-                    self._weights = optimizer.weights.clone()
+            self._best[n], self._best_steps[n], self._waited[n] = reached, step, 0
+            if self._takes_best:
+                if self._weights is None:  # in the host's memory: a card has none to spare
+                    self._weights = optimizer.weights.to("cpu", copy=True)
                 self._weights[n] = optimizer.weights[n]
         if left := self._rungs.get(step):
             for n in sorted(means, key=lambda n: (math.isnan(means[n]), means[n]))[left:]:
@@ -388,6 +407,11 @@ class Evaluation:
         # the last `patience` evaluations were no better than its best one
         return NO_BETTER if self._patience and int(self._waited[learner]) >= self._patience else ""
 
+    @property
+    def best_step(self) -> int:
+        """The step of the first learner's best weights."""
+        return self._best_steps[0]
+
     def restore_best(self, optimizer: FlatOptimizer) -> None:
         if self._weights is not None:
             optimizer.set_weights(self._weights)
@@ -396,10 +420,12 @@ class Evaluation:
         best = {} if self._weights is None else {"best_weights": self._weights}
         rungs = {"left": self._left} if self._rungs else {}
         reached = torch.tensor(self._best, dtype=torch.float64)  # (N, 2)
-        return {"best_loss": reached, "waited": self._waited, **rungs, **best}
+        steps = torch.tensor(self._best_steps)
+        return {"best_loss": reached, "best_step": steps, "waited": self._waited, **rungs, **best}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         self._best = [(wrong, loss) for wrong, loss in state["best_loss"].tolist()]
+        self._best_steps = state["best_step"].tolist()
         self._waited = state["waited"].clone()
         self._weights = state.get("best_weights")
         if self._rungs:

@@ -37,6 +37,9 @@ STATE = "state.safetensors"
 PROGRESS = ("tokens", "stopped", "diverged")  # a tensor each, of all learners; stopped -1: running
 
 
+Saver = Callable[[Path, FlatOptimizer], Facts]
+
+
 @dataclass(frozen=True)
 class TrainingTask:
     """A model and its learners, which take equally many steps, each in its order of the data."""
@@ -59,6 +62,10 @@ class TrainingTask:
     prompts: "Prompts | None" = None
     # held-out examples that they answer at each evaluation
     questions: "Prompts | None" = None
+    # writes the model as it is to a folder and returns its manifest entries
+    save: Saver | None = None
+    # manifest entries that are measured after training
+    facts: Callable[[], Facts] = dict
 
     @classmethod
     def of_one(
@@ -89,6 +96,11 @@ class TrainingTask:
         """Number of steps without early stopping."""
         return self.settings.total_steps(len(self.batches))
 
+    def saves(self, step: int) -> bool:
+        """Whether the artifact keeps the model after this step, beside the trained one."""
+        every = self.settings.save_steps
+        return self.save is not None and every > 0 and step % every == 0
+
     @property
     def live(self) -> list[int]:
         """The learners that were not stopped."""
@@ -96,11 +108,10 @@ class TrainingTask:
 
 
 class TrainingSetup(NamedTuple):
-    """A model that is ready to train; `save` then writes the artifact to the job's folder."""
+    """A model that is ready to train."""
 
     base: Base
     task: TrainingTask
-    save: Callable[[FlatOptimizer], Facts]
 
 
 def build_optimizer(model: nn.Module, *settings: Training) -> FlatOptimizer:

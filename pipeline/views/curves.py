@@ -89,11 +89,13 @@ class Curve:
     def loss(self) -> tuple[str, float | None]:
         """The loss by which adapters are compared, and its name: on held-out examples if measured.
 
-        With early stopping (`patience`) it is the lowest, as the checkpoint of that one is kept,
-        else the last.
+        With `patience` or `load_best` it is the lowest, as the run has the weights of that one, else
+        the last.
         """
         if values := self.log.series[HELD_OUT["loss"]].y:
-            held_out = min(values) if self.view.run.params.get("patience") else values[-1]
+            params = self.view.run.params
+            takes_best = params.get("patience") or params.get("load_best")
+            held_out = min(values) if takes_best else values[-1]
             if isfinite(held_out):
                 return "held out", held_out
         return "loss", self.log.final_loss(self.goes_on)

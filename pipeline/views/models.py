@@ -24,7 +24,7 @@ from pipeline.inference.catalog import (
     model_folders,
 )
 from pipeline.project.gate import Verdict
-from pipeline.project.logs.run_log import LOSS, read_final_loss
+from pipeline.project.logs.run_log import LOSS, read_final_loss, read_steps
 from pipeline.project.stage_graph import ARTIFACTS, Project
 from pipeline.stages.registry import open_project
 
@@ -54,6 +54,7 @@ class Adapter:
     forgetting: float | None
     gate: str | None
     problem: str | None
+    weights_of: str = ""  # see Model
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ class Model:
     final_loss: float | None
     when: float | None
     scales: bool
+    # the step of its weights, where a run kept those of several steps, or took the best
+    weights_of: str = ""
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,7 @@ def adapters(
                 forgetting=result.forgetting,
                 gate=result.gate,
                 problem=_find_problem(model, root, fingerprint, contents),
+                weights_of=model.weights_of,
             )
         )
     return described
@@ -174,7 +178,8 @@ def describe(folder: Path) -> Model:
         kind = "base" if trained in (None, *BASES) else "checkpoint"
         kind = "merged" if trained == "merge" else kind
         method = trained or _read_json_or_empty(folder / "config.json").get("model_type")
-    sizes = {file.name: file.size for file in files} | left_out
+    # without the checkpoints below it
+    sizes = {file.name: file.size for file in files if "/" not in file.name} | left_out
     try:
         last_loss = read_final_loss(folder / LOSS)
     except OSError:
@@ -191,7 +196,26 @@ def describe(folder: Path) -> Model:
         final_loss=last_loss,
         when=_modified_at(files),
         scales=kind == "adapter" and not virtual and not left_out,
+        weights_of=_weights_of(folder, manifest),
     )
+
+
+def _weights_of(folder: Path, manifest: Mapping[str, Any]) -> str:
+    """The step of a model's weights in words; empty for those of the last step."""
+    step, best = manifest.get("best_step"), "the best evaluation"
+    if isinstance(checkpoint := manifest.get("checkpoint"), dict):
+        step = checkpoint.get("step")
+        others = _read_json_or_empty(folder.parent / artifact.MANIFEST)
+        best = "the best checkpoint" if others.get("best_checkpoint") == step else ""
+    if not isinstance(step, int):
+        return ""
+    parts = [f"step {step:,}"]
+    for row in read_steps(folder / LOSS):
+        if row.step == step and row.eval_loss is not None:
+            parts.append(f"held-out loss {row.eval_loss:.3f}")
+        if row.step == step and row.eval_answers is not None:
+            parts.append(f"{row.eval_answers:.0%} of held-out answers")
+    return ", ".join([*parts, *[best] * bool(best)])
 
 
 def _targets(config: Mapping[str, Any]) -> tuple[str, ...]:

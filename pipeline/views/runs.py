@@ -207,7 +207,16 @@ def _runs(root: Path, stage: Stage, project: Project | None) -> Iterator[Run]:
             sweeps=stage.kind == "adapters",
             key=cache_key(logs.manifest),
             digest=artifact.sealed_digest(logs.manifest) if "files" in logs.manifest else "",
+            checkpoints=_checkpoints(logs.manifest),
+            best=logs.manifest.get("best_checkpoint"),
         )
+
+
+def _checkpoints(manifest: Mapping[str, Any]) -> tuple[int, ...]:
+    """The steps N of the folders checkpoint-N of an artifact."""
+    folders = {name.partition("/")[0] for name in manifest.get("files", ())}
+    steps = [folder.removeprefix("checkpoint-") for folder in folders]
+    return tuple(sorted(int(step) for step in steps if step.isdigit()))
 
 
 def _running_logs(

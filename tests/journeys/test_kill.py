@@ -36,6 +36,8 @@ def command(stage: str) -> list[str]:
         *COMMAND[stage],
         "--set",
         TRAINING[stage][1],
+        "--set",
+        f"{stage}.save_steps=30",
         "--force",
         "--checkpoint-every",
         str(EVERY),

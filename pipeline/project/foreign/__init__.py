@@ -151,7 +151,7 @@ class Config:
     def done(self, format_name: str) -> Foreign:
         """All that was read, without settings that other settings exclude."""
         if not self.taken.get("eval_share", ("", 0))[1]:
-            for key in ("eval_steps", "patience"):
+            for key in ("eval_steps", "patience", "load_best"):
                 self.drop(key, "nothing is held out: set eval_share")
         if self.taken.get("warmup_steps", ("", 0))[1]:
             self.drop("warmup_ratio", "warmup_steps is set too")

@@ -9,7 +9,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -312,25 +312,28 @@ def final_accuracy(steps: Sequence[Step]) -> float | None:
     return sum(shares) / len(shares) if shares else None
 
 
-def final_answers(steps: Sequence[Step], patience: int, by_answers: bool) -> float | None:
-    """The share of right answers of the weights that training returned.
-
-    With `patience` these are the weights of its best evaluation: the one with the most right
-    answers if `by_answers`, else with the lowest loss.
+def best_step(steps: Iterable[Step], metric: str) -> Step | None:
+    """The first step with the lowest held-out loss, or by `eval_answers` with the most answers as
+    expected and among these the lowest loss; None if none was evaluated.
     """
+
+    def order(step: Step) -> tuple[float, float]:
+        answers = step.eval_answers or 0.0
+        return (-answers if metric == "eval_answers" else 0.0), step.eval_loss or 0.0
+
+    evaluated = []
+    for step in steps:
+        if step.eval_loss is not None and not math.isnan(step.eval_loss):
+            evaluated.append(step)
+    return min(evaluated, key=order, default=None)
+
+
+def final_answers(steps: Sequence[Step], takes_best: bool, metric: str) -> float | None:
+    """The share of right answers of the weights that training returned: the best or the last."""
     asked = [step for step in steps if step.eval_answers is not None]
-    if not asked:
-        return None
-    if not patience:
-        return asked[-1].eval_answers
-    if by_answers:
-        return max(step.eval_answers or 0.0 for step in asked)
-
-    def comparable_loss(step: Step) -> float:
-        loss = step.eval_loss
-        return math.inf if loss is None or math.isnan(loss) else loss
-
-    return min(asked, key=comparable_loss).eval_answers
+    best = best_step(asked, metric) if takes_best else None
+    last = best or (asked[-1] if asked else None)
+    return last.eval_answers if last else None
 
 
 def read_final_loss(path: Path) -> float | None:

@@ -37,6 +37,9 @@ class Run:
     # its artifact's key in the cache, and the digest of the artifact's contents; "" without one
     key: str = ""
     digest: str = ""
+    # the steps whose models its artifact keeps, and the best of them, if they were evaluated
+    checkpoints: tuple[int, ...] = ()
+    best: int | None = None
 
     def curve_label(self, curve: str) -> str:
         """The label of one of its curves, unique among all runs."""

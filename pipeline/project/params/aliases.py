@@ -75,7 +75,8 @@ KEYS = by_other_name(
         "eval_share": "val_set_size test_size val_size eval_split validation_split",
         "eval_steps": "eval_every steps_per_eval eval_interval",
         "patience": "early_stopping_patience",
-        "save_steps": "checkpoint_every save_every save_interval checkpointing_steps",
+        "load_best": "load_best_model_at_end",
+        "save_steps": "save_every save_interval checkpointing_steps",
         "init_from": "adapter_name_or_path lora_model_dir resume_adapter_file",
         "beta": "pref_beta dpo_beta rl_beta",
         "loss": "pref_loss",
@@ -113,7 +114,7 @@ NO_COUNTERPART = by_other_name(
             "run_name plot_loss steps_per_report project include_*tokens* disable_tqdm debug"
         ),
         "results go to artifacts/, each stage to its folder": (
-            "*output_dir adapter_path adapter_file save_strategy save_total_limit save_only_model "
+            "*output_dir adapter_path adapter_file save_strategy save_only_model "
             "save_on_each_node save_safetensors saves_per_epoch save_first_step"
         ),
         "nothing is uploaded": "push_to_hub* hub_*",
@@ -145,7 +146,7 @@ NO_COUNTERPART = by_other_name(
             "eval*_strategy do_eval do_predict eval_dataset test_datasets val_batches test "
             "test_batches evals_per_epoch *eval_batch_size eval_delay eval_on_start "
             "eval_accumulation_steps eval_do_* eval_use_* eval_table_size eval_max_new_tokens "
-            "batch_eval_metrics prediction_loss_only *_full_eval load_best_model_at_end "
+            "batch_eval_metrics prediction_loss_only *_full_eval "
             "greater_is_better include_for_metrics"
         ),
         "the reference is the same model, without the adapter or as it begins": (

@@ -76,7 +76,6 @@ class ReadBy(NamedTuple):
 
 
 ALLOW_EMPTY = object()  # a text, list or mapping that may be empty
-WITHOUT_EFFECT = object()  # a key that changes no result, so it makes no artifact out of date
 ALLOW_DUPLICATES = object()  # a list that may have a value twice, such as the numbers of a matrix
 LARGEST = 1e30  # of a float, so that products stay finite in fp32
 # No larger count could run, and some overflow inside a library; torch takes seeds of 63 bits.
@@ -116,15 +115,6 @@ def hints(kind: type[Section]) -> Mapping[str, Any]:
     """Field → its annotated type, in the order of declaration."""
     types = get_type_hints(kind, include_extras=True)
     return {name: types[name] for name in kind.__struct_fields__}
-
-
-def effective(section: Section) -> dict[str, Any]:
-    """The section's values, without keys that change no result."""
-    return {
-        key: getattr(section, key)
-        for key, hint in hints(type(section)).items()
-        if WITHOUT_EFFECT not in _split(hint)[1]
-    }
 
 
 def value_type(kind: type[Section], key: str) -> Any:

@@ -10,7 +10,6 @@ from msgspec import Meta, field
 from pipeline.errors import UserError
 from pipeline.project.params.schema import (
     ALLOW_EMPTY,
-    WITHOUT_EFFECT,
     Because,
     Count,
     File,
@@ -346,10 +345,13 @@ class Training(Section, frozen=True, kw_only=True):
         "evaluations without improvement before training stops and takes the best weights; 0: "
         "never",
     ] = 0
+    load_best: Annotated[
+        bool, "take the weights of the best evaluation, also where training does not stop early"
+    ] = False
     metric_for_best_model: Annotated[
         Literal["eval_loss", "eval_answers"],
-        "what improvement is, for patience: a lower held-out loss, or more held-out answers as "
-        "expected (with samples.held_out) and then a lower loss",
+        "what is best: a lower held-out loss, or more held-out answers as expected (with "
+        "samples.held_out) and then a lower loss",
     ] = "eval_loss"
     samples: Annotated[
         Samples,
@@ -359,11 +361,13 @@ class Training(Section, frozen=True, kw_only=True):
         "an epoch); max_tokens: of an answer (20)",
     ] = field(default_factory=dict)
     save_steps: Annotated[
-        Count,
-        WITHOUT_EFFECT,
-        "most steps between checkpoints to resume from, one every 10 minutes at least; changes no "
-        "result",
-    ] = 100
+        Steps,
+        "steps between the models that the artifact keeps in folders checkpoint-N, each evaluated; "
+        "0: none. A sweep keeps none. A killed run resumes without them",
+    ] = 0
+    save_total_limit: Annotated[
+        Steps, "of these, how many of the last are kept, beside the best; 0: all"
+    ] = 0
 
     @classmethod
     def pretrained(cls, base: Pretrained, given: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG003
@@ -384,11 +388,23 @@ class Training(Section, frozen=True, kw_only=True):
                 "metric_for_best_model is eval_answers, but samples.held_out does not say how "
                 "many answers to compare. Set samples={held_out: 20}."
             )
-        if self.metric_for_best_model == "eval_answers" and not self.patience:
+        if self.metric_for_best_model == "eval_answers" and not (
+            self.takes_best or self.save_steps
+        ):
             raise UserError(
-                "metric_for_best_model is eval_answers, but patience is 0, so no best model is "
-                "chosen. Set patience to the evaluations to wait for a better one."
+                "metric_for_best_model is eval_answers, but no best model is chosen. Set load_best "
+                "to true, or patience to the evaluations to wait for a better one."
             )
+        if self.save_total_limit and not self.save_steps:
+            raise UserError(
+                f"save_total_limit is {self.save_total_limit}, but save_steps is 0, so that "
+                "nothing is kept. Set save_steps to the steps between two checkpoints."
+            )
+
+    @property
+    def takes_best(self) -> bool:
+        """Whether training ends with the weights of its best evaluation."""
+        return self.load_best or self.patience > 0
 
     @property
     def templated(self) -> bool:

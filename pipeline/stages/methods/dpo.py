@@ -136,7 +136,7 @@ def prepare(
     if held_out is None:
         return Prepared(batches, None, path)
     in_order = AnswerBatches(held_out, size, None)
-    evaluation = Evaluation(in_order, settings.eval_steps or len(batches), settings.patience)
+    evaluation = Evaluation.of(settings, in_order, len(batches))
     # KTO's answers are no pairs, and a trial saves no manifest
     if settings.loss == "kto" or not job.key:
         return Prepared(batches, evaluation, path)

@@ -45,8 +45,7 @@ if TYPE_CHECKING:
     from pipeline.models.base import CausalLM
     from pipeline.models.load import Base
     from pipeline.project.runner import Event, Facts, Job
-    from pipeline.stages.finetune import Attached
-    from pipeline.stages.init_from import Continued
+    from pipeline.stages.finetune import Attached, Continued
 
 Ranks = Annotated[Mapping[str, Count], ALLOW_EMPTY]  # by a pattern of modules' names
 Scales = Annotated[Mapping[str, Rate], ALLOW_EMPTY]
@@ -173,12 +172,13 @@ def attach(job: Job, settings: FinetuneLora, base: Base) -> Generator[Event, Non
     from pipeline.adapters.attach import attach as attach_lora
     from pipeline.adapters.peft import stored_values
     from pipeline.models.load import DTYPES
-    from pipeline.stages.finetune import Attached
-    from pipeline.stages.init_from import Continued, read_init
+    from pipeline.stages.finetune import Attached, Continued
 
     folder = job.project.artifact("expand_vocab")
     stored, continued = None, Continued()
     if settings.init_from:
+        from pipeline.stages.init_from import read_init
+
         stored, continued = read_init(job, base.model, folder, settings.init_from)
         spec = replace(stored.spec, dropout=settings.lora_dropout)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pipeline.project.params.schema import Count
@@ -11,6 +12,7 @@ from pipeline.project.stage_graph import Look, Stage
 from pipeline.stages.methods.full import COUNTED as FULL
 
 if TYPE_CHECKING:
+    from pipeline.models.base import CausalLM
     from pipeline.models.load import Base
     from pipeline.project.runner import Event, Facts, Job
 
@@ -56,8 +58,9 @@ def run(job: Job) -> Generator[Event, None, Facts]:
     Raises UserError, and whatever `train` raises.
     """
     from pipeline.models.load import stored_precision
-    from pipeline.training.data import asked_while_training, prepare_data, save_checkpoint
+    from pipeline.training.data import asked_while_training, prepare_data
     from pipeline.training.loop import train
+    from pipeline.training.saving import finish, save_checkpoint
     from pipeline.training.task import TrainingTask
 
     settings = job.project.section(job.stage)
@@ -65,12 +68,15 @@ def run(job: Job) -> Generator[Event, None, Facts]:
     base = untrained_base(job, settings.precision)
     batches, evaluation = yield from prepare_data(job, settings, base)
     asked = asked_while_training(job, settings, base)
-    task = TrainingTask.of_one(base.model, batches, settings, FULL, evaluation, **asked)
+
+    def as_stored() -> CausalLM:
+        return untrained_base(job, None).model
+
+    converted = stored_precision(folder) != settings.precision
+    save = partial(save_checkpoint, base=base, trained_from=as_stored if converted else None)
+    task = TrainingTask.of_one(base.model, batches, settings, FULL, evaluation, save=save, **asked)
     optimizer = yield from train(job, task)
-    stored = (
-        None if stored_precision(folder) == settings.precision else untrained_base(job, None).model
-    )
-    return save_checkpoint(job, base, optimizer, trained_from=stored)
+    return finish(job, task, optimizer)
 
 
 def untrained_base(job: Job, precision: str | None) -> Base:

@@ -27,7 +27,6 @@ from pipeline.project.params.schema import (
     Steps,
     ValueSource,
     check_value,
-    effective,
     hints,
     reject_unknown_keys,
     value_type,
@@ -379,7 +378,12 @@ def _train_pass(
         in_order = Batches(held_out, settings.batch_size, seed=None)
         rungs = SEARCHES[sweep.search].rungs(sweep, len(learners), settings.total_steps(steps))
         evaluation = Evaluation(
-            in_order, settings.eval_steps or steps, settings.patience, len(learners), rungs
+            in_order,
+            settings.eval_steps or steps,
+            settings.patience,
+            len(learners),
+            rungs,
+            load_best=settings.load_best,
         )
     less = (
         f"Train fewer adapters at once: shorten {job.stage.name}.grid, or lower "
@@ -549,11 +553,11 @@ def _save_adapters(
     from pipeline.files import artifact
     from pipeline.project import provenance
     from pipeline.project.logs.run_log import DIVERGED, DONE, LOSS, STOPPED, final_loss, read_steps
-    from pipeline.stages.finetune import save_adapter_of
-    from pipeline.training.data import save_logs
+    from pipeline.stages.finetune import facts_of_base, save_adapter_of
+    from pipeline.training.saving import save_logs
 
     folder = job.project.artifact("expand_vocab")
-    commit = provenance.commit(job.stage.module)
+    commit, trained_on = provenance.commit(job.stage.module), facts_of_base(job)
     rows: dict[str, Any] = {}
     for number, learner in enumerate(learners):
         name = learner.name
@@ -564,7 +568,7 @@ def _save_adapters(
         held_out = [step.eval_loss for step in steps if step.eval_loss is not None]
         loss = None
         if held_out:
-            loss = min(held_out) if lora.patience else held_out[-1]
+            loss = min(held_out) if lora.takes_best else held_out[-1]
         rows[name] = {
             "values": values,
             "state": DIVERGED if learner.diverged else state,
@@ -580,9 +584,9 @@ def _save_adapters(
         out.mkdir()
         with only_adapter(base.model, number):
             save = partial(save_files, base=base, spec=specs[name], folder=folder, settings=lora)
-            facts = save_adapter_of(job, base, save, out, trained)
+            facts = save_adapter_of(trained_on, base, save, out, trained)
         save_logs(job.run / name, out)
-        facts = {"params": effective(lora), "commit": commit, **facts}
+        facts = {"params": structs.asdict(lora), "commit": commit, **facts}
         kind = {"kind": "adapter", "method": "lora", "seed": lora.seed}
         artifact.seal(out, {**job.input_facts, **kind, **facts})
     return rows

@@ -21,8 +21,8 @@ from pipeline.files import artifact
 from pipeline.models.load import load_base
 from pipeline.project.logs.run_log import LOSS, read_steps
 from pipeline.project.runner import Progress, run
-from pipeline.stages.init_from import STATE
 from pipeline.stages.registry import open_project
+from pipeline.training.saving import STATE
 from pipeline.views.models import check, describe
 from tests.conftest import Lora
 from tests.helpers.families import new_lines_project

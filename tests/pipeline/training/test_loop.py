@@ -1022,6 +1022,6 @@ def test_answers_can_only_choose_the_best_where_some_are_asked() -> None:
     ):
         settings(metric_for_best_model="eval_answers")
     with pytest.raises(
-        UserError, match=r"^metric_for_best_model is eval_answers, but patience is 0"
+        UserError, match=r"^metric_for_best_model is eval_answers, but no best model is chosen"
     ):
         settings(metric_for_best_model="eval_answers", samples={"held_out": 4})

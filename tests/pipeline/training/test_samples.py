@@ -215,17 +215,17 @@ def test_what_cannot_be_asked_is_refused_before_anything_is_trained(
 
 
 @pytest.mark.parametrize(
-    ("patience", "by_answers", "share"),
-    [(0, False, 0.25), (2, False, 0.5), (2, True, 0.75)],
+    ("takes_best", "metric", "share"),
+    [(False, "eval_loss", 0.25), (True, "eval_loss", 0.5), (True, "eval_answers", 0.75)],
     ids=["the last", "the lowest loss", "the most right answers"],
 )
 def test_the_share_of_right_answers_is_that_of_the_weights_that_are_kept(
-    patience: int, by_answers: bool, share: float
+    takes_best: bool, metric: str, share: float
 ) -> None:
     evaluated = [(math.nan, 0.1), (None, None), (0.9, 0.75), (0.4, 0.5), (0.6, 0.25), (None, None)]
     steps = [
         Step(n, 1, 1.0, 1e-3, 1.0, n, eval_loss=loss, eval_answers=right)
         for n, (loss, right) in enumerate(evaluated)
     ]
-    assert final_answers(steps, patience, by_answers) == share
-    assert final_answers(steps[1:2], patience, by_answers) is None
+    assert final_answers(steps, takes_best, metric) == share
+    assert final_answers(steps[1:2], takes_best, metric) is None

@@ -12,11 +12,10 @@ from transformers import TrainingArguments
 
 from pipeline.errors import UserError
 from pipeline.project.params.sections import Training
-from pipeline.project.runner import Progress, checkpoints, discard_checkpoints, input_facts, run
+from pipeline.project.runner import Progress, checkpoints, discard_checkpoints, run
 from pipeline.stages.registry import open_project
 from pipeline.training.batches import Batches
 from pipeline.training.optimizer import rate
-from pipeline.views.stages import Status
 from tests.helpers.errors import user_error
 from tests.helpers.projects import BRIEF, STAGES, make, make_base, new_project
 from tests.helpers.real import listed, toy, trained, windows_of
@@ -78,7 +77,13 @@ def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ["max_steps=1", "warmup_ratio=0.1"],
             "warmup_ratio 0.1 of 1 steps, rounded up, leaves none after the warm-up",
         ),
-        (["save_steps=0"], "finetune_lora.save_steps must be at least 1, got 0"),
+        (["save_steps=-1"], "finetune_lora.save_steps must be at least 0, got -1"),
+        (
+            ["save_total_limit=2"],
+            "finetune_lora.save_total_limit is 2, but save_steps is 0, so that nothing is kept",
+        ),
+        (["load_best=true"], "finetune_lora.load_best is true, but there is no evaluation set"),
+        (["load_best=2"], "finetune_lora.load_best must be true or false, got 2"),
         (
             ["optimizer=adam"],
             "finetune_lora.optimizer must be one of adamw, adamw-8bit, paged-adamw-8bit, sgd, got",
@@ -113,43 +118,23 @@ def abandoned(root: Path, overrides: list[str], last: int, **options: Any) -> No
     events.close()  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(
-    ("options", "kept"), [({}, 6), ({"checkpoint_every": 4}, 4)], ids=["params", "command line"]
-)
-def test_a_checkpoint_is_written_every_save_steps_unless_the_command_line_says_otherwise(
-    mini: Path, options: dict[str, int], kept: int
+def test_the_command_line_says_how_often_a_checkpoint_to_resume_from_is_written(
+    mini: Path,
 ) -> None:
     discard_checkpoints(mini / "runs/finetune_lora")
-    abandoned(mini, ["finetune_lora.save_steps=3"], 7, **options)
+    abandoned(mini, [], 7, checkpoint_every=4)
     assert [path.name for path in checkpoints(mini / "runs/finetune_lora")] == [
-        f"checkpoint-{kept:09d}"
+        "checkpoint-000000004"
     ]
 
 
-def test_steps_that_take_long_are_saved_before_save_steps_are_done(
-    mini: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_that_take_long_are_saved_sooner(mini: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     discard_checkpoints(mini / "runs/finetune_lora")
     monkeypatch.setattr("pipeline.training.loop.MOST_LOST", 0.0)
     abandoned(mini, [], 7)
     assert [path.name for path in checkpoints(mini / "runs/finetune_lora")] == [
         "checkpoint-000000007"
     ]
-
-
-@pytest.mark.parametrize("stage", ["finetune_lora", "finetune_sweep"])
-def test_save_steps_makes_nothing_out_of_date(mini: Path, stage: str) -> None:
-    make(mini, [stage], BRIEF)
-    often = open_project(mini / "params.yaml", [*BRIEF, "finetune_lora.save_steps=1"])
-    plain = open_project(mini / "params.yaml", BRIEF)
-    assert input_facts(often, STAGES[stage]) == input_facts(plain, STAGES[stage])
-    assert "save_steps" not in input_facts(often, STAGES[stage])["params"]
-    assert Status().of(often)[stage].state == "current"
-    manifests = [
-        path.read_text(encoding="utf-8")
-        for path in (mini / STAGES[stage].path).rglob("manifest.json")
-    ]
-    assert manifests and not any("save_steps" in text for text in manifests)
 
 
 def test_a_grid_that_contradicts_what_is_set_names_its_adapter(mini: Path) -> None:

@@ -130,6 +130,14 @@ def unbroken(root: Path, overrides: list[str]) -> tuple[dict[str, bytes], list[S
             "patience": 0,
             "epochs": 3,
         },
+        {
+            "save_steps": 3,
+            "save_total_limit": 2,
+            "save_optimizer": "true",
+            "load_best": "true",
+            "patience": 0,
+            "epochs": 5,
+        },
     ],
     ids=[
         "fp32 adapters",
@@ -138,9 +146,10 @@ def unbroken(root: Path, overrides: list[str]) -> tuple[dict[str, bytes], list[S
         "bf16 adapters, new rows",
         "fp16",
         "refinements",
+        "saved steps",
     ],
 )
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(7)
 @pytest.mark.slow
 def test_pitfall_20_resume_gives_the_bytes_of_an_unbroken_run_wherever_it_was_killed(
     project: Path, changes: dict[str, object]

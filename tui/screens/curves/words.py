@@ -98,6 +98,9 @@ def details(curve: Curve, step: float | None) -> Iterator[Content]:
     yield Content.assemble(state, f"{when} · {done:,}{of_all} steps")
     if (left := view.seconds_left) is not None:
         yield Content.styled(f"{duration(left)} left", "bold")
+    if view.run.checkpoints:
+        steps = ", ".join(f"{at:,}{' ★' * (at == view.run.best)}" for at in view.run.checkpoints)
+        yield Content(f"checkpoints {steps}")
     yield from map(Content, in_words(curve, step))
     message = view.journal.message if view.journal else ""
     if message or view.state == "died":

@@ -17,7 +17,7 @@ before the name are those of the method's curve.
   much the loss on them rose, in nats per token. Of a folder: of the one that keeps most.
 * **loss**: mean loss of the last epoch of training.
 * **✓**: `✓` the files are those that training wrote, `✗` they are not, or the model breaks a
-  limit of `evaluate.limits`; `?` there is no manifest.
+  limit of `evaluate.limits`; `?` there is no manifest. `★` is a run's best checkpoint.
 
 Sorted, all models are in one list, whatever folder they are in.""",
     [

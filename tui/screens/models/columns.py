@@ -129,7 +129,8 @@ class ModelList(Table[Line]):
         if line.group and not self.sorted_by:
             label = f"  {label.removeprefix(f'{line.group}/')}"
         style = MUTED if line.state == REFUSED else ""
-        return Content.styled(f"{label}{' ●' * bool(line.apart)}", style)
+        best = " ★" * line.model.weights_of.endswith("the best checkpoint")
+        return Content.styled(f"{label}{best}{' ●' * bool(line.apart)}", style)
 
 
 def folder_cell(folder: Folder, title: str) -> Content | str:

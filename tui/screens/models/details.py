@@ -179,4 +179,6 @@ def _numbers(entry: Entry) -> Iterator[str]:
     yield in_units(model.size)
     if model.final_loss is not None:
         yield f"training ended at loss {model.final_loss:.3f}"
+    if model.weights_of:
+        yield f"weights of {model.weights_of}"
     yield f"made {made(entry)}"
