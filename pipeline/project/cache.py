@@ -1,4 +1,7 @@
-"""A content-addressed cache of finished artifacts: <root>/<stage>/<key>/.
+"""A content-addressed cache of finished artifacts, <root>/<stage>/<key>/, and runs with names.
+
+A named run is a folder that looks like artifacts/, <root>/named/<name>/: links to entries, which are
+kept as long as it is there, and what was measured of them.
 
 The key covers everything that determines an artifact's bytes. Entries appear atomically by rename,
 are verified against their manifest on use, and are guarded by a lock. Large files are hard links,
@@ -11,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import time
@@ -28,6 +32,8 @@ SHORT_KEY = 8  # characters of a key that name an entry to a user
 # keys of a manifest that determine an artifact
 FACTS = ("kind", "method", "stage", "seed", "params", "inputs", "code", "versions")
 LARGE = 64 * 2**20  # bytes; larger files are hard-linked instead of copied
+NAMED = "named"
+NAME = re.compile(r"[A-Za-z0-9_][\w.-]{0,63}", re.ASCII)  # of a run
 WRITE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 # errors of a cache that may only be read: another user's, or one on a read-only disk
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -104,7 +110,8 @@ class Cache:
             return self._entries()
 
     def _entries(self) -> list[CacheEntry]:
-        entries = [_entry(path) for path in self.root.glob("*/[!.]*/")]
+        folders = (path for path in self.root.glob("*/[!.]*/") if path.parent.name != NAMED)
+        entries = [_entry(path) for path in folders]
         return sorted(entries, key=lambda entry: entry.used, reverse=True)
 
     def prune(
@@ -112,8 +119,8 @@ class Cache:
     ) -> list[CacheEntry]:
         """Remove entries unused for `older_than_days` days. Returns what was removed.
 
-        The newest `keep` of each stage stay, and the most recently used, up to `max_size` bytes in
-        total.
+        The newest `keep` of each stage stay, the most recently used, up to `max_size` bytes in
+        total, and those of named runs.
         """
         removed: list[CacheEntry] = []
         if not self.root.is_dir():
@@ -125,13 +132,52 @@ class Cache:
             # of a killed process: a running one would hold the lock
             for unfinished in self.root.glob("*/.*/"):
                 shutil.rmtree(unfinished)
+            named = self._linked()
             for entry in self._entries():
+                if entry.path.resolve() in named:
+                    continue
                 count[entry.stage] += 1
                 size += entry.size
                 if count[entry.stage] > keep and entry.used <= limit and size > max_size:
                     remove(entry.path)
                     removed.append(entry)
         return removed
+
+    def named(self) -> dict[str, Path]:
+        """Name → folder of each named run."""
+        return {path.name: path for path in sorted((self.root / NAMED).glob("[!.]*/"))}
+
+    def name(self, name: str, stage: str, key: str, link: str) -> Path:
+        """Let `link` of a named run be an entry. Raises UserError if there is no such entry."""
+        folder = self.root / NAMED / name
+        with self._lock():
+            if not self.has(stage, key):
+                raise UserError(
+                    f"The cache could not keep this result of {stage}, so that it has no name. "
+                    f"Free some space, or check the permissions of {self.root}."
+                )
+            folder.mkdir(parents=True, exist_ok=True)
+            new = folder / f".{link}"
+            new.unlink(missing_ok=True)
+            new.symlink_to(Path(os.path.relpath(self.root / stage / key, folder)))
+            new.replace(folder / link)
+        return folder / link
+
+    def forget(self, name: str) -> int:
+        """Remove a named run, and those of its entries that no other has. Returns their bytes."""
+        with self._lock():
+            before = self._linked()
+            remove(self.root / NAMED / name)
+            size = 0
+            for path in before - self._linked():
+                size += _entry(path).size
+                remove(path)
+        return size
+
+    def _linked(self) -> set[Path]:
+        """The entries of named runs that are there."""
+        links = (link.resolve() for folder in self.named().values() for link in folder.iterdir())
+        return {path for path in links if path.is_dir() and path.parent.name != NAMED}
 
     @contextmanager
     def _lock(self) -> Iterator[None]:

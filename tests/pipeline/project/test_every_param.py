@@ -56,7 +56,9 @@ OTHER = {
     "max_length": "4",
     "precision": "bf16",
     "gradient_checkpointing": "full",
+    "load_best": "true",
     "save_steps": "1",
+    "save_total_limit": "2",
     "samples": "{prompts: [der hund]}",
     "eval_share": "0.3",
     "eval_data": "data/pretrain.de.txt",
@@ -176,6 +178,11 @@ WITH = {
     "evaluate.columns": ["new_data=both.jsonl"],
     "eval_steps": ["eval_share=0.3"],
     "patience": ["eval_share=0.3", "eval_steps=1", "learning_rate=0.3"],
+    "load_best": ["eval_share=0.3", "eval_steps=1", "learning_rate=0.3"],
+    "train_from_scratch.load_best": ["eval_share=0.3", "eval_steps=1", "learning_rate=3"],
+    "finetune_ia3.load_best": ["eval_share=0.3", "eval_steps=1", "learning_rate=30"],
+    "finetune_dpo.load_best": ["eval_data=reversed.jsonl", "eval_steps=1", "learning_rate=0.3"],
+    "save_total_limit": ["save_steps=1"],
     "import.dtype": ["base=toy"],
     "finetune_sweep.search": ["grid={rank: [1, 2, 3, 4]}", "search=halving", "trials=3", "eval"],
     "finetune_sweep.trials": ["grid={rank: [1, 2, 3, 4]}", "search=random", "trials=3"],
@@ -198,6 +205,8 @@ WITH = {
 REFUSED = {  # alone, or always: it would count for nothing
     "eval_steps": "there is no evaluation set. Set {stage}.eval_share above 0",
     "patience": "there is no evaluation set. Set {stage}.eval_share above 0",
+    "load_best": "there is no evaluation set. Set {stage}.eval_share above 0",
+    "save_total_limit": "save_total_limit is 2, but save_steps is 0",
     "metric_for_best_model": "samples.held_out does not say how many answers to compare",
     "import.dtype": "import.dtype applies only to an imported base",
     "import.trust_remote_code": "import.trust_remote_code applies only to an imported base",
@@ -220,7 +229,7 @@ CHANGING = [
     key
     for key in KEYS
     if key not in ONLY_REFUSED
-    and not key.endswith((".gradient_checkpointing", ".save_steps", ".compile"))
+    and not key.endswith((".gradient_checkpointing", ".compile"))
     and key != "pretrain.chat_template"  # MiniGPT has none
     and key
     not in ("merge.max_logit_difference", "evaluate.max_examples", "evaluate.sample_answers")
@@ -262,6 +271,13 @@ def prepared(project: Path) -> Path:
     ]
     for name, rows in (
         ("pairs", pairs[:5]),
+        (
+            "reversed",
+            [
+                {**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]}
+                for pair in pairs[:5]
+            ],
+        ),
         ("more_pairs", [pair | {"best": " im park"} for pair in pairs]),
     ):
         write_jsonl(project / f"{name}.jsonl", rows)
