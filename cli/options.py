@@ -33,6 +33,26 @@ def base_folder(base: Path | None) -> Path | None:
     return import_to_cache(base, lambda: print_note(f"importing {base}, once"))
 
 
+def adapter_folder(name: str) -> Path:
+    """Parser of an adapter: its folder, or the name of a run of the project here.
+
+    Raises UserError for a run of several adapters.
+    """
+    from pipeline.adapters.config import CONFIG
+    from pipeline.project.cache import Cache
+    from pipeline.project.stage_graph import cache_folder
+
+    path = Path(name)
+    named = Cache(cache_folder(Path())).named()
+    if path.exists() or name not in named:
+        return path
+    made = sorted(named[name].glob("[!.]*/"))
+    adapters = [folder for folder in made if (folder / CONFIG).is_file()]
+    if len(adapters) > 1:
+        raise UserError(f"{name} has several adapters. Name one: {', '.join(map(str, adapters))}.")
+    return adapters[0] if adapters else made[0]
+
+
 def use_device(name: str | None) -> None:
     """Callback for --device: what this process, and all that it starts, compute on."""
     if name is not None and not process.is_valid(name):
@@ -50,6 +70,12 @@ SetOption = Annotated[
         "--set", metavar="KEY=VALUE", help="Override one value for this run: finetune_lora.rank=8"
     ),
 ]
+NameOption = Annotated[
+    str | None,
+    Option(
+        help="Keep this run under a name, with its evaluation, whatever is trained later: `lora runs`."
+    ),
+]
 ForceOption = Annotated[bool, Option("--force", help="Run even if the cache has the result.")]
 CheckpointOption = Annotated[
     int | None,
@@ -59,7 +85,8 @@ CheckpointOption = Annotated[
         help="Most steps that a kill costs: checkpoints to resume from are this far apart.",
     ),
 ]
-AdapterArgument = Annotated[Path, Argument(metavar="PATH", help="Adapter folder.")]
+ADAPTER = "Adapter folder, or the name of a run."
+AdapterArgument = Annotated[Path, Argument(metavar="PATH", parser=adapter_folder, help=ADAPTER)]
 BaseOption = Annotated[
     Path | None,
     Option(

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from pipeline.project.logs.follower import Follower
     from pipeline.project.logs.runs import Run
     from pipeline.project.runner import Event, Job
-    from pipeline.project.stage_graph import Project
+    from pipeline.project.stage_graph import Project, Stage
 
 FINISHING = 5.0  # seconds that a finished run waits for its trackers, which then go on alone
+
+RUN = "A name that --name gave, a key in `lora runs`, or a stage for its last."
 
 app = group()
 runs = group(
@@ -55,14 +57,14 @@ def list_runs(
     ]
     print_table(("key", "run", "steps", "loss", "when"), cells, right=("steps", "loss"))
     print_line(
-        "\nTake one again with `lora runs apply KEY`; send one with `lora runs export KEY --to "
-        "TRACKER`."
+        "\nTake one again with `lora runs apply KEY`, compare two with `lora runs compare A B`, send "
+        "one with `lora runs export KEY --to TRACKER`. A name will do for a key."
     )
 
 
 @runs.command()
 def apply(
-    name: Annotated[str, Argument(metavar="RUN", help="Its key in `lora runs`.")],
+    name: Annotated[str, Argument(metavar="RUN", help=RUN)],
     params: ParamsOption = DEFAULT_PARAMS,
 ) -> None:
     """Take an earlier run again: its settings and its artifact.
@@ -76,24 +78,99 @@ def apply(
     from pipeline.project.reapply import restore, settings_to_write
 
     project = project_of(params)
-    run = _choose(project, name)[0]
-    if not run.key:
-        raise UserError(
-            f"{run.label} has not finished, so there is nothing to take. `lora runs` lists the "
-            "others."
-        )
-    if project.home(run.stage) is not project:
-        raise UserError(
-            f"{run.stage} is a stage of {project.params.project}. Run this in "
-            f"{project.home(run.stage).root}."
-        )
-    values = settings_to_write(project, run)
-    _refuse_unwritable(project, values, name)  # before the artifact is replaced
-    restore(project, run)
+    chosen, values = _choose(project, name), dict[str, Any]()
+    for run in chosen:
+        if not run.key:
+            raise UserError(
+                f"{run.label} has not finished, so there is nothing to take. `lora runs` lists the "
+                "others."
+            )
+        if project.home(run.stage) is not project:
+            raise UserError(
+                f"{run.stage} is a stage of {project.params.project}. Run this in "
+                f"{project.home(run.stage).root}."
+            )
+        values |= settings_to_write(project, run)
+    _refuse_unwritable(project, values, name)  # before an artifact is replaced
+    for run in chosen:
+        restore(project, run)
     write_values(project, values, name)
-    print_line(
-        f"{project.artifact_name(run.stage)}  {run.key[:SHORT_KEY]}, {' '.join(run.label.split())}"
-    )
+    for run in chosen:
+        label = " ".join(run.label.split())
+        print_line(f"{project.artifact_name(run.stage)}  {run.key[:SHORT_KEY]}, {label}")
+
+
+@runs.command()
+def compare(
+    one: Annotated[str, Argument(metavar="A", help=RUN)],
+    other: Annotated[str, Argument(metavar="B", help=RUN)],
+    params: ParamsOption = DEFAULT_PARAMS,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare two runs: the settings that differ, how training ended, what was evaluated."""
+    from dataclasses import asdict
+
+    from cli.console import number, print_json, print_line, print_table
+    from pipeline.evaluation.comparison import comparison, legend
+    from pipeline.project.params.edit import dump_inline
+    from pipeline.views.runs import compare
+
+    project = project_of(params)
+    pair = [_one(project, name) for name in (one, other)]
+    found = compare(project, pair)
+    if as_json:
+        print_json({"runs": [one, other], **asdict(found)})
+        return
+    rows = [(key, *map(dump_inline, values)) for key, values in found.settings.items()]
+    print_table(("setting", one, other), rows or [("none differs", "", "")])
+    print_line("")
+    rows = []
+    for name, values in found.curves.items():
+        form = "," if name == "steps" else ".4f"
+        if any(value is not None for value in values):
+            rows.append((name, *(number(value, form) for value in values)))
+    print_table(("training", one, other), rows, right=(one, other))
+    evaluated = {name: row for name, row in zip((one, other), found.metrics, strict=True) if row}
+    if evaluated:
+        columns, lines = comparison(evaluated)
+        print_line("")
+        print_table(columns, lines, right=columns[1:])
+        print_line("\n" + legend(columns))
+    for name in (one, other):
+        if name not in evaluated:
+            print_line(f"\n{name} is not evaluated yet with evaluate's settings of now.")
+
+
+def _one(project: Project, name: str) -> Run:
+    """The only run of this name that has finished. Raises UserError."""
+    from pipeline.errors import UserError
+
+    found = _choose(project, name)
+    if len(found) > 1:
+        stages = ", ".join(f"{run.key[:8]} ({run.stage})" for run in found)
+        raise UserError(f"{name} has several runs. Name one by its key: {stages}.")
+    return found[0]
+
+
+@runs.command()
+def remove(
+    name: Annotated[str, Argument(help="Name that --name gave it.")],
+    params: ParamsOption = DEFAULT_PARAMS,
+) -> None:
+    """Remove a named run: its name, its evaluation, and its results from the cache.
+
+    A result that is in artifacts/ stays there.
+    """
+    from cli.console import print_line
+    from pipeline.errors import UserError
+    from pipeline.files.text import in_units
+    from pipeline.project.cache import Cache
+
+    cache = Cache(project_of(params).cache)
+    if name not in cache.named():
+        known = ", ".join(cache.named()) or "none yet: `lora finetune lora --name NAME` makes one"
+        raise UserError(f"There is no named run {name[:60]}. Known: {known}.")
+    print_line(f"{name} is removed, with {in_units(cache.forget(name))} of the cache.")
 
 
 @runs.command()
@@ -106,7 +183,7 @@ def export(
         str | None,
         Argument(
             metavar="[RUN]",
-            help="Its key in `lora runs`, or a stage for its last. Omit: the last of each.",
+            help=f"{RUN} Omit: the last of each stage.",
         ),
     ] = None,
     params: ParamsOption = DEFAULT_PARAMS,
@@ -144,6 +221,42 @@ def export(
         if problem := follower.problem():
             raise UserError(f"{to}: {problem}. {follower.log} has more.")
         print_line(f"{run.label}  sent; {follower.view}")
+
+
+def refuse_name(project: Project, name: str, stage: Stage) -> None:
+    """Raises UserError if a run of the stage with these settings cannot have the name."""
+    from pipeline.errors import UserError
+    from pipeline.files.artifact import read_manifest
+    from pipeline.project.cache import NAME, NAMED, SHORT_KEY, Cache, cache_key
+    from pipeline.project.runner import changed_params, input_facts
+
+    is_key = len(name) == SHORT_KEY and not set(name) - set("0123456789abcdef")
+    if not NAME.fullmatch(name) or is_key or name in project.graph.stages:
+        raise UserError(
+            f"--name must be at most 64 letters, digits, dots, dashes and underscores, and no stage "
+            f"or key, got {name[:80]!r}. Choose another."
+        )
+    link = Cache(project.cache).root / NAMED / name / stage.output
+    if not link.is_dir():
+        return
+    facts, there = input_facts(project, stage), read_manifest(link)
+    if cache_key(facts) != cache_key(there):
+        changed = changed_params(there["params"], facts["params"])
+        how = ", ".join(changed) or "its data, base or code differ"
+        raise UserError(
+            f"{name} is a run already, with other settings: {how}. Choose another name, or remove "
+            f"it: `lora runs remove {name}`."
+        )
+
+
+def keep_named(project: Project, name: str, stage: Stage) -> Path:
+    """Give the stage's finished run a name, and keep it. Returns its folder."""
+    from pipeline.project.cache import Cache
+    from pipeline.project.runner import artifact_settings
+
+    made = artifact_settings(project.artifact(stage.name))
+    key = made.key if made else ""
+    return Cache(project.cache).name(name, stage.name, key, stage.output)
 
 
 def _choose(project: Project, name: str | None) -> list[Run]:

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, BadParameter, Option
 
 from cli.options import (
+    ADAPTER,
     DEFAULT_PARAMS,
     DeviceOption,
     JsonOption,
     ParamsOption,
     TrustOption,
+    adapter_folder,
     base_folder,
     group,
     project_of,
@@ -46,7 +48,7 @@ PromptBase = Annotated[
         "artifacts/expanded if there is none.",
     ),
 ]
-Adapter = Annotated[Path | None, Option(help="Adapter folder.")]
+Adapter = Annotated[Path | None, Option(metavar="PATH", parser=adapter_folder, help=ADAPTER)]
 Temperature = Annotated[float, Option(min=0, help="Sampling temperature; 0: greedy.")]
 Seed = Annotated[int, Option(min=0, help="Random seed for sampling.")]
 Text = Annotated[str, Argument(metavar="TEXT", callback=validate_utf8, help="Text to complete.")]

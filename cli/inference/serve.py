@@ -5,7 +5,7 @@ from typing import Annotated
 
 from typer import Option
 
-from cli.options import DeviceOption, TrustOption, base_folder, group
+from cli.options import ADAPTER, DeviceOption, TrustOption, adapter_folder, base_folder, group
 from pipeline.errors import UserError, require
 
 app = group()
@@ -23,7 +23,10 @@ def serve(
         ),
     ] = None,
     adapter: Annotated[
-        list[Path] | None, Option("--adapter", help="Adapter folder; may be repeated.")
+        list[Path] | None,
+        Option(
+            "--adapter", metavar="PATH", parser=adapter_folder, help=f"{ADAPTER} May be repeated."
+        ),
     ] = None,
     port: Annotated[int, Option(min=0, max=65535, help="Port; 0: a free one.")] = 8000,
     host: Annotated[

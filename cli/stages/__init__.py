@@ -23,6 +23,7 @@ from cli.options import (
     SetOption,
     TrustOption,
     WidthOption,
+    adapter_folder,
     group,
     project_of,
 )
@@ -86,7 +87,12 @@ def merge(
     overrides: SetOption = None,
     force: ForceOption = False,
     adapter: Annotated[
-        Path | None, Option(help="Adapter to merge instead of the pipeline's; needs --out.")
+        Path | None,
+        Option(
+            metavar="PATH",
+            parser=adapter_folder,
+            help="Adapter to merge instead of the pipeline's, or the name of a run; needs --out.",
+        ),
     ] = None,
     out: Annotated[Path | None, Option(help="Output folder for --adapter.")] = None,
     base: BaseOption = None,
@@ -156,7 +162,11 @@ def evaluate(
     ] = False,
     adapter: Annotated[
         list[Path] | None,
-        Option(help="Adapter to evaluate instead of the project's models, with its base."),
+        Option(
+            metavar="PATH",
+            parser=adapter_folder,
+            help="Adapter to evaluate instead of the project's models, or the name of a run.",
+        ),
     ] = None,
     base: BaseOption = None,
     trust_remote_code: TrustOption = False,
@@ -188,7 +198,7 @@ def evaluate(
             "and --json alone."
         )
     if adapter:
-        _measure(adapter, base, params, overrides, as_json)
+        measure_adapters(adapter, base, params, overrides, as_json)
         return
     run_stage("evaluate", params, overrides, force, silent=as_json)
     project = project_of(params, overrides)
@@ -200,21 +210,28 @@ def evaluate(
     refuse_broken(project, shown=as_json or not UNDER_DVC)
 
 
-def _measure(
+def measure_adapters(
     adapters: Sequence[Path],
     base: Path | None,
     params: Path,
     overrides: list[str] | None,
-    as_json: bool,
+    as_json: bool = False,
+    out: Path | None = None,
 ) -> None:
-    """Evaluate adapters and print their metrics. Raises UserError if they break evaluate.limits."""
+    """Evaluate adapters and print their metrics. Raises UserError if they break evaluate.limits.
+
+    `out`: the artifact to write, in place of artifacts/measured.
+    """
     from cli.console import follow, print_json, print_note
     from cli.project.report import print_metrics, refuse_verdict
-    from pipeline.stages.evaluate import METRICS, measure, measuring
+    from pipeline.evaluation.measuring import measuring
+    from pipeline.stages.evaluate import METRICS, measure
 
     if missing := [str(path) for path in adapters if not path.is_dir()]:
         raise UserError(f"--adapter {missing[0]} is not a folder. Name an adapter's folder.")
     job = measuring(project_of(params, overrides))
+    if out:
+        job = replace(job, out=out)
     metrics, problems = follow(
         measure(job, [path.absolute() for path in adapters], base), "evaluate"
     )
@@ -225,6 +242,22 @@ def _measure(
     for problem in problems:
         print_note(problem)
     refuse_verdict(metrics)
+
+
+def name_run(name: str, stage: Stage, params: Path, overrides: list[str] | None) -> None:
+    """Keep the stage's finished run under a name, evaluate it, and say what takes the name."""
+    from cli.console import print_note
+    from cli.runs import keep_named
+
+    project = project_of(params, overrides)
+    folder = keep_named(project, name, stage)
+
+    print_note(
+        f"{name}: kept. `lora runs compare {name} OTHER`, `lora prompt TEXT --adapter {name}`, "
+        f"`lora runs apply {name}` take it."
+    )
+    if "evaluate" in project.readable:
+        measure_adapters([folder], None, params, overrides, out=folder.parent / "evaluation")
 
 
 def _run_harness(

@@ -18,13 +18,15 @@ from cli.options import (
     ForceOption,
     Group,
     Lazy,
+    NameOption,
     ParamsOption,
     SetOption,
     finite,
     group,
     project_of,
 )
-from cli.stages import run_stage
+from cli.runs import refuse_name
+from cli.stages import name_run, run_stage
 from pipeline.errors import UserError
 from pipeline.files.text import in_units
 from pipeline.project.process import world
@@ -108,8 +110,11 @@ def _distributes(stage: Stage) -> Callable[..., None]:
         apply: Annotated[
             bool, Option("--apply", help="Then write the values of --set into the params file.")
         ] = False,
+        name: NameOption = None,
         _device: DeviceOption = None,
     ) -> None:
+        if name:
+            refuse_name(project_of(params, overrides), name, stage)
         if apply and (dry_run or not overrides):
             reason = "--dry-run makes nothing" if dry_run else "there are none"
             raise UserError(
@@ -149,8 +154,13 @@ def _distributes(stage: Stage) -> Callable[..., None]:
                 given.append("--shard" if shard else "--no-shard")
             given += ["--apply"] * apply
             command_line = ["finetune", stage.method, *given]
-            raise Exit(launch(devices, command_line, nodes, endpoint or "", node_rank))
-        run_stage(stage.name, params, overrides, force, checkpoint_every, shard, apply=apply)
+            code = launch(devices, command_line, nodes, endpoint or "", node_rank)
+            if code:
+                raise Exit(code)
+        else:
+            run_stage(stage.name, params, overrides, force, checkpoint_every, shard, apply=apply)
+        if name and world().is_main_process:
+            name_run(name, stage, params, overrides)
 
     return command
 

@@ -38,13 +38,18 @@ def find_base(adapter: Path, root: Path) -> Path:
     return base_of(adapter, adapter.parent, root)
 
 
-def measured(roots: Iterable[Path]) -> Measurements:
-    """Metrics by sha256 of the artifact; of two evaluations in `roots` the first wins."""
+def measured(roots: Iterable[Path], settings: str = "") -> Measurements:
+    """Metrics by sha256 of the artifact; of two evaluations in `roots` the first wins.
+
+    `settings`: only of evaluations with these, the key of `evaluation.measuring`.
+    """
     measurements: dict[str, dict[str, Any]] = {}
     for path in chain.from_iterable(sorted(root.glob("*/metrics.json")) for root in roots):
         # a folder without manifest is no evaluation, and other tools write a metrics.json too
         with suppress(UserError, KeyError, TypeError, AttributeError):
             manifest = artifact.read_manifest(path.parent)
+            if settings and manifest.get("settings") != settings:
+                continue
             metrics = artifact.read_json(path, "Run `lora evaluate`")
             for variant, name in manifest["variants"].items():
                 verdict = read_verdict(manifest, variant)

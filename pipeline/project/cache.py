@@ -176,8 +176,8 @@ class Cache:
 
     def _linked(self) -> set[Path]:
         """The entries of named runs that are there."""
-        links = (link.resolve() for folder in self.named().values() for link in folder.iterdir())
-        return {path for path in links if path.is_dir() and path.parent.name != NAMED}
+        links = (link for folder in self.named().values() for link in folder.iterdir())
+        return {link.resolve() for link in links if link.is_symlink() and link.is_dir()}
 
     @contextmanager
     def _lock(self) -> Iterator[None]:

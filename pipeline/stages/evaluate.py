@@ -1,7 +1,5 @@
 """evaluate: compares learning and forgetting of the project's variants."""
 
-import hashlib
-import json
 import os
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import suppress
@@ -9,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from pipeline.adapters.config import CONFIG
 from pipeline.data.answers.prompts import Prompt, read_prompts
 from pipeline.data.examples import Example
 from pipeline.data.formats import read_examples
@@ -16,6 +15,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.answers import Answers
 from pipeline.evaluation.comparison import cost, stages_by_variant, weight_bytes
 from pipeline.evaluation.limits import verdict
+from pipeline.evaluation.measuring import MEASURED, measuring
 from pipeline.evaluation.samples import count_answers, sample_answers
 from pipeline.evaluation.tasks import Task, read_tasks
 from pipeline.files import artifact
@@ -33,14 +33,12 @@ from pipeline.inference.score import (
 from pipeline.project.logs.run_log import LOSS, final_loss, flat_from, read_steps
 from pipeline.project.params.load import TRAINING
 from pipeline.project.params.sections import Evaluate, Training
-from pipeline.project.provenance import code_digest
 from pipeline.project.runner import Event, Facts, Job, Progress
-from pipeline.project.stage_graph import ARTIFACTS, Project
+from pipeline.project.stage_graph import Project
 from pipeline.stages.report import draw_comparison, write_report
 from pipeline.training.data import held_out_examples, training_examples
 from pipeline.weights.merge import CERTIFICATE
 
-MEASURED = "measured"  # the folder below artifacts/ of what `measure` writes
 METRICS, PREDICTIONS, SAMPLES = "metrics.json", "predictions.json", "samples.json"
 REPORT, PICTURE = "report.md", "finetuning_comparison.png"
 # numbers of `_cost` that a merged model does not share with its adapter
@@ -98,7 +96,7 @@ def run(job: Job) -> Generator[Event, None, Facts]:
         name: project.artifact_name(adapter or base)
         for name, (base, adapter) in project.variants.items()
     }
-    return {"variants": artifacts, **gate}
+    return {"variants": artifacts, "settings": measuring(project).key, **gate}
 
 
 class _Measured:
@@ -197,7 +195,11 @@ def measure(
             # before it is loaded: the numbers are of these files
             digest = artifact.digest(adapter)
             trusted = project.params.origin.trust_remote_code
-            loaded = engine.load(base or find_base(adapter, project.root), adapter, name, trusted)
+            if (adapter / CONFIG).exists():
+                on = base or find_base(adapter, project.root)
+                loaded = engine.load(on, adapter, name, trusted)
+            else:  # a whole model
+                loaded = engine.load(adapter, None, name, trusted)
             metrics[name] = {**measured.add(loaded), **_cost_of_adapter(adapter)}
             engine.free(loaded)
             inputs[name] = digest
@@ -221,17 +223,6 @@ def _gate(settings: Evaluate, metrics: Mapping[str, Any], names: Sequence[str]) 
     """The verdict on these models; empty without limits."""
     limited = settings.limits.keys() - {"variants"}
     return {"gate": verdict(settings.limits, metrics, names)} if limited else {}
-
-
-def measuring(project: Project) -> Job:
-    """The job of `measure`. Its key covers all that the numbers depend on but the adapters."""
-    stage = project.stage("evaluate")
-    files = {name: artifact.digest(project.root / name) for name in project.data_files(stage)}
-    params = {key: value for key, value in project.stage_params(stage).items() if key != "limits"}
-    settings = {"params": params, "files": files, "code": code_digest(*stage.code)}
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
-    out = project.root / ARTIFACTS / MEASURED
-    return Job(project, stage, out, project.run_folder(stage.name), key, None)
 
 
 def _measured_before(job: Job) -> tuple[dict[str, Any], dict[str, str]]:

@@ -187,7 +187,7 @@ class RunView:
     def name(self) -> str:
         """What it is called: its method, and the settings that differ from the current ones."""
         stage = self.run.stage
-        label = self.run.label.replace(stage, GRAPH.stages[stage].method or stage, 1)
+        label = self.run.curve_label("").replace(stage, GRAPH.stages[stage].method or stage, 1)
         return " ".join(label.split())
 
     @property

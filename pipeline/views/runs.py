@@ -11,32 +11,37 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.evaluation.measuring import measuring
 from pipeline.files import artifact
-from pipeline.project.cache import SHORT_KEY, cache_key
+from pipeline.inference.catalog import VERDICT, measured
+from pipeline.project.cache import NAMED, SHORT_KEY, Cache, cache_key
 from pipeline.project.logs import run_state
 from pipeline.project.logs.run_log import (
     COLUMNS,
     DIVERGED,
     LOSS,
     OPTIONAL,
+    best_step,
     final_loss,
     read_run_outcomes,
     read_steps,
 )
 from pipeline.project.logs.run_state import Settings
 from pipeline.project.logs.runs import LogFiles, Run, curves
-from pipeline.project.stage_graph import RUNS, Project, Stage, cache_folder
+from pipeline.project.stage_graph import ARTIFACTS, RUNS, Project, Stage, cache_folder
 from pipeline.stages.registry import GRAPH
 
 
 @dataclass(frozen=True)
 class Row:
-    """A curve of a run, as `lora runs` lists it. `key` is empty until the run has finished.
+    """A curve of a run, as `lora runs` lists it. `key` is empty until the run has finished, `name`
+    unless it was given one.
 
     `loss`: its last, in nats per token; `when`: the log's last change in seconds since the epoch.
     """
 
     key: str
+    name: str
     run: str
     steps: int
     loss: float | None
@@ -48,8 +53,14 @@ def rows(runs: Iterable[Run]) -> Iterator[Row]:
     for run in runs:
         for curve in run.curves:
             steps = read_steps(curve.loss)
-            label = run.curve_label(curve.name)
-            yield Row(run.key[:SHORT_KEY], label, len(steps), final_loss(steps), run.when)
+            yield Row(
+                run.key[:SHORT_KEY],
+                run.name,
+                run.curve_label(curve.name),
+                len(steps),
+                final_loss(steps),
+                run.when,
+            )
 
 
 def steps_csv(runs: Iterable[Run]) -> bytes:
@@ -65,8 +76,8 @@ def steps_csv(runs: Iterable[Run]) -> bytes:
 
 
 def choose(runs: Sequence[Run], name: str | None) -> list[Run]:
-    """The runs that a name means: one by its key, or a stage's last; without a name the last of
-    each stage.
+    """The runs that a name means: those of a named run, one by its key, or a stage's last; without
+    a name the last of each stage.
 
     Raises UserError if there is none.
     """
@@ -74,13 +85,56 @@ def choose(runs: Sequence[Run], name: str | None) -> list[Run]:
     if name is None:
         chosen = list(reversed(last.values()))
     else:
-        chosen = [run for run in runs if run.key and run.key[:SHORT_KEY] == name]
+        chosen = [run for run in runs if run.key and name in (run.name, run.key[:SHORT_KEY])]
         chosen = chosen or [run for run in last.values() if run.stage == name]
     if not chosen:
         raise UserError(
             f"There is no run{f' {name}' * bool(name)}. `lora runs` lists them with their keys."
         )
     return chosen
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What sets runs apart: a value for each of them, in their order."""
+
+    settings: Mapping[str, tuple[Any, ...]]  # those that differ; None where a run has none
+    curves: Mapping[str, tuple[float | None, ...]]
+    # an evaluation's metrics of each; empty if it was not measured with the settings of now
+    metrics: tuple[Mapping[str, Any], ...]
+
+
+def compare(project: Project, runs: Sequence[Run]) -> Comparison:
+    """Compare single runs by their settings, logs and evaluations."""
+    keys = dict.fromkeys(key for run in runs for key in run.params)
+    settings = {key: tuple(run.params.get(key) for run in runs) for key in keys}
+    roots = [project.root / ARTIFACTS, *Cache(project.cache).named().values()]
+    evaluates = "evaluate" in project.readable
+    measurements = measured(roots, measuring(project).key) if evaluates else {}
+    logs = [read_steps(run.curves[0].loss) for run in runs]
+    ends = []
+    for run, steps in zip(runs, logs, strict=True):
+        evaluated = [step for step in steps if step.eval_loss is not None]
+        best = best_step(evaluated, run.params.get("metric_for_best_model", "eval_loss"))
+        takes_best = run.params.get("patience") or run.params.get("load_best")
+        ends.append(best if takes_best else next(reversed(evaluated), None))
+    return Comparison(
+        {key: values for key, values in settings.items() if any(v != values[0] for v in values)},
+        {
+            "steps": tuple(map(len, logs)),
+            "loss": tuple(map(final_loss, logs)),
+            "held-out loss": tuple(end.eval_loss if end else None for end in ends),
+            "held-out answers": tuple(end.eval_answers if end else None for end in ends),
+        },
+        tuple(
+            {
+                key: value
+                for key, value in measurements.get(run.digest, {}).items()
+                if key != VERDICT
+            }
+            for run in runs
+        ),
+    )
 
 
 @dataclass(frozen=True)
@@ -129,7 +183,7 @@ def stamp(root: Path, params: Path, project: Project | None) -> tuple[int, ...]:
     Takes a dozen calls of os.stat, and one per adapter.
     """
     cache = project.cache if project else cache_folder(root)
-    numbers = [*_stat(params)]
+    numbers = [*_stat(params), *_stat(cache / NAMED)]
     for stage in training_stages(project):
         home = project.home(stage.name).root if project else root
         numbers += _log_inodes(home / RUNS / stage.name, stage.kind == "adapters")
@@ -173,6 +227,9 @@ def _runs(root: Path, stage: Stage, project: Project | None) -> Iterator[Run]:
     home = project.home(stage.name) if project else None
     home_root = home.root if home else root
     cache = project.cache if project else cache_folder(root)
+    names = dict[str, str]()  # by key
+    for name, links in Cache(cache).named().items():
+        names |= {link.resolve().name: name for link in links.iterdir() if link.is_symlink()}
     last = _artifact_logs(home_root / stage.path, stage)
     cached = [_artifact_logs(entry, stage) for entry in (cache / stage.name).glob("[!.]*/")]
     finished = sorted(filter(None, cached), key=lambda logs: logs.when, reverse=True)
@@ -196,6 +253,7 @@ def _runs(root: Path, stage: Stage, project: Project | None) -> Iterator[Run]:
         if label in labels:
             label = f"{label} ({logs.folder.name[:SHORT_KEY]})"
         labels.add(label)
+        key = cache_key(logs.manifest)
         yield Run(
             stage=stage.name,
             label=label,
@@ -205,7 +263,8 @@ def _runs(root: Path, stage: Stage, project: Project | None) -> Iterator[Run]:
             params=logs.params,
             when=logs.when,
             sweeps=stage.kind == "adapters",
-            key=cache_key(logs.manifest),
+            key=key,
+            name=names.get(key, ""),
             digest=artifact.sealed_digest(logs.manifest) if "files" in logs.manifest else "",
             checkpoints=_checkpoints(logs.manifest),
             best=logs.manifest.get("best_checkpoint"),

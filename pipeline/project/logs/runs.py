@@ -37,13 +37,15 @@ class Run:
     # its artifact's key in the cache, and the digest of the artifact's contents; "" without one
     key: str = ""
     digest: str = ""
+    name: str = ""  # that --name gave it
     # the steps whose models its artifact keeps, and the best of them, if they were evaluated
     checkpoints: tuple[int, ...] = ()
     best: int | None = None
 
     def curve_label(self, curve: str) -> str:
-        """The label of one of its curves, unique among all runs."""
-        return f"{self.label}, {curve}" if curve else self.label
+        """The label of one of its curves, unique among all runs, after the run's own name."""
+        label = f"{self.name}: {self.label}" if self.name else self.label
+        return f"{label}, {curve}" if curve else label
 
 
 def curves(folder: Path, sweeps: bool, telemetry: bool = True) -> tuple[LogFiles, ...]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pipeline.data.examples import Example
 from pipeline.data.formats import read_examples
+from pipeline.evaluation.measuring import measuring
 from pipeline.inference import engine
 from pipeline.inference.score import SameLogits, costs, quality
 from pipeline.models.base import CausalLM
@@ -41,7 +42,7 @@ def others(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def _measure(project: Path) -> None:
-    job = evaluate.measuring(open_project(project / "params.yaml", BRIEF))
+    job = measuring(open_project(project / "params.yaml", BRIEF))
     list(evaluate.measure(job, [project / name for name in ADAPTERS]))
 
 
