@@ -72,6 +72,8 @@ def show(
     from cli.console import number, print_json, print_line, print_table
     from pipeline.errors import UserError
     from pipeline.files.digest_cache import DigestStore
+    from pipeline.project.cache import NAMED, Cache
+    from pipeline.project.stage_graph import cache_folder
     from pipeline.views.models import adapters as list_adapters
 
     if folder != FOLDER and not folder.is_dir():
@@ -79,7 +81,9 @@ def show(
             f"--folder must be an existing folder, got {folder}. Choose one that contains adapters."
         )
     store = DigestStore()
-    found = list_adapters(folder, store.fingerprint, store.contents)
+    runs = Cache(cache_folder(Path()))
+    named = runs.results() if folder == FOLDER else []
+    found = list_adapters(folder, store.fingerprint, store.contents, named)
     store.save()
     marks = _marks([adapter.path.resolve() for adapter in found])
     if as_json:
@@ -99,7 +103,8 @@ def show(
         return
     rows, paths = [], {adapter.path for adapter in found}
     for adapter in found:
-        name = str(adapter.path.relative_to(folder))
+        is_here = adapter.path.is_relative_to(folder)
+        name = str(adapter.path.relative_to(folder if is_here else runs.root / NAMED))
         if adapter.path.parent in paths:  # a checkpoint, listed below its adapter
             name = f"  {adapter.path.name}"
         rank = number(adapter.rank)

@@ -113,7 +113,7 @@ def _distributes(stage: Stage) -> Callable[..., None]:
         name: NameOption = None,
         _device: DeviceOption = None,
     ) -> None:
-        if name:
+        if name is not None:
             refuse_name(project_of(params, overrides), name, stage)
         if apply and (dry_run or not overrides):
             reason = "--dry-run makes nothing" if dry_run else "there are none"
@@ -159,7 +159,7 @@ def _distributes(stage: Stage) -> Callable[..., None]:
                 raise Exit(code)
         else:
             run_stage(stage.name, params, overrides, force, checkpoint_every, shard, apply=apply)
-        if name and world().is_main_process:
+        if name is not None and world().is_main_process:
             name_run(name, stage, params, overrides)
 
     return command

@@ -147,6 +147,11 @@ class Cache:
         """Name → folder of each named run."""
         return {path.name: path for path in sorted((self.root / NAMED).glob("[!.]*/"))}
 
+    def results(self) -> list[Path]:
+        """The results of all named runs, that is their links to entries that are there."""
+        links = (link for folder in self.named().values() for link in sorted(folder.iterdir()))
+        return [link for link in links if link.is_symlink() and link.is_dir()]
+
     def name(self, name: str, stage: str, key: str, link: str) -> Path:
         """Let `link` of a named run be an entry. Raises UserError if there is no such entry."""
         folder = self.root / NAMED / name
@@ -176,8 +181,7 @@ class Cache:
 
     def _linked(self) -> set[Path]:
         """The entries of named runs that are there."""
-        links = (link for folder in self.named().values() for link in folder.iterdir())
-        return {link.resolve() for link in links if link.is_symlink() and link.is_dir()}
+        return {link.resolve() for link in self.results()}
 
     @contextmanager
     def _lock(self) -> Iterator[None]:

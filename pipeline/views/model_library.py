@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property, partial
+from itertools import chain
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -19,6 +20,7 @@ from pipeline.files.digest_cache import DigestStore, FactStore, Signature, signa
 from pipeline.files.file_tail import file_stamp
 from pipeline.files.text import natural_sort_key
 from pipeline.inference.catalog import Measurements, find_base, measured, model_folders
+from pipeline.project.cache import NAMED, Cache
 from pipeline.project.stage_graph import ARTIFACTS, Project
 from pipeline.views.models import Model, VerificationResult, check, describe, scored
 from pipeline.views.stages import apart
@@ -87,6 +89,7 @@ class Library:
         self.project, self.root = project, project.root
         self.artifacts = [owner.root / ARTIFACTS for owner in (project, project.parent) if owner]
         self.folders: list[Path] = list(self.artifacts)
+        self.runs = Cache(project.cache).root / NAMED
         self._models: dict[Path, tuple[Signature, Model]] = {}
         # of the folders that contain models
         self._folder_stamps: dict[Path, tuple[int, ...] | None] = {}
@@ -105,6 +108,8 @@ class Library:
         """A short name: the pipeline's, or the path within the searched folder."""
         if name := self.project_variants().get(path):
             return name
+        if path.is_relative_to(self.runs):
+            return str(path.relative_to(self.runs))
         for folder in self.folders:
             if path.is_relative_to(folder):
                 inside = path.relative_to(folder)
@@ -112,9 +117,11 @@ class Library:
         return str(path)
 
     def _group(self, path: Path) -> str:
-        """The heading of a model that the pipeline does not name: its folder in artifacts/, or the
-        added folder.
+        """The heading of a model that the pipeline does not name: its run's name, its folder in
+        artifacts/, or the added folder.
         """
+        if path.is_relative_to(self.runs):
+            return path.relative_to(self.runs).parts[0]
         for folder in self.folders:
             if path.is_relative_to(folder):
                 inside = path.relative_to(folder).parts
@@ -129,16 +136,15 @@ class Library:
         file.
         """
         models: dict[Path, tuple[Signature, Model]] = {}
-        folder_stamps = {folder: file_stamp(folder) for folder in self.folders}
+        folder_stamps = {folder: file_stamp(folder) for folder in (*self.folders, self.runs)}
         context = self._check_context()
         variants = self.project_variants()
         numbers = {path: number for number, path in enumerate(variants)}
         marks = {
             self.project.artifact(name): reasons for name, reasons in apart(self.project).items()
         }
-        for path in dict.fromkeys(
-            model for folder in self.folders for model in model_folders(folder)
-        ):
+        roots = [*self.folders, *Cache(self.project.cache).results()]
+        for path in dict.fromkeys(chain.from_iterable(map(model_folders, roots))):
             folder_stamps.setdefault(path.parent, file_stamp(path.parent))
             now = signature(path)
             model = self._known(path, now)
@@ -269,7 +275,8 @@ class Library:
         return stamp_of(files, context.signature(base) if base else ())
 
     def _check_context(self) -> CheckContext:
-        return CheckContext(measured(self.folders), cache(signature))
+        runs = Cache(self.project.cache).named().values()
+        return CheckContext(measured([*self.folders, *runs]), cache(signature))
 
     def _base(self, model: Model, context: CheckContext) -> Path | None:
         """`base`, looked up once for all adapters in a folder that name the same one; None for a

@@ -1,8 +1,9 @@
 """Describes the models and adapters in a folder by their files, without loading them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -102,11 +103,15 @@ class VerificationResult:
 
 
 def adapters(
-    root: Path, fingerprint: Fingerprint = base_fingerprint, contents: Contents = artifact.contents
+    root: Path,
+    fingerprint: Fingerprint = base_fingerprint,
+    contents: Contents = artifact.contents,
+    results: Sequence[Path] = (),
 ) -> list[Adapter]:
-    """Every adapter below `root`, by path."""
-    measurements, described = measured([root]), list[Adapter]()
-    for folder in model_folders(root):
+    """Every adapter below `root`, by path, and those of named runs among `results`."""
+    runs = dict.fromkeys(result.parent for result in results)
+    measurements, described = measured([root, *runs]), list[Adapter]()
+    for folder in chain.from_iterable(map(model_folders, [root, *results])):
         if not (folder / CONFIG).exists():
             continue
         model = describe(folder)

@@ -85,7 +85,8 @@ def choose(runs: Sequence[Run], name: str | None) -> list[Run]:
     if name is None:
         chosen = list(reversed(last.values()))
     else:
-        chosen = [run for run in runs if run.key and name in (run.name, run.key[:SHORT_KEY])]
+        finished = [run for run in runs if run.key]
+        chosen = [run for run in finished if name and name in (run.name, run.key[:SHORT_KEY])]
         chosen = chosen or [run for run in last.values() if run.stage == name]
     if not chosen:
         raise UserError(
@@ -227,9 +228,7 @@ def _runs(root: Path, stage: Stage, project: Project | None) -> Iterator[Run]:
     home = project.home(stage.name) if project else None
     home_root = home.root if home else root
     cache = project.cache if project else cache_folder(root)
-    names = dict[str, str]()  # by key
-    for name, links in Cache(cache).named().items():
-        names |= {link.resolve().name: name for link in links.iterdir() if link.is_symlink()}
+    names = {link.resolve().name: link.parent.name for link in Cache(cache).results()}  # by key
     last = _artifact_logs(home_root / stage.path, stage)
     cached = [_artifact_logs(entry, stage) for entry in (cache / stage.name).glob("[!.]*/")]
     finished = sorted(filter(None, cached), key=lambda logs: logs.when, reverse=True)
