@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer import Exit, Option
 
-from cli.options import UNDER_DVC, Group, Lazy, group
+from cli.options import UNDER_DVC, Group, Lazy, group, noted
 from pipeline.errors import (
     FULL,
     Interrupted,
@@ -158,7 +158,7 @@ def root(
         Option("--version", callback=_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
-    pass
+    noted.clear()
 
 
 def main() -> None:
