@@ -9,14 +9,12 @@ from collections import ChainMap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from msgspec import structs
 
 from pipeline.errors import UserError
 from pipeline.files.text import abbreviate_repr
-from pipeline.project.params.aliases import KEYS
-from pipeline.project.params.other_names import OtherNames
 from pipeline.project.params.schema import (
     Pretrained,
     Section,
@@ -26,6 +24,9 @@ from pipeline.project.params.schema import (
     reject_unknown_keys,
 )
 from pipeline.project.params.sections import Import, Running, Training, change_paths
+
+if TYPE_CHECKING:
+    from pipeline.project.params.other_names import OtherNames
 
 T = TypeVar("T", bound=Section)
 Kinds = Mapping[str, type[Section]]  # name → class of the sections that a file may have
@@ -225,7 +226,6 @@ def parse(text: str, path: Path, kinds: Kinds, overrides: Sequence[str] = ()) ->
         )
     origin = ValueSource(path.name, frozenset({*given, *added}))
     if unknown := [key for key in tree if key not in (*TOP_LEVEL, TRAINING) and key not in kinds]:
-        _refuse_alone(unknown[0], tree[unknown[0]], origin)
         known = [*kinds, *TOP_LEVEL, TRAINING, PROJECT]
         reject_unknown_keys(dict.fromkeys(unknown), known, "", origin)
 
@@ -270,20 +270,6 @@ def parse(text: str, path: Path, kinds: Kinds, overrides: Sequence[str] = ()) ->
     return _build(params, origin)
 
 
-def _refuse_alone(key: str, value: Any, origin: ValueSource) -> None:
-    """Raises UserError for a section's key that stands above the sections, as in other tools."""
-    if (
-        value is not None
-        and not isinstance(value, dict)
-        and (key in KEYS or key in hints(Training))
-    ):
-        file = origin.file
-        raise UserError(
-            f"{file}: {key} stands above the sections. Put it into one, such as finetune_lora; of "
-            f"another tool's config `lora new DIR --from {file}` makes a project."
-        )
-
-
 def _check_keys(tree: Mapping[str, Any], kinds: Kinds, origin: ValueSource) -> None:
     """Raises UserError for what is no section, and for a section's unknown key."""
     for name, keys in tree.items():
@@ -302,8 +288,11 @@ def _check_keys(tree: Mapping[str, Any], kinds: Kinds, origin: ValueSource) -> N
         )
 
 
-def other_names(kinds: Kinds) -> OtherNames:
+def other_names(kinds: Kinds) -> "OtherNames":
     """A reader of other tools' names for a params file's sections and what stands above them."""
+    # not before a params file is read: the calculator does without
+    from pipeline.project.params.other_names import OtherNames
+
     return OtherNames(ChainMap({TRAINING: Training}, kinds), TOP_LEVEL)  # type: ignore[arg-type]
 
 
@@ -400,18 +389,18 @@ def read_override(override: str) -> tuple[str, Any]:
 
 
 def _read_overrides(
-    overrides: Sequence[str], tree: Mapping[str, Any], names: OtherNames, kinds: Kinds
+    overrides: Sequence[str], tree: Mapping[str, Any], names: "OtherNames", kinds: Kinds
 ) -> dict[str, Any]:
     """Overrides of the tree as a tree, by our names. Raises UserError."""
     given: dict[str, Any] = {}
     for override in overrides:
         path, value = read_override(override)
         section, dot, key = path.partition(".")
-        if not dot and KEYS.get(path, path) in TOP_LEVEL:
+        if not dot and names.ours(path) in TOP_LEVEL:
             given[path] = value
             continue
         if not dot:
-            section, key = _section_of(path, tree, kinds), path
+            section, key = _section_of(names.ours(path), tree, kinds), path
         if not section:
             if names.ignores(path, path):
                 continue
@@ -424,12 +413,11 @@ def _read_overrides(
     return names.read(given, ValueSource(OVERRIDE), tree)
 
 
-def _section_of(key: str, tree: Mapping[str, Any], kinds: Kinds) -> str:
-    """The section of the tree that a key alone means; empty if several can be meant.
+def _section_of(ours: str, tree: Mapping[str, Any], kinds: Kinds) -> str:
+    """The section of the tree that our key alone means; empty if several can be meant.
 
     Where several methods have the key, it is `training` if that counts for all of them.
     """
-    ours = KEYS.get(key, key)
     owners = [name for name in tree if name in kinds and ours in hints(kinds[name])]
     trained = {name: kind for name in owners if issubclass(kind := kinds[name], Training)}
     trained.pop("pretrain", None)

@@ -46,16 +46,21 @@ class OtherNames:
                 if name != written:
                     self._note(name, written, name)
                 self._read_section(result, name, written, value, origin, (below or {}).get(name))
-            elif name in self._kinds or not self.ignores(written, str(written)):
+            elif name in self._kinds or not self.ignores(written, written):
+                self._refuse_alone(name, value, origin)
                 result[name] = value
         return result
 
-    def ignores(self, key: Any, path: str) -> bool:
+    def ignores(self, key: Any, path: Any) -> bool:
         """Whether a key has no counterpart and changes no result; the note then says why."""
         why = why_none(str(key), IGNORED)
         if why:
-            self._ignored.setdefault(why, []).append(path)
+            self._ignored.setdefault(why, []).append(str(path))
         return why is not None
+
+    def ours(self, key: Any) -> Any:
+        """Our name of a key; the key itself if it has no other."""
+        return KEYS.get(key, key)
 
     @property
     def note(self) -> str:
@@ -69,6 +74,16 @@ class OtherNames:
         texts = [f"{', '.join(parts)}: taken."] * bool(parts)
         texts += [f"{', '.join(paths)} ignored: {why}." for why, paths in self._ignored.items()]
         return " ".join(texts)
+
+    def _refuse_alone(self, key: Any, value: Any, origin: ValueSource) -> None:
+        """Raises UserError for a section's key above the sections, as other tools have it."""
+        is_key = self.ours(key) != key or key in hints(self._kinds["training"])
+        if is_key and value is not None and not isinstance(value, dict):
+            raise UserError(
+                f"{origin.file}: {key} stands above the sections. Put it into one, such as "
+                f"finetune_lora; of another tool's config `lora new DIR --from {origin.file}` "
+                "makes a project."
+            )
 
     def _ours_above(self, written: Any, value: Any) -> Any:
         """Our name of a section, or of a key above the sections; `written` if there is no other."""

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from msgspec import Meta, field, structs
 
 from pipeline.errors import UserError
-from pipeline.project.params.aliases import KEYS
 from pipeline.project.params.load import Params
 from pipeline.project.params.schema import (
     Count,
@@ -95,6 +94,9 @@ def _read_grid(values: Any, key: str, origin: ValueSource) -> Any:
         return tuple(_read_grid(grid, f"{key}.{n}", origin) for n, grid in enumerate(values))
     if not isinstance(values, dict):
         raise UserError(f"{key} must be {GRID_RULE}, got {values!r}. {origin.edit(key)}")
+    # not before a grid is read: the calculator does without
+    from pipeline.project.params.aliases import KEYS
+
     grid: dict[str, Any] = {}
     for theirs, options in values.items():
         name = KEYS.get(theirs, theirs)
