@@ -8,6 +8,7 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/*
 WORKDIR /source
 COPY pyproject.toml README.md LICENSE params.yaml ./
+COPY lora_workbench lora_workbench
 COPY cli cli
 COPY tui tui
 COPY pipeline pipeline

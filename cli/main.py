@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer import Exit, Option
 
-from cli.options import UNDER_DVC, Group, Lazy, group
+from cli.options import UNDER_DVC, Group, Lazy, group, noted
 from pipeline.errors import (
     FULL,
     Interrupted,
@@ -158,7 +158,7 @@ def root(
         Option("--version", callback=_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
-    pass
+    noted.clear()
 
 
 def main() -> None:
@@ -187,7 +187,7 @@ def main() -> None:
         end_with_launcher()
     try:
         try:
-            app()
+            app(prog_name="lora")
         except SystemExit:  # so every command ends that has printed its result
             sys.stdout.flush()  # the disk that it goes to may be full
             raise
@@ -263,5 +263,5 @@ def _exit(message: str, code: int) -> NoReturn:
     raise SystemExit(code)
 
 
-if __name__ == "__main__":  # for torchrun: torchrun --nproc-per-node 2 -m cli.main finetune lora
+if __name__ == "__main__":  # for the processes of --devices
     main()

@@ -145,6 +145,8 @@ JsonOption = Annotated[bool, Option("--json", help="Print one JSON document to s
 DEFAULT_PARAMS = Path("params.yaml")
 # the longest name of a stage in dvc.yaml: lines of `dvc repro` are aligned to it
 WIDEST = len("finetune_freeze")
+# the note on other tools' names, once it is printed
+noted = list[str]()
 # DVC runs the command as one of many stages: it prints one line
 UNDER_DVC = "DVC_STAGE" in os.environ
 
@@ -248,7 +250,24 @@ def group(**settings: Any) -> Typer:
 
 
 def project_of(params: Path, overrides: list[str] | None = None) -> "Project":
-    """Open the project of `--params` and validate its values."""
+    """Open the project of `--params` and validate its values; a note says which names it took."""
     from pipeline.stages.registry import open_project
 
-    return open_project(params, overrides or ())
+    project = open_project(params, overrides or ())
+    note_names(project.params.note)
+    return project
+
+
+def note_names(note: str) -> None:
+    """Print what other tools' names became, once in a command, by the first of its processes.
+
+    Of DVC's stages those print it whose section it concerns.
+    """
+    if not note or noted or os.environ.get("DVC_STAGE", "") not in note:
+        return
+    from cli.console import print_note
+    from pipeline.training.parallel.launch import LAUNCHER
+
+    noted.append(note)
+    if process.world().is_main_process and LAUNCHER not in os.environ:
+        print_note(note)

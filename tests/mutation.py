@@ -47,7 +47,15 @@ from libcst.metadata import MetadataWrapper, PositionProvider
 from mutmut.mutation.mutators import mutation_operators
 
 ROOT = Path(__file__).parents[1]
-OURS = ("pipeline", "cli", "tui", "tests", "docs", "bench")  # imported anew in each process
+OURS = (
+    "lora_workbench",
+    "pipeline",
+    "cli",
+    "tui",
+    "tests",
+    "docs",
+    "bench",
+)  # imported anew in each process
 ALIVE = ("survived", "uncovered")
 MEMORY = 12 << 30  # bytes; an allocation above it fails, and with it the test
 

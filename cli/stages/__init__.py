@@ -292,6 +292,23 @@ def _run_harness(
     print_table(columns, rows, right=columns[2:])
 
 
+def of_stage(overrides: Sequence[str] | None, stage: Stage) -> list[str]:
+    """Overrides in which a key alone is one of the stage's: finetune_lora.rank=8 for rank=8."""
+    from pipeline.project.params.aliases import KEYS
+    from pipeline.project.params.load import TOP_LEVEL
+    from pipeline.project.params.schema import hints
+
+    named = []
+    for override in overrides or ():
+        path, equals, _ = override.partition("=")
+        ours = KEYS.get(path.strip(), path.strip())
+        if equals and ours and "." not in path and ours not in TOP_LEVEL:
+            section = stage.name if ours in hints(stage.settings) else stage.section
+            override = f"{section}.{override.strip()}"
+        named.append(override)
+    return named
+
+
 def run_stage(
     name: str,
     params: Path,
@@ -309,7 +326,9 @@ def run_stage(
     from cli.advise import advice_notes
     from cli.console import follow
     from pipeline.project.runner import Facts, run
+    from pipeline.stages.registry import GRAPH
 
+    overrides = of_stage(overrides, GRAPH.stages[name])
     project = project_of(params, overrides)
     stage = project.stage(name)
     if stage.check:  # before anything runs
@@ -351,9 +370,8 @@ def run_stage(
     _print_artifact(project, stage, manifest)
     if apply:
         from cli.runs import write_values
-        from pipeline.project.params.load import read_overrides
 
-        write_values(project, read_overrides(overrides or ()))
+        write_values(project, project.params.overrides)
     elif overrides and stage.trains and not UNDER_DVC:
         _note_overrides(project, stage)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from inspect import getdoc
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,7 +26,7 @@ from cli.options import (
     project_of,
 )
 from cli.runs import refuse_name
-from cli.stages import name_run, run_stage
+from cli.stages import name_run, of_stage, run_stage
 from pipeline.errors import UserError
 from pipeline.files.text import in_units
 from pipeline.project.process import world
@@ -113,6 +113,7 @@ def _distributes(stage: Stage) -> Callable[..., None]:
         name: NameOption = None,
         _device: DeviceOption = None,
     ) -> None:
+        overrides = of_stage(overrides, stage)
         if name is not None:
             refuse_name(project_of(params, overrides), name, stage)
         if apply and (dry_run or not overrides):
@@ -149,7 +150,7 @@ def _distributes(stage: Stage) -> Callable[..., None]:
             given = ["--params", str(params), *["--force"] * force]
             if checkpoint_every is not None:
                 given += ["--checkpoint-every", str(checkpoint_every)]
-            given += [f"--set={override}" for override in overrides or ()]
+            given += [f"--set={override}" for override in overrides]
             if shard is not None:
                 given.append("--shard" if shard else "--no-shard")
             given += ["--apply"] * apply
@@ -226,36 +227,57 @@ def _sweep(
             min=0, callback=finite, help="Choose among adapters that are this close to the base."
         ),
     ] = None,
+    grid: Annotated[
+        list[str] | None,
+        Option(metavar="KEY=VALUE,…", help="Values to try: rank=4,8,16; one --grid for each key."),
+    ] = None,
     apply: Annotated[
         bool, Option("--apply", help="Write the best adapter's values into finetune_lora.")
     ] = False,
     _device: DeviceOption = None,
 ) -> None:
     """The command of a sweep, which also chooses among what it made."""
-    overrides = [*(overrides or ())]
-    if over:
+    from pipeline.stages.registry import METHODS
+
+    overrides = of_stage(overrides, METHODS["sweep"])
+    if over or grid:
         from pipeline.stages.methods.sweep import grid_around
 
-        if any(
-            override.partition("=")[0].strip() == "finetune_sweep.grid" for override in overrides
-        ):
+        project = project_of(params, overrides)
+        if (over and grid) or "finetune_sweep.grid" in project.params.overrides:
             raise UserError(
-                "--over makes the grid, which --set finetune_sweep.grid does too. Leave one of "
-                "them out."
+                "--over, --grid and --set finetune_sweep.grid each make the grid. Give one of them."
             )
-        overrides.append(
-            f"finetune_sweep.grid={json.dumps(grid_around(project_of(params, overrides), over))}"
-        )
+        values = grid_around(project, over) if over else _read_grid(grid or ())
+        overrides.append(f"finetune_sweep.grid={json.dumps(values)}")
     run_stage("finetune_sweep", params, overrides, force, checkpoint_every)
     if not UNDER_DVC:
-        from pipeline.project.params.load import read_overrides
-
-        _choose(project_of(params, overrides), read_overrides(overrides), max_divergence, apply)
+        _choose(project_of(params, overrides), max_divergence, apply)
 
 
-def _choose(
-    project: Project, given: Mapping[str, Any], max_divergence: float | None, apply: bool
-) -> None:
+def _read_grid(options: Sequence[str]) -> dict[str, Any]:
+    """Key → values of each `--grid`. Raises UserError."""
+    from pipeline.files import strict_yaml
+    from pipeline.project.params.schema import ValueSource, check_value, hints
+    from pipeline.stages.methods.sweep import FinetuneSweep
+
+    grid: dict[str, Any] = {}
+    for option in options:
+        key, equals, text = option.partition("=")
+        try:
+            values = strict_yaml.load(f"[{text}]")
+        except ValueError:
+            values = None
+        if not equals or not values or key in grid:
+            raise UserError(
+                f"--grid takes a key once with its values, such as rank=4,8,16, got {option!r}."
+            )
+        grid[key] = values
+    check_value(hints(FinetuneSweep)["grid"], grid, "--grid", ValueSource("--grid"))
+    return grid
+
+
+def _choose(project: Project, max_divergence: float | None, apply: bool) -> None:
     """Print a sweep's adapters and the best of them.
 
     `apply`: write its values, and those that --set gave all of them, into the params file.
@@ -304,7 +326,8 @@ def _choose(
             f"one may be beyond it. Sweep on with --set 'finetune_sweep.grid={longer}'."
         )
     if apply:
-        written = {key: value for key, value in given.items() if key.startswith("finetune_lora.")}
+        given = project.params.overrides.items()
+        written = {key: value for key, value in given if key.startswith("finetune_lora.")}
         for key, value in chosen["values"].items():
             written[f"finetune_lora.{key}"] = value
         write_values(project, written)

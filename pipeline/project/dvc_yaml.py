@@ -117,13 +117,14 @@ def _params(project: Project, stage: Stage, code: str | None) -> list[Any]:
     if trains and TRAINING in params.tree:
         names.append(TRAINING)
     names += [name for name in sections if name in params.named]
+    names = list(dict.fromkeys(map(params.as_written, names)))
 
     if parent:
         inherited = [name for name in sections if name not in params.written]
         if trains and TRAINING in parent.params.tree:
             inherited.append(TRAINING)
         if inherited:
-            names.append({params.project: inherited})
+            names.append({params.project: list(map(parent.params.as_written, inherited))})
     if not code:
         names.append({CODE_FILE: [stage.name]})
     return names
@@ -136,7 +137,8 @@ def _dependency(project: Project, stage: Stage, key: str, name: str) -> str:
     names_section = "." in key.partition("[")[0]
     path = key if names_section else key_path(stage.section, key)
     is_written = path in TOP_LEVEL or path.partition(".")[0] in project.params.written
-    return f"${{{path}}}" if is_written else name
+    path, bracket, index = path.partition("[")
+    return f"${{{project.params.as_written(path)}{bracket}{index}}}" if is_written else name
 
 
 def _plots(project: Project) -> list[Any]:

@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pipeline.errors import UserError
 from pipeline.files.artifact import digest, is_temporary, write_file, writing
 from pipeline.files.base_model import resolve
@@ -205,13 +203,14 @@ def _new_params(
     that dvc.yaml refers to.
     """
     text = read_text(source)
-    parse(text, source, graph.sections)
+    params = parse(text, source, graph.sections)
     if base:  # first, as a new section depends on it
-        text = edit.set_values(text, {"base": base})
+        text = edit.set_values(text, {"base": base}, params.as_written)
     if methods is not None:
         text = _select_methods(text, graph, methods)
     text = _add_needed_sections(text, graph)
-    return edit.set_values(text, _missing_keys(text, _project(folder, graph, text, source)))
+    project = _project(folder, graph, text, source)
+    return edit.set_values(text, _missing_keys(project), project.params.as_written)
 
 
 def _select_methods(text: str, graph: StageGraph, methods: Sequence[str]) -> str:
@@ -226,7 +225,7 @@ def _select_methods(text: str, graph: StageGraph, methods: Sequence[str]) -> str
     if "lora" not in methods:
         removed |= {"merge"}  # which needs LoRA's adapter
     for name in removed:
-        text = edit.remove_section(text, name)
+        text = edit.remove_section(text, params.as_written(name))
     added = [name for name in selected if name not in params.written]
     return _append_sections(text, graph, added, params.origin.imports)
 
@@ -272,21 +271,20 @@ def _existing_params(folder: Path, graph: StageGraph, base: str | None) -> str:
         raise UserError(
             f"base is {project.params.origin.base} in {path}, not {base}. Edit it there."
         )
-    if missing := _missing_keys(text, project):
+    if missing := _missing_keys(project):
         raise UserError(
             f"{path} lacks {', '.join(missing)}, to which dvc.yaml refers. Add it there."
         )
     return text
 
 
-def _missing_keys(text: str, project: Project) -> dict[str, Any]:
-    """`section.key` → value, for the keys that dvc.yaml refers to and the text lacks."""
-    tree = yaml.safe_load(text)
+def _missing_keys(project: Project) -> dict[str, Any]:
+    """`section.key` → value, for the keys that dvc.yaml refers to and the params file lacks."""
     params = project.params
     missing: dict[str, Any] = {
         key: getattr(params.section(section), key)
         for key, section in TOP_LEVEL.items()
-        if section in params.written and key not in tree
+        if section in params.written and key not in params.sources
     }
     for stage in project.stages.values():
         for file_key in watched_files(project, stage):
@@ -294,7 +292,7 @@ def _missing_keys(text: str, project: Project) -> dict[str, Any]:
             if name in TOP_LEVEL:
                 continue
             section, key = name.split(".") if "." in name else (stage.section, name)
-            if section in params.written and key not in (tree.get(section) or {}):
+            if section in params.written and f"{section}.{key}" not in params.sources:
                 missing[f"{section}.{key}"] = project.setting(stage, name)
     return missing
 

@@ -123,7 +123,7 @@ def test_a_project_that_is_there_keeps_its_settings(cli: Lora, here: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("key", "reason"), [("deepspeed=x", "--devices"), ("wandb_project=x", "report_to")]
+    ("key", "reason"), [("template=x", "chat template"), ("max_samples=9", "data files")]
 )
 def test_a_setting_without_a_counterpart_is_answered_with_the_reason(
     key: str, reason: str, cli: Lora, here: Path

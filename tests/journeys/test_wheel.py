@@ -116,9 +116,16 @@ def test_the_wheel_holds_the_program_its_defaults_and_every_page_and_nothing_els
 ) -> None:
     names = zipfile.ZipFile(built[1]).namelist()
     info = f"lora_workbench-{PROJECT['version']}.dist-info"
-    assert {name.partition("/")[0] for name in names} == {"cli", "tui", "pipeline", DEFAULTS, info}
+    assert {name.partition("/")[0] for name in names} == {
+        "lora_workbench",
+        "cli",
+        "tui",
+        "pipeline",
+        DEFAULTS,
+        info,
+    }
     in_git = subprocess.run(
-        ("git", "ls-files", "-z", "cli", "tui", "pipeline"),
+        ("git", "ls-files", "-z", "lora_workbench", "cli", "tui", "pipeline"),
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -20,7 +20,7 @@ PACKAGES = {"files", "project", "data", "calc", "models", "adapters"} | {
     *("training", "inference", "weights", "evaluation", "stages", "export", "views")
 }
 MODULES = {"errors", "extensions"}  # beside them
-CODE = ("cli", "tui", "pipeline", "bench")
+CODE = ("lora_workbench", "cli", "tui", "pipeline", "bench")
 # A section of a paper, behind its year: "Yang et al. 2024, §3.3".
 CITED = re.compile(r"\b\d{4}[a-z]?, §\d[\d.]*(?:(?: and|,) §\d[\d.]*)*")
 PRONOUNS = {"each", "it", "one", "own", "that", "them", "these", "this", "those"}
@@ -38,7 +38,7 @@ def entries(folder: Path) -> list[str]:
 
 
 def folders() -> Iterator[Path]:
-    for top in ("cli", "tui", "pipeline"):
+    for top in ("lora_workbench", "cli", "tui", "pipeline"):
         yield from (path.parent for path in (ROOT / top).rglob("__init__.py"))
 
 
@@ -131,5 +131,5 @@ def test_a_lora_run_loads_few_modules_of_the_library(houses: Path, tmp_path: Pat
     )
     assert done.returncode == 0, done.stderr
     loaded = [line for line in done.stderr.splitlines() if line.endswith(".py")]
-    assert len(loaded) <= 89, "\n".join(sorted(loaded))
+    assert len(loaded) <= 92, "\n".join(sorted(loaded))
     assert any("stages/finetune" in path for path in loaded)

@@ -9,8 +9,8 @@ from pkgutil import iter_modules
 from types import ModuleType
 
 from pipeline.project.foreign import FORMATS, read_config
-from pipeline.project.foreign._conversions import SAME
 from pipeline.project.params.aliases import COMMANDS, KEYS, NO_COUNTERPART, why_none
+from pipeline.project.params.conversions import SAME
 from pipeline.project.params.edit import dump_inline
 from pipeline.project.params.schema import hints
 from pipeline.stages.registry import GRAPH

@@ -8,15 +8,14 @@ problem is a UserError with file and key.
 import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.errors import UserError
 from pipeline.extensions import Registry
 from pipeline.files.text import abbreviate_repr
-from pipeline.project.foreign._conversions import CONVERSIONS, DOUBLE, NAMES, SAME, Why, by_name
 from pipeline.project.params.aliases import KEYS, why_none
+from pipeline.project.params.conversions import Why, translated
 from pipeline.project.params.load import Kinds
 from pipeline.project.params.schema import ValueSource, check_value, hints
 
@@ -123,24 +122,13 @@ class Config:
 
     def take_rest(self) -> None:
         """Take by its name what the tool's own rules have not taken."""
-        popped = [self.rest.pop(key, None) for key in DOUBLE]
-        double = True in popped
-        for theirs, value in self.rest.items():
-            ours = KEYS.get(theirs, theirs)
-            is_off = value is False and ours != "gradient_checkpointing"
-            if is_off or value in (None, "", "none", "no", [], {}) or SAME.get(theirs) == value:
-                continue  # not set, or as it always is here
-            convert = partial(by_name, ours) if ours in NAMES else CONVERSIONS.get(ours)
-            converted = convert(theirs, value) if convert else value
+        for theirs, value, ours, converted in translated(self.rest):
             if isinstance(converted, Why):
                 self.leave(theirs, value, converted)
-            elif ours == "data":
+            elif ours == "data" and converted is not None:
                 self.take_files(theirs, value)
             elif converted is not None:
                 self.take(theirs, ours, converted)
-        theirs, quantization = self.taken.get("quantization", ("", ""))
-        if double and quantization == "nf4":
-            self.taken["quantization"] = (theirs, "nf4-dq")
 
     def drop(self, ours: str, why: str) -> None:
         """Move what was taken to what is left."""

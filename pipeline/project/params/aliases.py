@@ -1,8 +1,8 @@
 """Other names of keys, commands and options: our own former ones, and those of other tools.
 
-An unknown key, command or option is answered with the name here; `lora new --from` reads other
-tools' configs by the same names, and `python -m docs` writes the page of them. A key may be written
-with its section where only that says what is meant.
+Keys are taken by these names, in params files, in --set and in other tools' configs; commands and
+options are answered with the name here. `python -m docs` writes the page of them. A key may be
+written with its section where only that says what is meant.
 """
 
 from collections.abc import Iterable, Mapping
@@ -95,8 +95,18 @@ KEYS = by_other_name(
         "seed": "random_seed random_state",
     }
 )
+# what a section's name says of its keys, unless they are set
+IMPLIED: Mapping[str, Mapping[str, str]] = {
+    "qlora": {"quantization": "nf4"},
+    "finetune_qlora": {"quantization": "nf4"},
+    "ipo": {"loss": "ipo"},
+    "kto": {"loss": "kto"},
+    "orpo": {"loss": "orpo"},
+    "simpo": {"loss": "simpo"},
+}
 # Other tools' settings without a counterpart here: why → settings; * stands for any characters.
-NO_COUNTERPART = by_other_name(
+# These change no result: they are ignored, with a note.
+IGNORED = by_other_name(
     {
         "`lora finetune METHOD --devices N` runs on several devices": (
             "deepspeed fsdp* ddp* tensor_parallel* context_parallel* sequence_parallel* local_rank "
@@ -106,8 +116,8 @@ NO_COUNTERPART = by_other_name(
             "flash_att* attn_implementation xformers_attention sdp_attention s2_attention "
             "eager_attention *sample_packing packing* pad_to_* group_by_length length_column_name "
             "tf32 torch_compile* liger* use_liger* enable_liger* use_unsloth* lora_*_kernel "
-            "neat_packing padding_free plugins optim_target_modules torch_empty_cache_steps "
-            "use_cache train_sampling_strategy *_checkpointing_kwargs"
+            "neat_packing padding_free plugins torch_empty_cache_steps use_cache "
+            "train_sampling_strategy *_checkpointing_kwargs"
         ),
         "`report_to`, above the sections, names the trackers of runs": (
             "report_to wandb* mlflow* comet* swanlab* trackio* *tensorboard* logging_* log_* "
@@ -117,18 +127,11 @@ NO_COUNTERPART = by_other_name(
             "*output_dir adapter_path adapter_file save_strategy save_only_model "
             "save_on_each_node save_safetensors saves_per_epoch save_first_step"
         ),
-        "nothing is uploaded": "push_to_hub* hub_*",
-        "the base's own chat template is used": (
-            "chat_template* template default_system tokenizer_* special_tokens add_eos_token"
-        ),
-        "what is trained on follows from the data's format: `lora data show`": (
-            "train_on_* roles_to_train assistant_only_loss completion_only_loss mask_prompt "
-            "mask_history dataset_text_field remove_unused_columns label_names"
-        ),
+        "`lora push` uploads an adapter": "push_to_hub* hub_*",
         "data files are read as they are, all of them": (
-            "dataset_prepared_path dataset_dir overwrite_cache preprocessing_num_workers "
-            "dataset_num_proc dataset_processes dataset_kwargs dataset_split* dataset_config "
-            "shuffle_dataset dataloader_* max_samples streaming data_seed"
+            "dataset_prepared_path overwrite_cache preprocessing_num_workers dataset_num_proc "
+            "dataset_processes shuffle_dataset dataloader_* streaming remove_unused_columns "
+            "label_names"
         ),
         "a killed run resumes by itself from its last checkpoint": (
             "*resume_from_checkpoint* restore_callback_* ignore_data_skip enable_jit_checkpoint"
@@ -136,18 +139,38 @@ NO_COUNTERPART = by_other_name(
         "an adapter is trained on the base, a new one unless init_from names one": (
             "create_new_adapter inference_mode"
         ),
+        "held-out examples are chosen by eval_share": (
+            "eval*_strategy do_eval do_predict val_batches test test_batches evals_per_epoch "
+            "*eval_batch_size eval_delay eval_on_start eval_accumulation_steps eval_do_* eval_use_* "
+            "eval_table_size eval_max_new_tokens batch_eval_metrics prediction_loss_only "
+            "*_full_eval include_for_metrics"
+        ),
+    }
+)
+# These change what is trained: without another name, they are an error.
+NO_COUNTERPART = IGNORED | by_other_name(
+    {
+        "optimizers train all that is trainable; name linears in target_modules": (
+            "optim_target_modules"
+        ),
+        "the base's own chat template is used": (
+            "chat_template* template default_system tokenizer_* special_tokens add_eos_token"
+        ),
+        "what is trained on follows from the data's format: `lora data show`": (
+            "train_on_* roles_to_train assistant_only_loss completion_only_loss mask_prompt "
+            "mask_history dataset_text_field"
+        ),
+        "the data files that `data` names are read, all of them": (
+            "dataset_dir dataset_kwargs dataset_split* dataset_config max_samples data_seed"
+        ),
         "LoRA goes on every block; name linears in target_modules": (
             "num_layers lora_layers* *layers_to_transform layers_pattern exclude_modules"
         ),
         "it runs code that comes with a base: set import.trust_remote_code if you trust it": (
             "trust_remote_code"
         ),
-        "held-out examples are chosen by eval_share": (
-            "eval*_strategy do_eval do_predict eval_dataset test_datasets val_batches test "
-            "test_batches evals_per_epoch *eval_batch_size eval_delay eval_on_start "
-            "eval_accumulation_steps eval_do_* eval_use_* eval_table_size eval_max_new_tokens "
-            "batch_eval_metrics prediction_loss_only *_full_eval "
-            "greater_is_better include_for_metrics"
+        "held-out examples are chosen by eval_share, or named by eval_data": (
+            "eval_dataset test_datasets greater_is_better"
         ),
         "the reference is the same model, without the adapter or as it begins": (
             "ref_model* ref_adapter* precompute_ref_log_probs"
@@ -155,6 +178,7 @@ NO_COUNTERPART = by_other_name(
         "only examples and preferences are learned from": (
             "rl training_mode pref_bco_weight dpo_norm_loss dpo_use_* kto_* ppo_* reward_model*"
         ),
+        "a section is a method: finetune_full trains all weights": "use_peft",
     }
 )
 COMMANDS = by_other_name(
@@ -202,11 +226,11 @@ OPTIONS = by_other_name(
 )
 
 
-def why_none(name: str) -> str | None:
+def why_none(name: str, table: Mapping[str, str] = NO_COUNTERPART) -> str | None:
     """Why another tool's setting has no counterpart here; None if the table does not have it."""
-    if name in NO_COUNTERPART:
-        return NO_COUNTERPART[name]
-    for pattern, why in NO_COUNTERPART.items():
+    if name in table:
+        return table[name]
+    for pattern, why in table.items():
         if "*" in pattern and fnmatchcase(name, pattern):
             return why
     return None

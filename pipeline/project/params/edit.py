@@ -1,6 +1,6 @@
 """Change values in params.yaml without touching comments, order and layout."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import yaml
 
 from pipeline.errors import UserError
 from pipeline.files.artifact import write_file
+from pipeline.project.params.conversions import CONVERSIONS, NAMES
 from pipeline.project.params.load import TOP_LEVEL, Kinds, parse, read_text
 from pipeline.project.params.schema import Section
 from pipeline.project.params.sections import Training
@@ -26,25 +27,30 @@ def save(path: Path, values: Mapping[str, Any], kinds: Kinds) -> None:
 def edited(path: Path, values: Mapping[str, Any], kinds: Kinds) -> str:
     """The text of the file with new values, as `save` writes it. Raises UserError as `save`."""
     text = read_text(path)
-    parse(text, path, kinds)
-    new = set_values(text, values)
+    params = parse(text, path, kinds)
+    new = set_values(text, values, params.as_written)
     parse(new, path, kinds)  # what the values' own rules or the layout do not allow
     return new
 
 
-def set_values(text: str, values: Mapping[str, Any]) -> str:
+def set_values(text: str, values: Mapping[str, Any], as_written: Callable[[str], str] = str) -> str:
     """The valid params file `text` with new values, by `section.key` or key above the sections.
 
-    Raises UserError if the layout does not allow it.
+    `as_written`: such a path → its name in the text. A name of another tool's that says the value
+    too, as load_in_4bit, is replaced by ours. Raises UserError if the layout does not allow it.
     """
     # Edited as text, by the marks where PyYAML found each value: it would write the whole file
     # anew, and the user's comments and layout would be gone.
-    for key, value in values.items():
+    for ours, value in values.items():
+        key = as_written(ours)
         section, _, name = key.partition(".")
         root: Any = yaml.compose(text)  # again for each: an edit moves all that is below it
         text = (
             _set(text, root, section, name, value) if name else _set_above(text, root, key, value)
         )
+        ours = ours.rpartition(".")[2]
+        if name and name != ours and (ours in CONVERSIONS or ours in NAMES):
+            text = _rename(text, section, name, ours)
     return text
 
 
@@ -127,6 +133,13 @@ def _set(text: str, root: yaml.MappingNode, section: str, name: str, value: Any)
     last = len(text) if last < 0 else last
     indent = " " * branch.value[0][0].start_mark.column
     return f"{text[:last]}\n{indent}{name}: {dump_inline(value)}{text[last:]}"
+
+
+def _rename(text: str, section: str, name: str, new: str) -> str:
+    """`text` with another name of a section's key."""
+    branch: Any = _child(yaml.compose(text), section)  # type: ignore[arg-type]
+    key = next(key for key, _ in branch.value if key.value == name)
+    return text[: key.start_mark.index] + new + text[key.end_mark.index :]
 
 
 def _set_above(text: str, root: yaml.MappingNode, key: str, value: Any) -> str:

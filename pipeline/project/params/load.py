@@ -5,10 +5,11 @@ Precedence: a section's defaults for its base < the `training:` block, for what 
 """
 
 import os
+from collections import ChainMap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from msgspec import structs
 
@@ -23,6 +24,9 @@ from pipeline.project.params.schema import (
     reject_unknown_keys,
 )
 from pipeline.project.params.sections import Import, Running, Training, change_paths
+
+if TYPE_CHECKING:
+    from pipeline.project.params.other_names import OtherNames
 
 T = TypeVar("T", bound=Section)
 Kinds = Mapping[str, type[Section]]  # name → class of the sections that a file may have
@@ -63,6 +67,11 @@ class Params:
     named: frozenset[str] = field(default=frozenset(), compare=False)
     running: Running = field(default=Running(), compare=False)
     width: int | None = None  # of an imported base's hidden states, where it is known
+    # what --set says: section.key, or a key above the sections → value
+    overrides: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    # section, section.key or key above the sections → its other name, which the file has
+    spelled: Mapping[str, str] = field(default_factory=dict, compare=False)
+    note: str = field(default="", compare=False)  # what other names were taken and ignored
 
     @property
     def written(self) -> frozenset[str]:
@@ -109,6 +118,11 @@ class Params:
             for key in hints(self.kinds[name]):
                 sources[key_path(name, key)] = "another section"
         return replace(self._with(sections), sources=sources)
+
+    def as_written(self, path: str) -> str:
+        """A section, section.key or key above the sections, as the file names it."""
+        section, dot, key = path.partition(".")
+        return self.spelled.get(path) or f"{self.spelled.get(section, section)}{dot}{key}"
 
     def _with(self, sections: Mapping[str, Section]) -> "Params":
         return replace(self, sections={**self.sections, **sections})
@@ -194,15 +208,23 @@ def parse(text: str, path: Path, kinds: Kinds, overrides: Sequence[str] = ()) ->
         raise UserError(
             f"{PROJECT} must be the path of a params file, got {project!r}. Edit {path.name}."
         )
-    written = set(tree)
-    overridden = [_apply_override(tree, override) for override in overrides]
+    names = other_names(kinds)
+    tree = names.read(tree, ValueSource(path.name))
+    spelled, written = dict(names.spelled), set(tree)
+    given: dict[str, Any] = {}
+    for name, value in _read_overrides(overrides, tree, names, kinds).items():
+        if name in TOP_LEVEL:
+            tree[name] = given[name] = value
+            continue
+        tree[name] = {**(tree.get(name) or {}), **value}
+        given |= {f"{name}.{key}": part for key, part in value.items()}
     added = tree.keys() - written - TOP_LEVEL.keys()
     if project and (inherited := sorted(added - {TRAINING})):
         raise UserError(
             f"--set {inherited[0]}: {path.name} has no such section. Set it in {project}, or add "
             "it here."
         )
-    origin = ValueSource(path.name, frozenset({*overridden, *added}))
+    origin = ValueSource(path.name, frozenset({*given, *added}))
     if unknown := [key for key in tree if key not in (*TOP_LEVEL, TRAINING) and key not in kinds]:
         known = [*kinds, *TOP_LEVEL, TRAINING, PROJECT]
         reject_unknown_keys(dict.fromkeys(unknown), known, "", origin)
@@ -234,6 +256,7 @@ def parse(text: str, path: Path, kinds: Kinds, overrides: Sequence[str] = ()) ->
     params = Params(
         kinds, {}, tree, training, sources, project, path.name, named, Running(**running)
     )
+    params = replace(params, overrides=given, spelled=spelled, note=names.note)
     # read with `origin`, so that its errors name --set; `params.origin` would name the file
     if "import" in tree:
         params = params._with({"import": _read_section("import", params, origin)})
@@ -265,12 +288,12 @@ def _check_keys(tree: Mapping[str, Any], kinds: Kinds, origin: ValueSource) -> N
         )
 
 
-def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """`section.key`, or a key above the sections → the value that an override gives it.
+def other_names(kinds: Kinds) -> "OtherNames":
+    """A reader of other tools' names for a params file's sections and what stands above them."""
+    # not before a params file is read: the calculator does without
+    from pipeline.project.params.other_names import OtherNames
 
-    Raises UserError.
-    """
-    return dict(map(_read_override, overrides))
+    return OtherNames(ChainMap({TRAINING: Training}, kinds), TOP_LEVEL)  # type: ignore[arg-type]
 
 
 def inherit(
@@ -349,15 +372,13 @@ def _read_tree(text: str, path: Path) -> dict[str, Any]:
     return tree
 
 
-def _read_override(override: str) -> tuple[str, Any]:
-    """The `section.key`, or the key above the sections, and its value. Raises UserError."""
+def read_override(override: str) -> tuple[str, Any]:
+    """The key of an override, and its value. Raises UserError."""
     from pipeline.files import strict_yaml
 
     path, equals, text = override.partition("=")
     path = path.strip()
-    section, dot, key = path.partition(".")
-    is_key = bool(section and key) if dot else section in TOP_LEVEL
-    if not equals or not is_key:
+    if not equals or not all(path.partition(".")[::2] if "." in path else (path,)):
         raise UserError(
             f"--set takes section.key=value, such as finetune_lora.rank=8, got {override!r}."
         )
@@ -367,19 +388,45 @@ def _read_override(override: str) -> tuple[str, Any]:
         raise UserError(f"--set {path}: {text!r} is not a YAML value.") from None
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> str:
-    """Set the override's value in the tree. Returns its section.key."""
-    path, value = _read_override(override)
-    section, dot, key = path.partition(".")
-    if not dot:
-        tree[section] = value
-        return path
-    if tree.get(section) is None:
-        tree[section] = {}
-    if section in (PROJECT, *TOP_LEVEL) or not isinstance(tree[section], dict):
-        raise UserError(f"--set {path}: {section} is not a section in the params file.")
-    tree[section][key] = value
-    return path
+def _read_overrides(
+    overrides: Sequence[str], tree: Mapping[str, Any], names: "OtherNames", kinds: Kinds
+) -> dict[str, Any]:
+    """Overrides of the tree as a tree, by our names. Raises UserError."""
+    given: dict[str, Any] = {}
+    for override in overrides:
+        path, value = read_override(override)
+        section, dot, key = path.partition(".")
+        if not dot and names.ours(path) in TOP_LEVEL:
+            given[path] = value
+            continue
+        if not dot:
+            section, key = _section_of(names.ours(path), tree, kinds), path
+        if not section:
+            if names.ignores(path, path):
+                continue
+            raise UserError(
+                f"--set takes section.key=value, such as finetune_lora.rank=8, got {override!r}."
+            )
+        if section in (PROJECT, *TOP_LEVEL) or not isinstance(tree.get(section) or {}, dict):
+            raise UserError(f"--set {path}: {section} is not a section in the params file.")
+        given.setdefault(section, {})[key] = value
+    return names.read(given, ValueSource(OVERRIDE), tree)
+
+
+def _section_of(ours: str, tree: Mapping[str, Any], kinds: Kinds) -> str:
+    """The section of the tree that our key alone means; empty if several can be meant.
+
+    Where several methods have the key, it is `training` if that counts for all of them.
+    """
+    owners = [name for name in tree if name in kinds and ours in hints(kinds[name])]
+    trained = {name: kind for name in owners if issubclass(kind := kinds[name], Training)}
+    trained.pop("pretrain", None)
+    if len(trained or owners) == 1:
+        return next(iter(trained or owners))
+    is_settled = any(
+        ours in kind.NOT_SHARED or ours in (tree[name] or {}) for name, kind in trained.items()
+    )
+    return TRAINING if trained and ours in hints(Training) and not is_settled else ""
 
 
 def check(params: Params, name: str, key: str, value: Any) -> None:

@@ -93,17 +93,22 @@ def _read_grid(values: Any, key: str, origin: ValueSource) -> Any:
         return tuple(_read_grid(grid, f"{key}.{n}", origin) for n, grid in enumerate(values))
     if not isinstance(values, dict):
         raise UserError(f"{key} must be {GRID_RULE}, got {values!r}. {origin.edit(key)}")
-    for name in values:
+    # not before a grid is read: the calculator does without
+    from pipeline.project.params.aliases import KEYS
+
+    grid: dict[str, Any] = {}
+    for theirs, options in values.items():
+        name = KEYS.get(theirs, theirs)
         if name not in SWEPT:
             known = ", ".join(SWEPT)
             raise UserError(
-                f"{key}.{name}: adapters that train together can differ in {known} only. "
+                f"{key}.{theirs}: adapters that train together can differ in {known} only. "
                 f"{origin.edit(key)}"
             )
-    return {
-        name: _read_options(name, options, f"{key}.{name}", origin)
-        for name, options in values.items()
-    }
+        if name in grid:
+            raise UserError(f"{key} has {name} under two names. {origin.edit(key)}")
+        grid[name] = _read_options(name, options, f"{key}.{theirs}", origin)
+    return grid
 
 
 def _read_options(name: str, options: Any, key: str, origin: ValueSource) -> Any:

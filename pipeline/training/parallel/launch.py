@@ -94,7 +94,7 @@ def launch(
         **(meeting.settings if meeting else ALONE),
     )
     try:
-        elastic_launch(config, sys.executable)("-P", "-m", "cli.main", *arguments)
+        elastic_launch(config, sys.executable)("-P", "-m", "lora_workbench", *arguments)
     except SignalException as stop:
         return 128 + int(stop.sigval)
     except ChildFailedError as error:

@@ -381,7 +381,7 @@ def test_bad_input_is_one_message_with_key_rule_and_value(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("rank=8", "--set takes section.key=value"),
+        ("learning_rate=8", "--set takes section.key=value"),
         ("finetune_lora.rank", "--set takes section.key=value"),
         (".rank=8", "--set takes section.key=value"),
         ("project.x=1", "--set project.x: project is not a section in the params file"),

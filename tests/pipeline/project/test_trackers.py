@@ -450,10 +450,6 @@ def test_a_tracker_that_is_not_installed_is_named_and_the_run_goes_on(
             "report_to must name trackers of dvclive, mlflow, tensorboard, trackio, wandb, got",
         ),
         ("report_to=3", "report_to must be a name or a list of names, got 3"),
-        (
-            "finetune_lora.report_to=[wandb]",
-            "there is no key finetune_lora.report_to: `report_to`, above the sections",
-        ),
     ],
 )
 def test_what_cannot_be_reported_to_is_refused_first(

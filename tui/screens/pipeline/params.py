@@ -82,7 +82,9 @@ def params_of(project: Project, stage: Stage) -> tuple[list[Field], dict[str, An
         if key in shared and not changed:
             group = next((name for name, keys in GROUPS.items() if key in keys), OTHERS)
         kind, choices = _kind(type(section), key)
-        comment = comments.get(path) or comments.get(f"{TRAINING}.{key}")
+        comment = comments.get(params.as_written(path)) or comments.get(
+            params.as_written(f"{TRAINING}.{key}")
+        )
         fields.append(
             Field(
                 key,

@@ -1,14 +1,15 @@
-"""Values that other tools write in another way: by our key, a function (their key, value) → ours.
+"""Other tools' keys and values as ours: names by `aliases.KEYS`, values by the functions here.
 
-The function returns a `Why` for a value without a counterpart, and None for one that says nothing,
-such as `max_steps: -1`.
+A function (their key, value) → our value returns a `Why` for a value without a counterpart, and
+None for one that sets nothing, such as `max_steps: -1`.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
-from pipeline.project.params.aliases import by_other_name
+from pipeline.project.params.aliases import KEYS, by_other_name
 
 # names of embedding and head
 ENDS = frozenset(("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings"))
@@ -54,12 +55,14 @@ SAME: Mapping[str, Any] = {  # their key → the only value that there is here
     "fan_in_fan_out": False,
     "megatron_core": "megatron.core",
     "train": True,
+    "use_peft": True,
     "do_train": True,
     "stage": "sft",
     "training_mode": "normal",
     "inference_mode": True,
     "mask_prompt": True,
     "completion_only_loss": True,
+    "assistant_only_loss": True,
     "average_tokens_across_devices": True,
     "num_layers": -1,
     "lora_layers": -1,
@@ -76,6 +79,29 @@ class Why(str):
     """Why a value has no counterpart here."""
 
 
+def translated(tree: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any, str, Any]]:
+    """Their key, their value, our key and our value of each setting in `tree`.
+
+    Our value is a `Why` where there is none, and None where theirs sets nothing.
+    """
+    pairs = {theirs: _translate(theirs, value, section) for theirs, value in tree.items()}
+    doubled = ("quantization", "nf4") in pairs.values() and True in map(tree.get, DOUBLE)
+    for theirs, (ours, value) in pairs.items():
+        if doubled and theirs in DOUBLE:
+            continue
+        is_doubled = doubled and ours == "quantization"
+        yield theirs, tree[theirs], ours, "nf4-dq" if is_doubled else value
+
+
+def _translate(theirs: str, value: Any, section: str) -> tuple[str, Any]:
+    ours = KEYS.get(f"{section}.{theirs}") or KEYS.get(theirs, theirs)
+    is_off = value is False and ours not in ("gradient_checkpointing", "use_peft")
+    if is_off or value in (None, "", "none", "no", [], {}) or SAME.get(theirs) == value:
+        return ours, None  # not set, or as it always is here
+    convert = partial(by_name, ours) if ours in NAMES else CONVERSIONS.get(ours)
+    return ours, convert(theirs, value) if convert else value
+
+
 def by_name(ours: str, theirs: str, value: Any) -> Any:
     """Our name of a value of a key in `NAMES`. bf16, fp16 and pissa_init are keys that name it."""
     if theirs in ("bf16", "fp16") and value in (True, "auto", "full"):
@@ -87,6 +113,8 @@ def by_name(ours: str, theirs: str, value: Any) -> Any:
 
 
 def _quantization(theirs: str, value: Any) -> Any:
+    if theirs in DOUBLE:
+        return Why("double quantization is quantization: nf4-dq")
     bits = theirs if theirs in BITS and value is True else str(value)
     return BITS.get(bits) or Why("a base is quantized to int8, nf4 or nf4-dq")
 
@@ -117,6 +145,16 @@ def _eval_share(_: str, value: Any) -> Any:
     return value
 
 
+def _alpha(theirs: str, value: Any) -> Any:
+    return Why("alpha is scale × rank") if theirs == "scale" else value
+
+
+def _checkpointing(_: str, value: Any) -> Any:
+    if value in ("selective", "full"):
+        return value
+    return "none" if value is False else "full"
+
+
 def _epochs(_: str, value: Any) -> Any:
     if isinstance(value, float):
         return int(value) if value.is_integer() else Why("epochs are whole numbers here")
@@ -131,7 +169,8 @@ CONVERSIONS: Mapping[str, Callable[[str, Any], Any]] = {
     "quantization": _quantization,
     "target_modules": _target_modules,
     "train_embeddings": _train_embeddings,
-    "gradient_checkpointing": lambda _, value: "none" if value is False else "full",
+    "alpha": _alpha,
+    "gradient_checkpointing": _checkpointing,
     "eval_share": _eval_share,
     "epochs": _epochs,
     "chat_template": lambda *_: Why("the base's own chat template is used"),
