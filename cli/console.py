@@ -4,7 +4,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -244,9 +244,18 @@ def bar(share: float, width: int = 20) -> str:
 
 
 def follow(events: "Generator[Event, None, Result]", title: str, quiet: bool = False) -> Result:
-    """Show a stage's events on stderr: notes, and on a terminal a progress bar.
+    """Show a stage's events as `following` does. Returns what `events` returns."""
+    from lora_workbench.api import play
 
-    Returns what `events` returns. `quiet`: without the routine notes.
+    with following(title, quiet) as show:
+        return play(events, show)
+
+
+@contextmanager
+def following(title: str, quiet: bool = False) -> "Iterator[Callable[[Event], None]]":
+    """A function that shows events on stderr: notes, and on a terminal a progress bar.
+
+    `quiet`: without the routine notes.
     """
     from rich.progress import (
         BarColumn,
@@ -266,6 +275,7 @@ def follow(events: "Generator[Event, None, Result]", title: str, quiet: bool = F
         TextColumn("{task.fields[text]}", markup=False),
         TimeRemainingColumn(),
     )
+    tasks: list[TaskID] = []
     with Progress(
         *columns,
         console=stderr,
@@ -273,20 +283,18 @@ def follow(events: "Generator[Event, None, Result]", title: str, quiet: bool = F
         disable=not stderr.is_terminal,
         speed_estimate_period=3600,  # seconds: a step may take minutes
     ) as progress:
-        task: TaskID | None = None
-        while True:
-            try:
-                event = next(events)
-            except StopIteration as stop:
-                result: Result = stop.value
-                return result
+
+        def show(event: "Event") -> None:
             if isinstance(event, Note):
                 if not (quiet and event.routine):
                     # a line of a log
                     stderr.print(event.text, markup=False, soft_wrap=not stderr.is_terminal)
-            elif task is None:
+            elif not tasks:
                 task = progress.add_task(
                     title, total=event.total, completed=event.done, text=event.text
                 )
+                tasks.append(task)
             else:
-                progress.update(task, completed=event.done, text=event.text)
+                progress.update(tasks[0], completed=event.done, text=event.text)
+
+        yield show

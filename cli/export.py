@@ -18,7 +18,7 @@ from cli.options import (
     group,
 )
 from pipeline.errors import UserError
-from pipeline.export.formats import FORMATS, Export, write
+from pipeline.export.formats import FORMATS, Export
 
 HELP = "Export an adapter for another program, or merged."
 app = group()
@@ -58,10 +58,23 @@ def export(
     quantize: QuantizeOption = None,
     _device: DeviceOption = None,
 ) -> None:
-    from cli.console import follow, print_line
+    from cli.console import following, print_line
+    from lora_workbench import api
 
-    exported = Export(path, base, base_name, precision, prompts, trust_remote_code, quantize)
-    for line in follow(write(form, exported, out), "export"):
+    with following("export") as show:
+        lines = api.export(
+            path,
+            out,
+            form,
+            base=base,
+            base_name=base_name,
+            precision=precision,
+            prompts=prompts,
+            quantize=quantize,
+            trust_remote_code=trust_remote_code,
+            on_event=show,
+        )
+    for line in lines:
         print_line(line)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,12 +11,8 @@ from typer import Argument, Context, Option
 from cli.options import DEFAULT_PARAMS, JsonOption, ParamsOption, group, project_of
 
 if TYPE_CHECKING:
-    from pipeline.project.logs.follower import Follower
     from pipeline.project.logs.runs import Run
-    from pipeline.project.runner import Event, Job
-    from pipeline.project.stage_graph import Project, Stage
-
-FINISHING = 5.0  # seconds that a finished run waits for its trackers, which then go on alone
+    from pipeline.project.stage_graph import Project
 
 RUN = "A name that --name gave, a key in `lora runs`, or a stage for its last."
 
@@ -111,13 +107,11 @@ def compare(
     from dataclasses import asdict
 
     from cli.console import number, print_json, print_line, print_table
+    from lora_workbench.api import Project
     from pipeline.evaluation.comparison import comparison, legend
     from pipeline.project.params.edit import dump_inline
-    from pipeline.views.runs import compare
 
-    project = project_of(params)
-    pair = [_one(project, name) for name in (one, other)]
-    found = compare(project, pair)
+    found = Project(params).compare(one, other)
     if as_json:
         print_json({"runs": [one, other], **asdict(found)})
         return
@@ -139,17 +133,6 @@ def compare(
     for name in (one, other):
         if name not in evaluated:
             print_line(f"\n{name} is not evaluated yet with evaluate's settings of now.")
-
-
-def _one(project: Project, name: str) -> Run:
-    """The only run of this name that has finished. Raises UserError."""
-    from pipeline.errors import UserError
-
-    found = _choose(project, name)
-    if len(found) > 1:
-        stages = ", ".join(f"{run.key[:8]} ({run.stage})" for run in found)
-        raise UserError(f"{name} has several runs. Name one by its key: {stages}.")
-    return found[0]
 
 
 @runs.command()
@@ -223,101 +206,10 @@ def export(
         print_line(f"{run.label}  sent; {follower.view}")
 
 
-def refuse_name(project: Project, name: str, stage: Stage) -> None:
-    """Raises UserError if a run of the stage with these settings cannot have the name."""
-    from pipeline.errors import UserError
-    from pipeline.files.artifact import read_manifest
-    from pipeline.project.cache import NAME, NAMED, SHORT_KEY, Cache, cache_key
-    from pipeline.project.runner import changed_params, input_facts
-
-    is_key = len(name) == SHORT_KEY and not set(name) - set("0123456789abcdef")
-    if not NAME.fullmatch(name) or is_key or name in project.graph.stages:
-        raise UserError(
-            f"--name must be at most 64 letters, digits, dots, dashes and underscores, and no stage "
-            f"or key, got {name[:80]!r}. Choose another."
-        )
-    link = Cache(project.cache).root / NAMED / name / stage.output
-    if not link.is_dir():
-        return
-    facts, there = input_facts(project, stage), read_manifest(link)
-    if cache_key(facts) != cache_key(there):
-        changed = changed_params(there["params"], facts["params"])
-        how = ", ".join(changed) or "its data, base or code differ"
-        raise UserError(
-            f"{name} is a run already, with other settings: {how}. Choose another name, or remove "
-            f"it: `lora runs remove {name}`."
-        )
-
-
-def keep_named(project: Project, name: str, stage: Stage) -> Path:
-    """Give the stage's finished run a name, and keep it. Returns its folder."""
-    from pipeline.project.cache import Cache
-    from pipeline.project.runner import artifact_settings
-
-    made = artifact_settings(project.artifact(stage.name))
-    key = made.key if made else ""
-    return Cache(project.cache).name(name, stage.name, key, stage.output)
-
-
 def _choose(project: Project, name: str | None) -> list[Run]:
     from pipeline.views.runs import choose, discover_runs
 
     return choose(discover_runs(project.root, project), name)
-
-
-def start_trackers(job: Job) -> Generator[Event, None, list[Follower]]:
-    """A process for each tracker of `report_to`; a note on each that is not installed."""
-    from pipeline.project.logs import run_state
-    from pipeline.project.logs.follower import Followed, Follower, missing
-    from pipeline.project.runner import Note
-
-    project, stage = job.project, job.stage
-    started: list[Follower] = []
-    journal = run_state.read(job.run)
-    if journal is None:
-        return started
-    for name in project.params.report_to:
-        if why := missing(name):
-            yield Note(
-                f"{stage.name}: report_to: {why}, and send the run with `lora runs export --to "
-                f"{name}`"
-            )
-            continue
-        followed = Followed(
-            root=str(project.root),
-            stage=stage.name,
-            sweeps=stage.kind == "adapters",
-            key=job.key,
-            params=job.input_facts["params"],
-            artifact=str(project.cache / stage.name / job.key),
-            run=str(job.run),
-            started=journal.started,
-        )
-        try:
-            started.append(Follower(name, followed))
-        except OSError as error:  # no process, no folder: not the training's concern
-            yield Note(f"{stage.name}: report_to: {name} cannot be started: {error.strerror}")
-            continue
-        yield Note(f"{stage.name}: {name} follows the run: {started[-1].view}", routine=True)
-    return started
-
-
-def finish_trackers(followers: list[Follower]) -> None:
-    """Wait a moment for the trackers, and say which failed or are still reading."""
-    from time import monotonic
-
-    from cli.console import print_note
-
-    until = monotonic() + FINISHING
-    for follower in followers:
-        if not follower.wait(max(0.0, until - monotonic())):
-            print_note(f"{follower.name} is still reading the run's log, and ends by itself.")
-        elif problem := follower.problem():
-            again = f"Send the run with `lora runs export --to {follower.name}`"
-            print_note(
-                f"{follower.name} did not get all of the run: {problem}. {again}; "
-                f"{follower.log} has more."
-            )
 
 
 def write_values(project: Project, values: Mapping[str, Any], what: str = "--apply") -> None:

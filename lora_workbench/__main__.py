@@ -7,10 +7,9 @@ of their own: the current folder is left out, and what still hides our packages 
 import os
 import sys
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from lora_workbench.packages import ROOT, hidden
 
 
 def main() -> None:
@@ -19,14 +18,8 @@ def main() -> None:
         here = os.getcwd()  # noqa: PTH109 (as it stands in sys.path)
         if Path(here) != ROOT:
             sys.path[:] = [path for path in sys.path if os.path.abspath(path) != here]  # noqa: PTH100
-    for name in ("cli", "tui", "pipeline"):
-        spec = find_spec(name)
-        if spec is None or spec.origin is None or not Path(spec.origin).is_relative_to(ROOT):
-            place = spec.origin if spec else "a broken installation"
-            sys.exit(
-                f"error: {place} hides lora-workbench's own package {name}. Rename it, or take "
-                "its folder out of PYTHONPATH."
-            )
+    if problem := hidden():
+        sys.exit(f"error: {problem}")
     from cli.main import main as run
 
     run()

@@ -20,6 +20,7 @@ from cli.calc.output import (
     print_trace,
 )
 from cli.options import JsonOption, finite, group
+from lora_workbench import api
 from pipeline.calc import settings
 from pipeline.calc.architecture import Model
 from pipeline.calc.fit import gpu as find_gpu
@@ -158,10 +159,8 @@ def calc(
             options[name] *= rule.unit
     if params is not None:
         model, method, options = _of_project(command, params, model, method, options)
-    loaded = open_model(model)
-    given = configure(loaded.shapes, COUNTED, method, **options)
-    refuse_impossible(loaded.shapes, given.method, given.run)
-
+    calculation = api.calc(model, method, **options)
+    loaded, given = calculation.model, calculation.given
     if sweep is not None:
         return print_sweep(out, loaded, given, sweep)
     time = None if tokens is None else _time(loaded, given, gpu, tokens, price)
@@ -175,7 +174,7 @@ def calc(
         return print_trace(out, loaded, given)
     if explain:
         return print_explain(out, loaded, given)
-    return print_overview(out, loaded, given)
+    return print_overview(out, calculation)
 
 
 calc.__signature__ = _with_method_options(calc)  # type: ignore[attr-defined]

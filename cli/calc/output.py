@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from rich.text import Text
 
 from cli.console import print_json, print_table, stdout
+from lora_workbench.api import Calculation
 from pipeline.calc import report
 from pipeline.calc.architecture import Architecture, Model
 from pipeline.calc.fit import LARGEST, changes, gpus, largest, of_size
@@ -67,17 +68,11 @@ def _print_dim(text: str) -> None:
     stdout.print(text, style="dim", markup=False)
 
 
-def _answer(model: Model, given: Configuration) -> dict[str, Any]:
-    """What `--json` says of a model, with a note on what training would adapt."""
-    answer = report.answer(model.shapes, given.method, given.run)
-    targets = note_targets(model.shapes, given.method)
-    return {**answer, "notes": [*answer["notes"], *filter(None, [targets])]}
-
-
-def print_overview(out: Output, model: Model, given: Configuration) -> None:
+def print_overview(out: Output, calculation: Calculation) -> None:
     """Parameters, memory of up to four methods side by side, and the GPUs that fit each."""
+    model, given = calculation.model, calculation.given
     if out.json:
-        print_json(_answer(model, given))
+        print_json(calculation.answer())
         return
     columns = report.side_by_side(model.shapes, given.method, given.run, given.methods)
     if out.csv:
@@ -214,7 +209,7 @@ def print_time(out: Output, model: Model, given: Configuration, time: dict[str, 
     from pipeline.calc.time import format_hours
 
     if out.json:
-        print_json({**_answer(model, given), "time": time})
+        print_json({**Calculation(model, given).answer(), "time": time})
         return
     devices = time["gpus"]
     header = ("gpu", "hours_low", "hours_high", "cost_low", "cost_high", "fits")

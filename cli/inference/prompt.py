@@ -104,20 +104,26 @@ def prompt(
     from rich.text import Text as Line
 
     from cli.console import bar, print_json, print_note, print_table, stdout
+    from lora_workbench import api
     from pipeline.data.tokenizers.chat_template import render
     from pipeline.files.artifact import MANIFEST
-    from pipeline.inference.engine import continued, load
-    from pipeline.models.generate import Sampling
 
     if not temperature and (sample_top_k or sample_top_p < 1 or seed):
         raise BadParameter("--sample-top-k, --top-p and --seed need --temperature above 0.")
     is_newest = base is None and adapter is None
     base, adapter = chosen_model(base, adapter)
-    loaded = load(base, adapter, trust_remote_code=trust_remote_code)
-    model_input = render(loaded.base, text) if chat else text
-    completion = continued(
-        loaded, model_input, max_tokens, Sampling(temperature, sample_top_k, sample_top_p, seed)
+    loaded = api.load(adapter, base, trust_remote_code=trust_remote_code)
+    completion = api.generate(
+        loaded,
+        text,
+        chat=chat,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=sample_top_k,
+        top_p=sample_top_p,
+        seed=seed,
     )
+    model_input = render(loaded.base, text) if chat else text
     answer = _answer(loaded, text, model_input, top_k, completion)
     if not chat and loaded.tokenizer.has_template and _trained_in_template(adapter or base):
         print_note(

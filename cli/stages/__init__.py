@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,12 +27,9 @@ from cli.options import (
     project_of,
 )
 from pipeline.errors import UserError
-from pipeline.project.process import world
 
 if TYPE_CHECKING:
     from pipeline.evaluation.harness import Folders, HarnessOptions
-    from pipeline.project.logs.follower import Follower
-    from pipeline.project.runner import Event, Job
     from pipeline.project.stage_graph import Project, Stage
 
 
@@ -111,10 +107,8 @@ def merge(
     if trust_remote_code or any(
         option is not None for option in (adapter, out, base, precision, prompts)
     ):
-        from cli.console import follow, noting_replaced, print_line, print_note
-        from pipeline.export.formats import Export, note_on_verdict
-        from pipeline.export.formats.merged import merging_of
-        from pipeline.weights.merge import merge_to
+        from cli.console import following, noting_replaced, print_line
+        from lora_workbench import api
         from pipeline.weights.merge_check import describe
 
         if adapter is None or out is None:
@@ -126,11 +120,16 @@ def merge(
                 "--params, --set and --force are of the pipeline's merge: leave out --adapter, or "
                 "them."
             )
-        export = Export(adapter, base, None, precision, prompts, trust_remote_code)
-        for note in note_on_verdict(adapter):
-            print_note(note.text)
-        with noting_replaced(out):
-            certificate = follow(merge_to(out, *merging_of(export)), "merge")
+        with noting_replaced(out), following("merge") as show:
+            certificate = api.merge(
+                adapter,
+                out,
+                base=base,
+                precision=precision,
+                prompts=prompts,
+                trust_remote_code=trust_remote_code,
+                on_event=show,
+            )
             print_line("  ".join((str(out), *describe(certificate))))
         return
     run_stage("merge", params, overrides, force)
@@ -222,41 +221,35 @@ def measure_adapters(
 
     `out`: the artifact to write, in place of artifacts/measured.
     """
-    from cli.console import follow, print_json, print_note
+    from cli.console import following, print_json
     from cli.project.report import print_metrics, refuse_verdict
-    from pipeline.evaluation.measuring import measuring
-    from pipeline.stages.evaluate import METRICS, measure
+    from lora_workbench import api
+    from pipeline.evaluation.measuring import MEASURED
+    from pipeline.project.stage_graph import ARTIFACTS
+    from pipeline.stages.evaluate import METRICS
 
-    if missing := [str(path) for path in adapters if not path.is_dir()]:
-        raise UserError(f"--adapter {missing[0]} is not a folder. Name an adapter's folder.")
-    job = measuring(project_of(params, overrides))
-    if out:
-        job = replace(job, out=out)
-    metrics, problems = follow(
-        measure(job, [path.absolute() for path in adapters], base), "evaluate"
-    )
+    project = api.Project(params, overrides or ())
+    with following("evaluate") as show:
+        metrics = api.evaluate(project, adapters, base=base, out=out, on_event=show)
     if as_json:
         print_json(metrics)
     else:
-        print_metrics(metrics, job.out / METRICS)
-    for problem in problems:
-        print_note(problem)
+        print_metrics(metrics, (out or project.folder / ARTIFACTS / MEASURED) / METRICS)
     refuse_verdict(metrics)
 
 
-def name_run(name: str, stage: Stage, params: Path, overrides: list[str] | None) -> None:
+def name_run(name: str, stage: str, params: Path, overrides: list[str] | None) -> None:
     """Keep the stage's finished run under a name, evaluate it, and say what takes the name."""
     from cli.console import print_note
-    from cli.runs import keep_named
+    from lora_workbench import api
 
-    project = project_of(params, overrides)
-    folder = keep_named(project, name, stage)
-
+    project = api.Project(params, overrides or ())
+    folder = project.keep(stage, name)
     print_note(
         f"{name}: kept. `lora runs compare {name} OTHER`, `lora prompt TEXT --adapter {name}`, "
         f"`lora runs apply {name}` take it."
     )
-    if "evaluate" in project.readable:
+    if "evaluate" in project.pipeline.readable:
         measure_adapters([folder], None, params, overrides, out=folder.parent / "evaluation")
 
 
@@ -323,48 +316,19 @@ def run_stage(
 
     `silent`: without that line; `apply`: then write the overrides into the params file.
     """
-    from cli.advise import advice_notes
-    from cli.console import follow
-    from pipeline.project.runner import Facts, run
+    from cli.console import following
+    from lora_workbench import api
     from pipeline.stages.registry import GRAPH
 
     overrides = of_stage(overrides, GRAPH.stages[name])
     project = project_of(params, overrides)
-    stage = project.stage(name)
-    if stage.check:  # before anything runs
-        stage.check(project)
-
-    followers: list[Follower] = []
-    if project.params.report_to:
-        from pipeline.project.logs.follower import check
-
-        check(project.params.report_to)
-
-    def work(job: Job) -> Generator[Event, None, Facts]:
-        yield from advice_notes(project, stage)  # not before `run`: a cached result needs no advice
-        if project.params.report_to and stage.trains and world().is_main_process:
-            from cli.runs import start_trackers
-
-            followers.extend((yield from start_trackers(job)))
-        return (yield from stage.run(replace(job, sharded=shard)))
-
-    if world().world_size == 1:
-        events = run(project, stage, work, force=force, checkpoint_every=checkpoint_every)
-    else:
-        if not name.startswith("finetune_") or stage.kind == "adapters":
-            raise UserError(f"{name} runs in one process. Call it without torchrun.")
-        from pipeline.training.parallel.ranks import run_distributed
-
-        events = run_distributed(
-            project, stage, work, force=force, checkpoint_every=checkpoint_every
+    with following(name, quiet=UNDER_DVC) as show:
+        result = api.Project(params, overrides or ()).run(
+            name, force=force, checkpoint_every=checkpoint_every, shard=shard, on_event=show
         )
-    manifest = follow(events, name, quiet=UNDER_DVC)
+    manifest, stage = result.manifest, project.stage(name)
     if not manifest:  # not the process that writes
         return
-    if followers:
-        from cli.runs import finish_trackers
-
-        finish_trackers(followers)
     if silent:
         return
     _print_artifact(project, stage, manifest)

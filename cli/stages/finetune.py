@@ -25,8 +25,8 @@ from cli.options import (
     group,
     project_of,
 )
-from cli.runs import refuse_name
 from cli.stages import name_run, of_stage, run_stage
+from lora_workbench import api
 from pipeline.errors import UserError
 from pipeline.files.text import in_units
 from pipeline.project.process import world
@@ -115,7 +115,7 @@ def _distributes(stage: Stage) -> Callable[..., None]:
     ) -> None:
         overrides = of_stage(overrides, stage)
         if name is not None:
-            refuse_name(project_of(params, overrides), name, stage)
+            api.Project(params, overrides or ()).refuse_name(name, stage.name)
         if apply and (dry_run or not overrides):
             reason = "--dry-run makes nothing" if dry_run else "there are none"
             raise UserError(
@@ -161,7 +161,7 @@ def _distributes(stage: Stage) -> Callable[..., None]:
         else:
             run_stage(stage.name, params, overrides, force, checkpoint_every, shard, apply=apply)
         if name is not None and world().is_main_process:
-            name_run(name, stage, params, overrides)
+            name_run(name, stage.name, params, overrides)
 
     return command
 
