@@ -5,15 +5,28 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, Option
+from typer import Argument, Exit, Option
 
-from cli.options import ColumnsOption, DeviceOption, PlainOption, columns_of, group
+from cli.options import (
+    ColumnsOption,
+    DeviceOption,
+    DevicesOption,
+    EndpointOption,
+    NameOption,
+    NodeRankOption,
+    NodesOption,
+    PlainOption,
+    SettingsCommand,
+    ShardOption,
+    columns_of,
+    group,
+    note_names,
+)
 from pipeline.errors import UserError
 from pipeline.files.text import in_units
 
@@ -51,7 +64,20 @@ ValuesOption = Annotated[
 ]
 
 
-@app.command()
+ConfigOption = Annotated[
+    Path | None,
+    Option(
+        "--from",
+        "--config",
+        help=(
+            "Take settings from a config of PEFT, transformers, TRL, Axolotl, LLaMA-Factory, "
+            "mlx-lm."
+        ),
+    ),
+]
+
+
+@app.command(cls=SettingsCommand)
 def new(
     folder: Annotated[Path, Argument(help="New folder, or an existing project to complete.")],
     base: BaseOption = None,
@@ -65,16 +91,7 @@ def new(
         Path | None,
         Option("--params", help="Params file to start from; its data files are copied too."),
     ] = None,
-    config: Annotated[
-        Path | None,
-        Option(
-            "--from",
-            help=(
-                "Take settings from a config of PEFT, transformers, TRL, Axolotl, LLaMA-Factory, "
-                "mlx-lm."
-            ),
-        ),
-    ] = None,
+    config: ConfigOption = None,
     _device: DeviceOption = None,
 ) -> None:
     """Make a project: params, data, dvc.yaml. Nothing that is there is overwritten.
@@ -97,7 +114,8 @@ def new(
             raise UserError(
                 "--from and --params both say what the new params file holds. Give one of them."
             )
-        start_project(_request_from(config, folder, base, data, eval_data, chosen, columns, values))
+        base, data, chosen, taken = _read_config(config, base, data, chosen)
+        start_project(_request(folder, base, data, eval_data, chosen, columns, values, taken))
     elif base and base != MINIGPT and not params and not (folder / "params.yaml").exists():
         if not data:
             raise UserError(
@@ -120,8 +138,11 @@ def new(
     print_line(f"Next: cd {quote(str(folder))}; {_dvc()} repro; lora-tui")
 
 
-@app.command()
+@app.command(cls=SettingsCommand)
 def train(
+    argument: Annotated[
+        Path | None, Argument(metavar="[CONFIG]", help="The same as --from CONFIG.")
+    ] = None,
     base: BaseOption = None,
     data: DataOption = None,
     out: Annotated[
@@ -132,51 +153,63 @@ def train(
     columns: ColumnsOption = None,
     no_template: PlainOption = False,
     values: ValuesOption = None,
+    config: ConfigOption = None,
+    devices: DevicesOption = 1,
+    nodes: NodesOption = 1,
+    endpoint: EndpointOption = None,
+    node_rank: NodeRankOption = None,
+    shard: ShardOption = None,
+    name: NameOption = None,
     _device: DeviceOption = None,
 ) -> None:
     """Fine-tune a base on your data, in one command.
 
     Makes a project in --out and runs it. Settings are chosen for the base, the data and the memory
     here, each with a reason; --set replaces any of them. After a stop, the same command goes on.
+    With --name, --set may differ from a project that is there: an experiment beside the others.
     """
-    from cli.console import follow
+    from cli.console import follow, print_note
     from cli.project.report import refuse_broken
-    from cli.stages import run_stage
-    from pipeline.project.params.edit import dump_inline
-    from pipeline.stages.quickstart import place_files
+    from cli.stages import name_run, run_stage
+    from cli.stages.finetune import Machines
+    from lora_workbench import api
+    from pipeline.inference.catalog import BASES
+    from pipeline.stages.quickstart import begin
     from pipeline.stages.registry import GRAPH, open_project
 
+    machines = Machines(devices, nodes, endpoint, node_rank, shard)
+    machines.check()
     params = out / "params.yaml"
-    chosen, values = _names(methods) or ["lora"], _with_template(values, no_template)
-    if params.exists():
-        project = open_project(params)
-        given = follow(place_files(_read_values(values, chosen), out, GRAPH), "")
-        _refuse_other(project, base, [*(data or ()), *filter(None, [eval_data])])
-        trained = [stage.section for stage in project.stages.values() if stage.trains]
-        for name in _names(methods):
-            if f"finetune_{name}" not in trained:
-                raise UserError(
-                    f"{out} is a project already, which does not train by {name}. Add a section "
-                    f"finetune_{name} to {params}, or name another folder with --out."
-                )
-        if columns:
-            given |= {f"{section}.columns": columns_of(columns) for section in trained}
-        for key, value in given.items():
-            if open_project(params, [f"{key}={dump_inline(value)}"]).params != project.params:
-                raise UserError(
-                    f"{out} is a project already, in which {key} is not {dump_inline(value)}. Edit "
-                    f"{params}, or name another folder with --out."
-                )
-    else:
-        if base is None or not data:
-            raise UserError(
-                "lora train needs --base, a model, and --data, the examples to train it on."
-            )
-        start_project(_request(out, base, data, eval_data, chosen, columns, values))
-    for name in open_project(params).stages:
-        run_stage(name, params, None, False)
-    _print_results(open_project(params), out)
-    refuse_broken(open_project(params))
+    chosen, values = _names(methods), _with_template(values, no_template)
+    taken: Mapping[str, Any] = {}
+    if config := config or argument:
+        base, data, chosen, taken = _read_config(config, base, data, chosen)
+    request = _request(out, base or "", data or [], eval_data, chosen, columns, values, taken)
+    begun = follow(begin(request, GRAPH, experiment=name is not None), "trying a few steps")
+    if begun.started:
+        print_started(request, begun.started)
+    experiment = name is not None and not begun.started
+    for stage in open_project(params).stages.values():
+        trains = stage.name.startswith("finetune_")
+        if experiment and not trains and stage.method not in BASES:
+            continue
+        overrides = [*begun.overrides] if trains else None
+        if name is not None and trains:
+            api.Project(params, overrides or ()).refuse_name(name, stage.name)
+        if machines.launches and trains and stage.kind != "adapters":
+            given = [f"--set={override}" for override in overrides or ()]
+            if code := machines.finetune(stage, params, given):
+                raise Exit(code)
+            if not open_project(params).artifact(stage.name).is_dir():
+                print_note(f"{stage.name} is on the first machine, where the stages after it run.")
+                return
+        else:
+            run_stage(stage.name, params, overrides, False)
+        if name is not None and trains:
+            name_run(name, stage.name, params, overrides)
+    if not experiment:
+        _print_results(open_project(params), out)
+        refuse_broken(open_project(params))
 
 
 def _request(
@@ -209,45 +242,38 @@ def _read_values(settings: list[str], methods: list[str]) -> dict[str, Any]:
 
     Raises UserError.
     """
-    from pipeline.files import strict_yaml
-    from pipeline.project.params.load import TRAINING
-    from pipeline.project.params.schema import hints
+    from pipeline.project.params.load import OVERRIDE, TRAINING, other_names, read_override
+    from pipeline.project.params.schema import ValueSource, hints
     from pipeline.project.params.sections import Training
-    from pipeline.stages.registry import METHODS
+    from pipeline.stages.registry import GRAPH, METHODS
 
-    values: dict[str, Any] = {}
+    names = other_names(GRAPH.sections)
+    tree: dict[str, dict[str, Any]] = {}
     for setting in settings:
-        key, equals, text = setting.partition("=")
-        try:
-            value = strict_yaml.load(text)
-        except ValueError:
-            raise UserError(f"--set {key}: {text!r} is not a YAML value.") from None
-        if not equals or not key.strip():
-            raise UserError(
-                f"--set takes KEY=VALUE, such as rank=16 or finetune_lora.rank=16, got {setting!r}."
-            )
-        key = key.strip()
-        if "." not in key:
+        key, value = read_override(setting)
+        section, dot, name = key.partition(".")
+        if not dot:
+            ours = names.ours(key)
             chosen = [METHODS[name] for name in methods if name in METHODS]
-            owners = [stage for stage in chosen if key in hints(stage.settings)] or chosen
-            differs = any(key in stage.settings.PRETRAINED for stage in chosen)
-            is_shared = not owners or (key in hints(Training) and not differs)
-            key = f"{TRAINING if is_shared else owners[0].section}.{key}"
-        values[key] = value
+            owners = [stage for stage in chosen if ours in hints(stage.settings)] or chosen
+            differs = any(ours in stage.settings.PRETRAINED for stage in chosen)
+            is_shared = not owners or (ours in hints(Training) and not differs)
+            section, name = TRAINING if is_shared else owners[0].section, key
+        tree.setdefault(section, {})[name] = value
+    read = names.read(tree, ValueSource(OVERRIDE))
+    note_names(names.note)
+    values: dict[str, Any] = {}
+    for section, keys in read.items():
+        if not isinstance(keys, dict):
+            raise UserError(f"--set cannot give {section}. Name it with --{section}.")
+        values |= {f"{section}.{key}": value for key, value in keys.items()}
     return values
 
 
-def _request_from(
-    config: Path,
-    folder: Path,
-    base: str | None,
-    data: list[str] | None,
-    eval_data: str | None,
-    methods: list[str],
-    columns: str | None,
-    values: list[str],
-) -> Request:
-    """The request that another tool's config makes, and the options."""
+def _read_config(
+    config: Path, base: str | None, data: list[str] | None, methods: list[str]
+) -> tuple[str, list[str], list[str], Mapping[str, Any]]:
+    """Base, data, methods and values of another tool's config; the given ones win."""
     from pipeline.project.foreign import read_config
     from pipeline.stages.registry import GRAPH
 
@@ -258,7 +284,7 @@ def _request_from(
     if not (data := data or list(foreign.data)):
         raise UserError(f"{config} names no data file that is here. Name one with --data.")
     chosen = list(dict.fromkeys([*methods, GRAPH.stages[foreign.section].method]))
-    return _request(folder, base, data, eval_data, chosen, columns, values, foreign.values)
+    return base, data, chosen, foreign.values
 
 
 def _print_foreign(foreign: Foreign) -> None:
@@ -277,35 +303,20 @@ def _print_foreign(foreign: Foreign) -> None:
         print_line(f"not taken: {', '.join(dict.fromkeys(keys))} ({why})")
 
 
-def _refuse_other(project: Project, base: str | None, data: Sequence[str]) -> None:
-    """Raises UserError if a project trains another base, or on other data, than requested."""
-    from pipeline.files.base_model import parse_source
-
-    origin = project.params.origin.base
-    if base is not None:
-        asked, there = parse_source(base, Path.cwd()), parse_source(origin, project.root)
-        if (asked.hub_id, asked.path.resolve()) != (there.hub_id, there.path.resolve()):
-            raise UserError(
-                f"{project.params_path} has base {origin}, not {base}. Name another folder with "
-                "--out."
-            )
-    names = chain.from_iterable(map(project.data_files, project.stages.values()))
-    files = {(project.root / name).resolve() for name in names}
-    for name in data:
-        if Path(name).exists() and Path(name).resolve() not in files:
-            raise UserError(
-                f"{project.params_path} does not train on {name}. Name another folder with --out."
-            )
-
-
 def start_project(request: Request) -> None:
     """Make the project, and say what was found, chosen and measured."""
-    from cli.console import duration_range, follow, print_line, print_note, print_table
-    from pipeline.project.params.edit import dump_inline
+    from cli.console import follow
     from pipeline.stages.quickstart import start
     from pipeline.stages.registry import GRAPH
 
-    started = follow(start(request, GRAPH), "trying a few steps")
+    print_started(request, follow(start(request, GRAPH), "trying a few steps"))
+
+
+def print_started(request: Request, started: Started) -> None:
+    """What was found, chosen and measured for a new project."""
+    from cli.console import duration_range, print_line, print_note, print_table
+    from pipeline.project.params.edit import dump_inline
+
     report, machine = started.report, started.machine
     print_line(f"base   {', '.join(_describe_base(started))}")
     print_line(f"data   {', '.join(_describe_data(started))}")

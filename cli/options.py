@@ -2,14 +2,14 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, BadParameter, Option, Typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from pipeline.errors import UserError
 from pipeline.files.text import printable
@@ -87,6 +87,33 @@ CheckpointOption = Annotated[
 ]
 ADAPTER = "Adapter folder, or the name of a run."
 AdapterArgument = Annotated[Path, Argument(metavar="PATH", parser=adapter_folder, help=ADAPTER)]
+DevicesOption = Annotated[
+    int, Option("--devices", min=1, help="Number of processes that train, one per GPU.")
+]
+NodesOption = Annotated[
+    int, Option("--nnodes", min=1, help="Number of machines; run the same command on each.")
+]
+EndpointOption = Annotated[
+    str | None,
+    Option(
+        "--rdzv-endpoint",
+        metavar="HOST:PORT",
+        help="With --nnodes: one of the machines, and a free port.",
+    ),
+]
+NodeRankOption = Annotated[
+    int | None,
+    Option(
+        "--node-rank", min=0, help="With --nnodes: this machine's number, 0 at --rdzv-endpoint."
+    ),
+]
+ShardOption = Annotated[
+    bool | None,
+    Option(
+        "--shard/--no-shard",
+        help="Shard the base over the devices; default: if a step does not fit one.",
+    ),
+]
 BaseOption = Annotated[
     Path | None,
     Option(
@@ -242,6 +269,46 @@ class Group(TyperGroup):
                     unknown.message = f"{unknown.message}. Did you mean {meant}?"
                     unknown.possibilities = None
             raise
+
+
+class SettingsCommand(TyperCommand):
+    """A command whose unknown options that name a setting, ours or another tool's, are --set."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        known = {name for option in self.params for name in (*option.opts, *option.secondary_opts)}
+        return super().parse_args(ctx, _as_settings(args, known))
+
+
+def _as_settings(args: list[str], known: Set[str]) -> list[str]:
+    """Arguments with --lora_r 8 as --set lora_r=8, and --output_dir out as --out out.
+
+    An option without a value is a switch that is on; several values are a list.
+    """
+    from pipeline.project.params.aliases import KEYS, OPTIONS, why_none
+    from pipeline.project.params.conversions import SAME
+    from pipeline.project.params.schema import hints
+    from pipeline.stages.registry import METHODS
+
+    keys = {*KEYS, *SAME, *(key for stage in METHODS.values() for key in hints(stage.settings))}
+    result, waiting = list[str](), list(args)
+    while waiting:
+        option, equals, value = waiting.pop(0).partition("=")
+        key = option.removeprefix("--").replace("-", "_")
+        as_ours = f"--{KEYS.get(key, key).replace('_', '-')}"
+        ours = OPTIONS.get(f"--{key.replace('_', '-')}", as_ours)
+        if not option.startswith("--") or option in known:
+            result.append(f"{option}{equals}{value}")
+        elif ours in known or as_ours in known:
+            result += [ours if ours in known else as_ours, *[value] * bool(equals)]
+        elif key in keys or why_none(key):
+            values = [value] * bool(equals)
+            while waiting and not equals and not re.match("-[^0-9]", waiting[0]):
+                values.append(waiting.pop(0))
+            text = f"[{', '.join(values)}]" if len(values) > 1 else "".join(values) or "true"
+            result += ["--set", f"{key}={text}"]
+        else:
+            result.append(f"{option}{equals}{value}")
+    return result
 
 
 def group(**settings: Any) -> Typer:

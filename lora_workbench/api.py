@@ -184,17 +184,21 @@ def train(
     out: str | Path = "run",
     *,
     eval_data: str | Path | None = None,
-    methods: Sequence[str] = ("lora",),
+    methods: Sequence[str] = (),
     columns: Mapping[str, str] | None = None,
     set: Mapping[str, Any] | None = None,
+    name: str | None = None,
     on_event: OnEvent = ignore,
 ) -> Project:
     """Fine-tune a base on data: a project in `out`, its settings chosen for both, run and evaluated.
 
     `base`: a folder, a .gguf file or a hub id; `data`: files, folders or ids of the hub's data sets.
-    `set`: settings that are chosen in place of ours: {"finetune_lora.rank": 16}. After a stop the
-    same call goes on; a project in `out` of another base or data is a UserError.
+    `methods`: by default lora. `set`: settings in place of those that are chosen:
+    {"finetune_lora.rank": 16}. After a stop the same call goes on; a project in `out` of another
+    base or data is a UserError. With a `name`, the trained runs are kept under it, and `set` may
+    differ from a project that is there.
     """
+    from pipeline.inference.catalog import BASES
     from pipeline.stages.quickstart import Request, begin
     from pipeline.stages.registry import GRAPH
 
@@ -208,10 +212,13 @@ def train(
         columns or {},
         set or {},
     )
-    play(begin(request, GRAPH), on_event)
-    project = Project(out)
-    for stage in project.stages:
-        project.run(stage, on_event=on_event)
+    begun = play(begin(request, GRAPH, experiment=name is not None), on_event)
+    project, experiment = Project(out), Project(out, begun.overrides)
+    for stage, made in project.pipeline.stages.items():
+        if stage.startswith("finetune_"):
+            experiment.run(stage, name=name, on_event=on_event)
+        elif begun.started or name is None or made.method in BASES:
+            project.run(stage, on_event=on_event)
     return project
 
 

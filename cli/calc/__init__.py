@@ -25,10 +25,8 @@ from pipeline.calc import settings
 from pipeline.calc.architecture import Model
 from pipeline.calc.fit import gpu as find_gpu
 from pipeline.calc.fit import gpus
-from pipeline.calc.memory import refuse_impossible
-from pipeline.calc.method import Configuration, configure, find_method, first_adapter, names_of
+from pipeline.calc.method import Configuration, find_method, first_adapter, names_of
 from pipeline.calc.settings import TrainingConfig
-from pipeline.calc.sources.open_model import open_model
 from pipeline.errors import UserError
 from pipeline.stages.registry import COUNTED
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from inspect import getdoc
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from typer import Exit, Option, Typer
 from typer.main import get_command
@@ -15,17 +16,23 @@ from cli.options import (
     UNDER_DVC,
     CheckpointOption,
     DeviceOption,
+    DevicesOption,
+    EndpointOption,
     ForceOption,
     Group,
     Lazy,
     NameOption,
+    NodeRankOption,
+    NodesOption,
     ParamsOption,
     SetOption,
+    SettingsCommand,
+    ShardOption,
     finite,
     group,
     project_of,
 )
-from cli.stages import name_run, of_stage, run_stage
+from cli.stages import of_stage, run_stage
 from lora_workbench import api
 from pipeline.errors import UserError
 from pipeline.files.text import in_units
@@ -49,7 +56,7 @@ def _method(name: str) -> Any:
     summary = f"{stage.summary} → {stage.path}{form}.\n\n{getdoc(stage.settings)}"
     command = _sweep if stage.kind == "adapters" else _distributes(stage)
     single = Typer(rich_markup_mode=None, add_completion=False)
-    single.command(name, help=summary)(command)
+    single.command(name, help=summary, cls=SettingsCommand)(command)
     return get_command(single)
 
 
@@ -76,30 +83,11 @@ def _distributes(stage: Stage) -> Callable[..., None]:
         overrides: SetOption = None,
         force: ForceOption = False,
         checkpoint_every: CheckpointOption = None,
-        devices: Annotated[int, Option(min=1, help="Number of processes, one per GPU.")] = 1,
-        nodes: Annotated[
-            int, Option("--nnodes", min=1, help="Number of machines; run the same command on each.")
-        ] = 1,
-        endpoint: Annotated[
-            str | None,
-            Option(
-                "--rdzv-endpoint",
-                metavar="HOST:PORT",
-                help="With --nnodes: one of the machines, and a free port.",
-            ),
-        ] = None,
-        node_rank: Annotated[
-            int | None,
-            Option(
-                "--node-rank",
-                min=0,
-                help="With --nnodes: this machine's number, 0 at --rdzv-endpoint.",
-            ),
-        ] = None,
-        shard: Annotated[
-            bool | None,
-            Option(help="Shard the base over the devices; default: if a step does not fit one."),
-        ] = None,
+        devices: DevicesOption = 1,
+        nodes: NodesOption = 1,
+        endpoint: EndpointOption = None,
+        node_rank: NodeRankOption = None,
+        shard: ShardOption = None,
         dry_run: Annotated[
             bool,
             Option(
@@ -125,38 +113,16 @@ def _distributes(stage: Stage) -> Callable[..., None]:
         if dry_run:
             _print_plan(project_of(params, overrides), stage)
             return
-        if shard and devices * nodes == 1 and world().world_size == 1:
-            raise UserError(
-                "--shard shares the base among several devices. Say how many with --devices."
-            )
-        if (nodes > 1) != (endpoint is not None):
-            raise UserError(
-                "--nnodes and --rdzv-endpoint go together: the machines have to meet. Name both."
-            )
-        if node_rank is not None and nodes == 1:
-            raise UserError(
-                "--node-rank numbers several machines. Say how many with --nnodes, or leave it out."
-            )
-        if node_rank is not None and node_rank >= nodes:
-            raise UserError(
-                f"--node-rank must be less than --nnodes, which is {nodes}, got {node_rank}. "
-                "Correct it."
-            )
-        if devices * nodes > 1 and world().world_size == 1:
-            from pipeline.training.parallel.launch import launch
-
+        machines = Machines(devices, nodes, endpoint, node_rank, shard)
+        machines.check()
+        if machines.launches:
             # what is wrong is said before anything starts
             project_of(params, overrides).stage(stage.name)
-            given = ["--params", str(params), *["--force"] * force]
+            given = ["--force"] * force
             if checkpoint_every is not None:
                 given += ["--checkpoint-every", str(checkpoint_every)]
             given += [f"--set={override}" for override in overrides]
-            if shard is not None:
-                given.append("--shard" if shard else "--no-shard")
-            given += ["--apply"] * apply
-            command_line = ["finetune", stage.method, *given]
-            code = launch(devices, command_line, nodes, endpoint or "", node_rank)
-            if code:
+            if code := machines.finetune(stage, params, [*given, *["--apply"] * apply]):
                 raise Exit(code)
         else:
             run_stage(stage.name, params, overrides, force, checkpoint_every, shard, apply=apply)
@@ -164,6 +130,50 @@ def _distributes(stage: Stage) -> Callable[..., None]:
             name_run(name, stage.name, params, overrides)
 
     return command
+
+
+class Machines(NamedTuple):
+    """The devices and machines that train together."""
+
+    devices: int
+    nodes: int
+    endpoint: str | None
+    node_rank: int | None
+    shard: bool | None
+
+    @property
+    def launches(self) -> bool:
+        """Whether this process starts others; not under torchrun, which has."""
+        return self.devices * self.nodes > 1 and world().world_size == 1
+
+    def check(self) -> None:
+        """Raises UserError for options that contradict each other."""
+        if self.shard and not self.launches and world().world_size == 1:
+            raise UserError(
+                "--shard shares the base among several devices. Say how many with --devices."
+            )
+        if (self.nodes > 1) != (self.endpoint is not None):
+            raise UserError(
+                "--nnodes and --rdzv-endpoint go together: the machines have to meet. Name both."
+            )
+        if self.node_rank is not None and self.nodes == 1:
+            raise UserError(
+                "--node-rank numbers several machines. Say how many with --nnodes, or leave it out."
+            )
+        if self.node_rank is not None and self.node_rank >= self.nodes:
+            raise UserError(
+                f"--node-rank must be less than --nnodes, which is {self.nodes}, got "
+                f"{self.node_rank}. Correct it."
+            )
+
+    def finetune(self, stage: Stage, params: Path, options: Sequence[str] = ()) -> int:
+        """Run `lora finetune` in a process per device; returns the exit code."""
+        from pipeline.training.parallel.launch import launch
+
+        arguments = ["finetune", stage.method, "--params", str(params), *options]
+        if self.shard is not None:
+            arguments.append("--shard" if self.shard else "--no-shard")
+        return launch(self.devices, arguments, self.nodes, self.endpoint or "", self.node_rank)
 
 
 def _print_plan(project: Project, stage: Stage) -> None:

@@ -8,10 +8,11 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from shlex import quote
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from msgspec import structs
 
@@ -24,7 +25,7 @@ from pipeline.data.examples import Example, in_evaluation
 from pipeline.data.formats import iter_examples
 from pipeline.data.tokenizers.word import load_tokenizer
 from pipeline.errors import UserError
-from pipeline.files.base_model import MINIGPT, resolve
+from pipeline.files.base_model import MINIGPT, parse_source, resolve
 from pipeline.files.home import expand
 from pipeline.models.device import (
     LARGE,
@@ -35,7 +36,7 @@ from pipeline.models.device import (
 )
 from pipeline.project.new_project import DEFAULTS, PARAMS, copy_data, refuse_folder, write_project
 from pipeline.project.params import edit
-from pipeline.project.params.load import TRAINING, parse
+from pipeline.project.params.load import TRAINING, parse, read_text
 from pipeline.project.params.schema import Pretrained, Section, ValueSource, check_value, hints
 from pipeline.project.params.sections import (
     GENERAL,
@@ -68,7 +69,7 @@ class Request:
     base: str
     data: Sequence[str]
     eval_data: str = ""
-    methods: Sequence[str] = ("lora",)
+    methods: Sequence[str] = ()  # to train; by default lora
     columns: Mapping[str, str] = field(default_factory=dict)
     given: Mapping[str, Any] = field(default_factory=dict)  # section.key → value
 
@@ -86,6 +87,77 @@ class Started:
     added: Sequence[str]
 
 
+class Begun(NamedTuple):
+    """A project that is there: what was chosen for it if it is new, and what wins over it."""
+
+    started: Started | None
+    overrides: Sequence[str] = ()  # section.key=value
+
+
+def begin(
+    request: Request, graph: StageGraph, experiment: bool = False
+) -> Generator[Event, None, Begun]:
+    """Make the project, or go on with one that is there and as requested.
+
+    `experiment`: given values may differ from its own. Raises UserError.
+    """
+    path = request.folder / PARAMS
+    if not path.exists():
+        if not request.base or not request.data:
+            raise UserError(
+                "lora train needs --base, a model, and --data, the examples to train it on."
+            )
+        return Begun((yield from start(request, graph)))
+    project = Project.of(path, parse(read_text(path), path, graph.sections), graph)
+    given = yield from place_files(request.given, request.folder, graph)
+    _refuse_other(project, request)
+    trained = [stage.section for stage in project.stages.values() if stage.trains]
+    for name in request.methods:
+        if f"finetune_{name}" not in trained:
+            raise UserError(
+                f"{request.folder} is a project already, which does not train by {name}. Add a "
+                f"section finetune_{name} to {path}, or name another folder with --out."
+            )
+    if request.columns:
+        given |= {f"{section}.columns": dict(request.columns) for section in trained}
+    overrides = []
+    for key, value in given.items():
+        override = f"{key}={edit.dump_inline(value)}"
+        changed = parse(read_text(path), path, graph.sections, [override])
+        if changed == project.params:
+            continue
+        if not experiment:
+            raise UserError(
+                f"{request.folder} is a project already, in which {key} is not "
+                f"{edit.dump_inline(value)}. Edit {path}, keep it as an experiment with --name, or "
+                "name another folder with --out."
+            )
+        overrides.append(override)
+    return Begun(None, overrides)
+
+
+def _refuse_other(project: Project, request: Request) -> None:
+    """Raises UserError if a project trains another base, or on other data, than requested."""
+    origin = project.params.origin.base
+    if request.base:
+        asked, there = (
+            parse_source(request.base, Path.cwd()),
+            parse_source(origin, project.root),
+        )
+        if (asked.hub_id, asked.path.resolve()) != (there.hub_id, there.path.resolve()):
+            raise UserError(
+                f"{project.params_path} has base {origin}, not {request.base}. Name another folder "
+                "with --out."
+            )
+    names = chain.from_iterable(map(project.data_files, project.stages.values()))
+    files = {(project.root / name).resolve() for name in names}
+    for name in [*request.data, *filter(None, [request.eval_data])]:
+        if Path(name).exists() and Path(name).resolve() not in files:
+            raise UserError(
+                f"{project.params_path} does not train on {name}. Name another folder with --out."
+            )
+
+
 def start(request: Request, graph: StageGraph) -> Generator[Event, None, Started]:
     """Make the project; its params file is written last. Raises UserError."""
     folder = request.folder
@@ -99,7 +171,7 @@ def start(request: Request, graph: StageGraph) -> Generator[Event, None, Started
     base = request.base
     if source.is_local:
         base = os.path.relpath(source.path.resolve(), folder.resolve())
-    stages = _stages_of(graph, request.methods)
+    stages = _stages_of(graph, request.methods or ("lora",))
     given = _shared((yield from place_files(request.given, folder, graph)), stages)
     files = []
     for name in request.data:

@@ -595,8 +595,8 @@ def test_what_is_wrong_is_one_message_and_leaves_no_project(here: Path, cli: Lor
             ("--base", "toy", "--data", "chats.json", "--set", "rank=0"),
             "finetune_lora.rank must be at least 1, got 0",
         ),
-        (("--base", "toy", "--data", "chats.json", "--set", "lora_alpha=8"), "Did you mean alpha?"),
-        (("--base", "toy", "--data", "chats.json", "--set", "rank"), "--set takes KEY=VALUE"),
+        (("--base", "toy", "--data", "chats.json", "--set", "rang=8"), "Did you mean rank?"),
+        (("--base", "toy", "--data", "chats.json", "--set", "rank"), "--set takes section.key"),
         (
             ("--base", "toy", "--data", "chats.json", "--set", "finetune_full.epochs=1"),
             "finetune_full.epochs: the new project has no section finetune_full",

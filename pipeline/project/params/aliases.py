@@ -66,7 +66,9 @@ KEYS = by_other_name(
             "accumulate gradient_accumulation grad_accumulation_steps grad_accum "
             "accumulate_grad_batches"
         ),
-        "gradient_checkpointing": "checkpointing grad_checkpoint activation_checkpointing",
+        "gradient_checkpointing": (
+            "checkpointing grad_checkpoint activation_checkpointing use_gradient_checkpointing"
+        ),
         "max_length": (
             "max_seq_length max_seq_len sequence_len cutoff_len model_max_length block_size"
         ),
@@ -220,6 +222,7 @@ OPTIONS = by_other_name(
         "--max-tokens": "--max-new-tokens --n-predict",
         "--temperature": "--temp",
         "--out": "--output --output-dir --save-path --out-dir",
+        "--methods": "--method --finetuning-type --fine-tune-type",
         "--params": "--config --params-file",
         "--devices": "--num-processes --nproc-per-node --num-gpus",
     }

@@ -81,7 +81,11 @@ def launch(
             limit = f"{gpus}, the number of GPUs"
         raise UserError(f"--devices must be at most {limit}, got {devices}. Lower it.")
     meeting = _Meeting(endpoint, nodes, node_rank) if endpoint else None
-    logging.disable(logging.CRITICAL)  # silences torchrun: this process does nothing else
+    logging.disable(logging.CRITICAL)  # silences torchrun
+    # only the main thread has any
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGTERM, signal.SIGINT) if is_main else ()
+    handlers = {number: signal.getsignal(number) for number in numbers}
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // devices)))
     os.environ[LAUNCHER] = str(os.getpid())
     config = LaunchConfig(
@@ -112,6 +116,12 @@ def launch(
             f"rank {rank} of {devices * nodes} {reason}. Run the same command to resume from the "
             "last checkpoint."
         ) from None
+    finally:
+        # `lora train` goes on in this process
+        logging.disable(logging.NOTSET)
+        os.environ.pop(LAUNCHER, None)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return 0
 
 
