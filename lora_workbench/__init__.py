@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         generate,
         load,
         merge,
+        show,
         sweep,
         train,
     )
@@ -48,6 +49,7 @@ __all__ = [  # noqa: RUF022 (in the order of use)
     "Progress",
     "Result",
     "UserError",
+    "show",
 ]
 
 

@@ -31,6 +31,12 @@ def ignore(_event: Event) -> None:
     """Show nothing."""
 
 
+def show(event: Event) -> None:
+    """Print what is out of the ordinary: a function for `on_event`."""
+    if isinstance(event, Note) and not event.routine:
+        print(event.text)
+
+
 def play(events: Generator[Event, None, T], on_event: OnEvent) -> T:
     """What a generator returns, after `on_event` got each of its events."""
     while True:

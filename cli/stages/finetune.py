@@ -32,7 +32,7 @@ from cli.options import (
     group,
     project_of,
 )
-from cli.stages import of_stage, run_stage
+from cli.stages import name_run, of_stage, run_stage
 from lora_workbench import api
 from pipeline.errors import UserError
 from pipeline.files.text import in_units

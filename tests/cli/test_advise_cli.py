@@ -80,9 +80,9 @@ def test_of_much_data_a_part_is_tokenized_and_counted(
     (llama / "data/texts.jsonl").write_text(line * 9, encoding="utf-8")
     whole = advice(cli, llama)[0]["finetune_lora"]
     assert (whole["examples"], whole["more"]) == (9, False)
-    monkeypatch.setattr("cli.advise.ENCODED", 2)
+    monkeypatch.setattr("lora_workbench.advice.ENCODED", 2)
     assert advice(cli, llama)[0]["finetune_lora"] == whole
-    monkeypatch.setattr("cli.advise.COUNTED", 6)
+    monkeypatch.setattr("lora_workbench.advice.COUNTED", 6)
     part = advice(cli, llama)[0]["finetune_lora"]
     assert (part["examples"], part["more"], part["tokens"]) == (6, True, whole["tokens"] * 6 // 9)
 
