@@ -224,7 +224,7 @@ def _request(
 ) -> Request:
     from pipeline.stages.quickstart import Request
 
-    given = {**(foreign or {}), **_read_values(values, methods)}
+    given = {**(foreign or {}), **_read_values(values, methods or ["lora"])}
     return Request(folder, base, data, eval_data or "", methods, columns_of(columns), given)
 
 

@@ -103,7 +103,7 @@ def compare(
     params: ParamsOption = DEFAULT_PARAMS,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare two runs: the settings that differ, how training ended, what was evaluated."""
+    """Compare the settings, training and evaluation of two runs."""
     from dataclasses import asdict
 
     from cli.console import number, print_json, print_line, print_table
@@ -140,7 +140,7 @@ def remove(
     name: Annotated[str, Argument(help="Name that --name gave it.")],
     params: ParamsOption = DEFAULT_PARAMS,
 ) -> None:
-    """Remove a named run: its name, its evaluation, and its results from the cache.
+    """Remove a named run, with its results in the cache.
 
     A result that is in artifacts/ stays there.
     """

@@ -7,20 +7,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lora_workbench.calculator import Calculation, calc
 from pipeline.errors import UserError
 from pipeline.project.runner import Event, Note, Progress
 
 if TYPE_CHECKING:
-    from pipeline.calc.architecture import Model
-    from pipeline.calc.memory import Memory
-    from pipeline.calc.method import Configuration
     from pipeline.inference.engine import LoadedModel
     from pipeline.project.logs.run_log import Step
     from pipeline.project.logs.runs import Run
     from pipeline.project.stage_graph import Stage
     from pipeline.views.runs import Comparison
 
-__all__ = ["Calculation", "Event", "Note", "Progress", "Project", "Result", "UserError"]
+__all__ = ["Calculation", "Event", "Note", "Progress", "Project", "Result", "UserError", "calc"]
 
 T = TypeVar("T")
 OnEvent = Callable[[Event], None]
@@ -288,7 +286,7 @@ def evaluate(
     from pipeline.files.artifact import read_json
 
     opened = project if isinstance(project, Project) else Project(project)
-    paths = [Path(adapter).absolute() for adapter in adapters]
+    paths = [Path(adapter) for adapter in adapters]
     if not paths:
         result = opened.run("evaluate", on_event=on_event)
         return read_json(result.folder / "metrics.json", "Run `lora evaluate`")
@@ -299,7 +297,9 @@ def evaluate(
     job = measuring(opened.pipeline)
     if out is not None:
         job = replace(job, out=Path(out))
-    metrics, problems = play(measure(job, paths, _path(base)), on_event)
+    metrics, problems = play(
+        measure(job, [path.absolute() for path in paths], _path(base)), on_event
+    )
     for problem in problems:
         on_event(Note(problem))
     return metrics
@@ -365,47 +365,6 @@ def export(
         quantize,
     )
     return play(write(format, exported, Path(out)), on_event)
-
-
-@dataclass(frozen=True)
-class Calculation:
-    """A model and a step of training it, counted from shapes alone."""
-
-    model: Model
-    given: Configuration  # its `method` and `run`
-
-    @property
-    def memory(self) -> Memory:
-        """Bytes by part, and the peak."""
-        from pipeline.calc.memory import predict
-
-        return predict(self.model.shapes, self.given.method, self.given.run)
-
-    def answer(self) -> dict[str, Any]:
-        """All results as plain data, sizes in bytes: what `lora calc --json` prints."""
-        from pipeline.calc import report
-        from pipeline.stages.registry import note_targets
-
-        answer = report.answer(self.model.shapes, self.given.method, self.given.run)
-        targets = note_targets(self.model.shapes, self.given.method)
-        return {**answer, "notes": [*answer["notes"], *filter(None, [targets])]}
-
-
-def calc(model: str = "qwen3-8b", method: str = "lora", **options: Any) -> Calculation:
-    """Parameters and memory of a fine-tuning, without downloading or loading anything.
-
-    `model`: a built-in name, a folder, a .gguf file or a hub id. `options` as those of `lora calc`:
-    rank=8, sequence=2048, batch=1, checkpointing="full", precision="nf4". Raises UserError.
-    """
-    from pipeline.calc.memory import refuse_impossible
-    from pipeline.calc.method import configure
-    from pipeline.calc.sources.open_model import open_model
-    from pipeline.stages.registry import COUNTED
-
-    loaded = open_model(model)
-    given = configure(loaded.shapes, COUNTED, method, **options)
-    refuse_impossible(loaded.shapes, given.method, given.run)
-    return Calculation(loaded, given)
 
 
 def sweep(

@@ -20,7 +20,7 @@ from cli.calc.output import (
     print_trace,
 )
 from cli.options import JsonOption, finite, group
-from lora_workbench import api
+from lora_workbench import calculator
 from pipeline.calc import settings
 from pipeline.calc.architecture import Model
 from pipeline.calc.fit import gpu as find_gpu
@@ -157,7 +157,7 @@ def calc(
             options[name] *= rule.unit
     if params is not None:
         model, method, options = _of_project(command, params, model, method, options)
-    calculation = api.calc(model, method, **options)
+    calculation = calculator.calc(model, method, **options)
     loaded, given = calculation.model, calculation.given
     if sweep is not None:
         return print_sweep(out, loaded, given, sweep)

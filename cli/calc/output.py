@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from rich.text import Text
 
 from cli.console import print_json, print_table, stdout
-from lora_workbench.api import Calculation
+from lora_workbench.calculator import Calculation
 from pipeline.calc import report
 from pipeline.calc.architecture import Architecture, Model
 from pipeline.calc.fit import LARGEST, changes, gpus, largest, of_size

@@ -481,10 +481,13 @@ def test_adapters_beside_the_pipelines_are_evaluated_as_variants_are(
     assert list(read_json(artifacts / "measured/metrics.json")) == ["base", "artifacts/copy"], (
         "other settings: measured anew"
     )
-    code, _, err = cli("evaluate", "--adapter", "artifacts/base", cwd=project)
-    assert code == 1 and "is a full model, not an adapter" in err
+    whole = cli("evaluate", "--adapter", "artifacts/full_finetuned", "--json", cwd=project)
+    assert whole[0] == 0, whole[2]
+    metrics = read_json(artifacts / "evaluation/metrics.json")["full"]
+    found = json.loads(whole[1])["artifacts/full_finetuned"]
+    assert found["new_loss"] == metrics["new_loss"], "a whole model too"
     code, _, err = cli("evaluate", "--adapter", "nowhere", cwd=project)
-    assert code == 1 and "--adapter nowhere is not a folder" in err
+    assert code == 1 and "nowhere is not a folder" in err
 
 
 def test_the_final_loss_of_a_log_needs_its_last_epoch_alone(tmp_path: Path) -> None:
