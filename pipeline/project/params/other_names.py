@@ -129,7 +129,9 @@ class OtherNames:
                 self._ignored.setdefault("it sets nothing", []).append(path)
             else:
                 new = value if converted is None else converted
-                text = ours if new == value else f"{ours} {new}".replace("'", "")
+                text = ours if theirs != ours or new == value else ""
+                if new != value:
+                    text = f"{text} {new}".replace("'", "").strip()
                 check_value(types[ours], new, path, origin)
                 self._put(values, ours, new, key, path, origin, text)
         for key, value in IMPLIED.get(written, {}).items():
