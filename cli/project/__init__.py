@@ -108,7 +108,9 @@ def explain(
     path = f"{TOP_LEVEL[key]}.{key}" if key in TOP_LEVEL else key
     section, _, name = path.partition(".")
     if section not in kinds:
-        meant = suggest(section, kinds, KEYS)
+        ours = KEYS.get(key, key)
+        owners = (f"{owner}.{ours}" for owner, kind in kinds.items() if ours in hints(kind))
+        meant = suggest(section, kinds, KEYS) or next(owners, None)
         known = f"Did you mean {meant}?" if meant else f"Known: {', '.join(kinds)}."
         raise UserError(f"There is no section {section}. {known}")
     kind = kinds[section]

@@ -115,6 +115,7 @@ def test_a_key_is_explained_in_words(cli: Lora, tmp_path: Path) -> None:
     ("command", "message"),
     [
         (("explain", "finetune_lora.r"), "Did you mean finetune_lora.rank?"),
+        (("explain", "lora_r"), "There is no section lora_r. Did you mean finetune_lora.rank?"),
         (("explain", "finetune_lora.lora_alpha"), "Did you mean finetune_lora.alpha?"),
         (
             ("explain", "finetune_lora.nothing_like_it"),

@@ -9,7 +9,7 @@ from pkgutil import iter_modules
 from types import ModuleType
 
 from pipeline.project.foreign import FORMATS, read_config
-from pipeline.project.params.aliases import COMMANDS, KEYS, NO_COUNTERPART, why_none
+from pipeline.project.params.aliases import COMMANDS, IGNORED, KEYS, NO_COUNTERPART, why_none
 from pipeline.project.params.conversions import SAME
 from pipeline.project.params.edit import dump_inline
 from pipeline.project.params.schema import hints
@@ -18,10 +18,23 @@ from pipeline.stages.registry import GRAPH
 HEAD = """# Coming from PEFT, transformers, TRL, Axolotl, LLaMA-Factory or mlx-lm
 
 Step by step: [PEFT, transformers and TRL](peft.md), [Axolotl](axolotl.md), [LLaMA-Factory](llama-factory.md),
-[mlx-lm](mlx-lm.md). This page has all names; it is written by `python -m docs` from the table by which the code answers
-other names ("Did you mean …?").
+[mlx-lm](mlx-lm.md). This page has all names; it is written by `python -m docs` from the table by which the code
+takes them.
 
-    lora new my-project --from axolotl.yml     # or llamafactory.yaml, adapter_config.json, training_args.json, mlx.yaml
+**What you type is taken.** In `params.yaml`, in `--set` and as options of `lora new`, `train` and `finetune`, keys may
+have other tools' names and values: `--model_name_or_path org/model --train_file d.jsonl --num_train_epochs 3
+--lora_r 8 --output_dir out` are options of `lora train`. Sections may too: `lora:`, `qlora:`, `dpo:`.
+
+    lora finetune lora --set r=8 --set gradient_checkpointing=true
+    lora finetune sweep --grid r=4,8,16 --grid lr=1e-4,2e-4
+
+One line on stderr says what each is here: `finetune_lora.r is rank here, gradient_checkpointing full: taken.` `lora
+params show`, manifests and forms have our names. A setting that changes no result (`output_dir`, `logging_steps`,
+`push_to_hub`) is ignored, and the line says what to do instead; one that would change it, and has no counterpart, is
+an error with the reason. A key under two names is an error too.
+
+    lora train axolotl.yml       # or --config llamafactory.yaml, adapter_config.json, training_args.json, mlx.yaml
+    lora new my-project --from axolotl.yml     # the project alone, which trains nothing yet
 
 makes a project with the settings of another tool's config. It prints what is taken, under which name, and what is not,
 and why; a value that breaks a rule is one message. Only what the file says is taken: what it leaves open is chosen as
@@ -40,8 +53,11 @@ def pages() -> dict[str, str]:
     parts = [HEAD, "## Files\n", *(f"- {line}" for line in files)]
     parts += ["", "## Names of settings\n", *names, *_rows(KEYS)]
     parts += ["", "## Commands of `lora`\n", *names, *_rows(COMMANDS)]
-    parts += ["", "## Settings without a counterpart\n", "| why | settings |", "|---|---|"]
-    index = "\n".join([*parts, *_rows(NO_COUNTERPART, code=False)]) + "\n"
+    refused = {name: why for name, why in NO_COUNTERPART.items() if name not in IGNORED}
+    for title, table in (("ignored", IGNORED), ("errors", refused)):
+        parts += ["", f"## Settings without a counterpart: {title}\n"]
+        parts += ["| why | settings |", "|---|---|", *_rows(table, code=False)]
+    index = "\n".join(parts) + "\n"
     tools = [import_module(f"{__name__}.{each.name}") for each in iter_modules(__path__)]
     return {
         "coming-from/index.md": index,

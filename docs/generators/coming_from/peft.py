@@ -67,7 +67,7 @@ An adapter that was trained elsewhere is read by `lora adapters import DIR --bas
 | batches | padded, or packed if you say so | never padded |
 | held-out examples | none | a tenth |
 
-An unknown key is an error with the name that was meant, not a warning.
+A key of PEFT or transformers is taken, with a line that says its name here; a mistyped one is an error with the name that was meant.
 
 ## What is not here
 

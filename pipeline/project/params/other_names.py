@@ -37,7 +37,7 @@ class OtherNames:
             if name in self._above:
                 text = name if name != written else ""
                 self._put(result, name, value, name, written, origin, text)
-            elif name in self._kinds and isinstance(value, dict):
+            elif name in self._kinds and (value is None or isinstance(value, dict)):
                 if name in result:
                     raise UserError(
                         f"{origin.of(written)}: {written} is {name} here, which is there too. Put "
@@ -45,7 +45,8 @@ class OtherNames:
                     )
                 if name != written:
                     self._note(name, written, name)
-                self._read_section(result, name, written, value, origin, (below or {}).get(name))
+                section_below = (below or {}).get(name) or {}
+                self._read_section(result, name, written, value or {}, origin, section_below)
             elif name in self._kinds or not self.ignores(written, written):
                 self._refuse_alone(name, value, origin)
                 result[name] = value
@@ -99,7 +100,7 @@ class OtherNames:
         written: str,
         keys: Tree,
         origin: ValueSource,
-        below: Tree | None,
+        below: Tree,
     ) -> None:
         types, values = hints(self._kinds[section]), dict[Any, Any]()
         result[section] = values
@@ -124,16 +125,20 @@ class OtherNames:
                     f"{origin.of(path)}: {path} cannot be taken: {converted}. Change or remove it."
                 )
             elif converted is None and not _fits(types[ours], value):
-                if ours in (below or {}):
+                if ours in below:
                     raise UserError(f"--set {path}: {value} sets nothing here. Set {key}.")
                 self._ignored.setdefault("it sets nothing", []).append(path)
             else:
                 new = value if converted is None else converted
-                text = ours if new == value else f"{ours} {new}".replace("'", "")
+                text = ours if theirs != ours or new == value else ""
+                if new != value:
+                    text = f"{text} {new}".replace("'", "").strip()
                 check_value(types[ours], new, path, origin)
                 self._put(values, ours, new, key, path, origin, text)
         for key, value in IMPLIED.get(written, {}).items():
-            values.setdefault(key, value)
+            if key not in values and key not in below:
+                values[key] = value
+                self._taken[written] += f" with {key} {value}"
 
     def _put(
         self,

@@ -79,6 +79,7 @@ def test_a_section_of_another_name_means_what_the_name_says(
     params = read(f"base: org/m\n{section}:\n  num_epochs: 2\n")
     assert params.written == {name, "import"} and params.section(name).epochs == 2
     assert {key: getattr(params.section(name), key) for key in implied} == implied
+    assert read(f"{section}:").as_written(name) == section
     for key in implied:  # what is set wins
         value = "int8" if key == "quantization" else "ipo"
         assert getattr(read(f"{section}: {{{key}: {value}}}").section(name), key) == value
@@ -190,6 +191,13 @@ def test_an_edit_replaces_the_line_of_another_name(tmp_path: Path) -> None:
         "model_id: org/m\nlora:\n  r: 16  # small\n  quantization: int8\n  train_file: b.txt\n"
         "  alpha: 2.0\n"
     )
+
+
+def test_what_a_name_implies_replaces_nothing_that_is_set() -> None:
+    text = "finetune_lora: {quantization: int8}"
+    assert read(text, "qlora.r=8").finetune_lora.quantization == "int8"
+    params = read("qlora: {r: 8}")
+    assert params.note == "qlora is finetune_lora with quantization nf4 here, r rank: taken."
 
 
 def test_dvc_watches_the_names_that_the_file_has(tmp_path: Path) -> None:

@@ -548,4 +548,4 @@ def test_over_takes_keys_that_have_values_around_them_and_no_grid_beside(
     both = cli(
         "finetune", "sweep", "--over", "rank", "--set", "finetune_sweep.grid={rank: [1]}", cwd=mini
     )
-    assert "--over makes the grid" in refusal(both)
+    assert "each make the grid. Give one of them" in refusal(both)

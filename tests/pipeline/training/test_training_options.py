@@ -68,7 +68,7 @@ def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "finetune_lora.warmup_steps is 3 and warmup_ratio 0.1, but only one",
         ),
         (["warmup_ratio=1"], "finetune_lora.warmup_ratio must be below 1, got 1"),
-        (["max_steps=-1"], "finetune_lora.max_steps must be at least 0, got -1"),
+        (["epochs=-1"], "finetune_lora.epochs must be at least 1, got -1"),
         (
             ["max_steps=4", "warmup_steps=4"],
             "finetune_lora.warmup_steps must be below 4, the total number of training",
