@@ -19,6 +19,7 @@ from pipeline.project.foreign._conversions import CONVERSIONS, DOUBLE, NAMES, SA
 from pipeline.project.params.aliases import KEYS, why_none
 from pipeline.project.params.load import Kinds
 from pipeline.project.params.schema import ValueSource, check_value, hints
+from pipeline.project.params.sections import PRETRAINED, READ_WITH
 
 LARGEST = 100_000  # bytes of a config; published ones have a few thousand
 LONGEST = 1_000  # characters of a value that is taken
@@ -125,6 +126,10 @@ class Config:
         """Take by its name what the tool's own rules have not taken."""
         popped = [self.rest.pop(key, None) for key in DOUBLE]
         double = True in popped
+        numbers = self.rest.get("lr_scheduler_kwargs")
+        if isinstance(numbers, dict):  # transformers': each has a key of its own here
+            self.rest |= {str(key): value for key, value in numbers.items()}
+            del self.rest["lr_scheduler_kwargs"]
         for theirs, value in self.rest.items():
             ours = KEYS.get(theirs, theirs)
             is_off = value is False and ours != "gradient_checkpointing"
@@ -155,6 +160,10 @@ class Config:
                 self.drop(key, "nothing is held out: set eval_share")
         if self.taken.get("warmup_steps", ("", 0))[1]:
             self.drop("warmup_ratio", "warmup_steps is set too")
+        for ours, (chooser, readers) in READ_WITH.items():
+            _, chosen = self.taken.get(chooser, ("", PRETRAINED.get(chooser, readers[0])))
+            if chosen not in readers:
+                self.drop(ours, f"{chooser} {chosen} does not read it")
         values = {f"{self.section}.{ours}": value for ours, (_, value) in self.taken.items()}
         taken = tuple(
             (theirs, f"{self.section}.{ours}", value)

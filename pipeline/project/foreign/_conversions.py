@@ -20,7 +20,11 @@ NAMES: Mapping[str, Mapping[str, str]] = {  # our key → their name of a value 
         {
             "constant": "constant constant_with_warmup",
             "linear": "linear linear_schedule",
-            "cosine": "cosine cosine_decay",
+            "cosine": "cosine cosine_decay cosine_with_min_lr",
+            "cosine_with_restarts": "cosine_with_restarts",
+            "polynomial": "polynomial",
+            "inverse_sqrt": "inverse_sqrt",
+            "warmup_stable_decay": "warmup_stable_decay",
         }
     ),
     "optimizer": by_other_name(
@@ -29,6 +33,7 @@ NAMES: Mapping[str, Mapping[str, str]] = {  # our key → their name of a value 
             "adamw-8bit": "adamw_bnb_8bit adamw_8bit",
             "paged-adamw-8bit": "paged_adamw_8bit",
             "sgd": "sgd",
+            "muon": "muon",
         }
     ),
     "precision": by_other_name(
@@ -44,7 +49,7 @@ NAMES: Mapping[str, Mapping[str, str]] = {  # our key → their name of a value 
         }
     ),
 }
-SAME: Mapping[str, Any] = {  # their key → the only value that there is here
+SAME: Mapping[str, Any] = {  # their key → the only value, or the default, that there is here
     "adam_beta1": 0.9,
     "adam_beta2": 0.999,
     "adam_epsilon": 1e-8,

@@ -377,6 +377,58 @@ def test_transformers_as_it_writes_its_arguments_leaves_nothing_without_a_reason
 
 
 @pytest.mark.parametrize(
+    ("changes", "taken", "why"),
+    [
+        (
+            {"adam_beta2": 0.95, "adam_epsilon": 1e-6},
+            {"adam_beta2": 0.95, "adam_epsilon": 1e-6},
+            {},
+        ),
+        (
+            {"optim": "sgd", "adam_beta2": 0.95},
+            {},
+            {"adam_beta2": "optimizer sgd does not read it"},
+        ),
+        (
+            {
+                "lr_scheduler_type": "cosine_with_min_lr",
+                "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+            },
+            {"schedule": "cosine", "min_lr_ratio": 0.1},
+            {},
+        ),
+        (
+            {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 2, "lr_end": 0.0}},
+            {"schedule": "polynomial", "power": 2.0},
+            {"lr_end": "there is no such setting here"},
+        ),
+        (
+            {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 3}},
+            {"schedule": "cosine_with_restarts", "num_cycles": 3},
+            {},
+        ),
+        (
+            {"lr_scheduler_type": "constant_with_warmup", "cosine_min_lr_ratio": 0.1},
+            {"schedule": "constant"},
+            {"cosine_min_lr_ratio": "schedule constant does not read it"},
+        ),
+        ({"optim": "muon"}, {"optimizer": "muon"}, {}),
+    ],
+)
+def test_numbers_of_optimizer_and_schedule_are_taken_where_they_are_read(
+    changes: dict[str, Any], taken: dict[str, Any], why: dict[str, str], tmp_path: Path
+) -> None:
+    foreign = foreign_of(
+        tmp_path, {"per_device_train_batch_size": 6, "num_train_epochs": 2} | changes
+    )
+    assert settings(foreign).items() >= taken.items()
+    assert settings(foreign).keys() == {"batch_size", "epochs", *taken} | (
+        {"optimizer"} if "optim" in changes else set()
+    )
+    assert left(foreign) == why
+
+
+@pytest.mark.parametrize(
     ("tree", "message"),
     [
         (

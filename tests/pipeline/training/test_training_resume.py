@@ -107,6 +107,15 @@ def unbroken(root: Path, overrides: list[str]) -> tuple[dict[str, bytes], list[S
             "max_steps": 30,
         },
         {
+            "optimizer": "muon",
+            "weight_decay": 0.1,
+            "adam_beta2": 0.95,
+            "schedule": "warmup_stable_decay",
+            "min_lr_ratio": 0.1,
+            "decay_ratio": 0.5,
+            "max_steps": 20,
+        },
+        {
             "adapter_precision": "bf16",
             "train_embeddings": "new_rows",
             "schedule": "linear",
@@ -135,6 +144,7 @@ def unbroken(root: Path, overrides: list[str]) -> tuple[dict[str, bytes], list[S
         "fp32 adapters",
         "dropout and noise",
         "8-bit moments",
+        "muon",
         "bf16 adapters, new rows",
         "fp16",
         "refinements",
