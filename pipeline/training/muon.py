@@ -46,7 +46,7 @@ class Muon(UpdateRule):
                 found[id(parameter)] = [parameter.shape]
                 if isinstance(module, BatchedLayer):
                     # nothing is updated of an adapter without this layer
-                    found[id(parameter)] = [own.get(name, (0, 0)) for own in module.shapes]
+                    found[id(parameter)] = [sizes.get(name, (0, 0)) for sizes in module.shapes]
         return found
 
     def zeros(self, weights: Tensor, spans: Sequence[Span]) -> State:
