@@ -10,8 +10,6 @@ from typing import Any
 
 from pipeline.project.params.aliases import by_other_name
 
-# names of embedding and head
-ENDS = frozenset(("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings"))
 BITS = {"load_in_4bit": "nf4", "load_in_8bit": "int8", "4": "nf4", "8": "int8"}
 # quantize the scales too
 DOUBLE = ("double_quantization", "bnb_4bit_use_double_quant", "use_bnb_nested_quant")
@@ -97,19 +95,20 @@ def _quantization(theirs: str, value: Any) -> Any:
 
 
 def _target_modules(_: str, value: Any) -> Any:
-    if value in ("all", "all-linear", True):
-        return ["all-linear"]
+    return ["all-linear"] if value in ("all", "all-linear", True) else _names(_, value)
+
+
+def _layers_to_transform(theirs: str, value: Any) -> Any:
+    """mlx-lm counts the last blocks, PEFT numbers them."""
+    if theirs not in ("num_layers", "lora_layers"):
+        return value
+    return f"last {value}" if isinstance(value, int) and value > 0 else None
+
+
+def _names(_: str, value: Any) -> Any:
     if isinstance(value, str) and not re.fullmatch(r"[\w., -]+", value):
         return Why("a regular expression: name the linears in a list")
     return _split(value)
-
-
-def _train_embeddings(theirs: str, value: Any) -> Any:
-    if theirs == "trainable_token_indices":
-        return Why("new tokens are named in expand_vocab, and train with train_embeddings=new_rows")
-    if isinstance(value, list | str) and ENDS.issuperset(map(str, _split(value))):
-        return "all"
-    return Why("beside LoRA only embedding and head train: train_embeddings=all")
 
 
 def _split(value: Any) -> Any:
@@ -135,7 +134,12 @@ def _if_positive(_: str, value: Any) -> Any:
 CONVERSIONS: Mapping[str, Callable[[str, Any], Any]] = {
     "quantization": _quantization,
     "target_modules": _target_modules,
-    "train_embeddings": _train_embeddings,
+    "layers_to_transform": _layers_to_transform,
+    "exclude_modules": _names,
+    "modules_to_save": lambda _, value: _split(value),
+    "train_embeddings": lambda *_: Why(
+        "new tokens are named in expand_vocab, and train with train_embeddings=new_rows"
+    ),
     "gradient_checkpointing": lambda _, value: "none" if value is False else "full",
     "eval_share": _eval_share,
     "epochs": _epochs,

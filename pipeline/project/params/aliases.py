@@ -42,9 +42,12 @@ KEYS = by_other_name(
         "rslora": "use_rslora rs_lora peft_use_rslora",
         "init_lora_weights": "init_lora pissa_init peft_init_lora_weights",
         "loraplus_ratio": "loraplus_lr_ratio lora_plus_ratio",
-        "train_embeddings": (
-            "modules_to_save trainable_token_indices lora_modules_to_save additional_target"
+        "layers_to_transform": (
+            "peft_layers_to_transform lora_layers_to_transform num_layers lora_layers"
         ),
+        "exclude_modules": "peft_exclude_modules lora_exclude_modules",
+        "modules_to_save": "lora_modules_to_save additional_target",
+        "train_embeddings": "trainable_token_indices",
         "quantization": (
             "load_in_4bit load_in_8bit quantize quantization_bit bits double_quantization "
             "bnb_4bit_use_double_quant use_bnb_nested_quant"
@@ -142,9 +145,7 @@ NO_COUNTERPART = by_other_name(
         "an adapter is trained on the base, a new one unless init_from names one": (
             "create_new_adapter inference_mode"
         ),
-        "LoRA goes on every block; name linears in target_modules": (
-            "num_layers lora_layers* *layers_to_transform layers_pattern exclude_modules"
-        ),
+        "blocks are numbered in layers_to_transform, in whatever list they are": "layers_pattern",
         "it runs code that comes with a base: set import.trust_remote_code if you trust it": (
             "trust_remote_code"
         ),

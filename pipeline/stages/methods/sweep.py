@@ -81,6 +81,8 @@ SWEPT = (  # keys of finetune_lora in which adapters that train together can dif
     "rank",
     "alpha",
     "target_modules",
+    "layers_to_transform",
+    "exclude_modules",
     "rank_pattern",
     "alpha_pattern",
     "rslora",

@@ -88,6 +88,7 @@ def alone(root: Path, own: FinetuneLora, overrides: Sequence[str]) -> Path:
     )
     keys += ("lora_dropout", "neftune_alpha", "adam_beta1", "adam_beta2", "adam_epsilon")
     keys += ("min_lr_ratio", "num_cycles", "power", "decay_ratio")
+    keys += ("layers_to_transform", "exclude_modules")
     values = [f"finetune_lora.{key}={json.dumps(getattr(own, key))}" for key in keys]
     make_one(root, "finetune_lora", [*overrides, *values])
     return root / "artifacts" / "lora_adapter"
@@ -217,6 +218,14 @@ GRIDS: dict[str, tuple[Grid, list[str]]] = {
         ["schedule=linear"],
     ),
     "SGD": ({"rank": [2, 4]}, ["optimizer=sgd", "learning_rate=0.1", "max_steps=7"]),
+    "blocks and linears": (
+        {"layers_to_transform": [[], ["1"]], "exclude_modules": [[], ["k_proj"]]},
+        ["train_embeddings=none"],
+    ),
+    "modules in full": (
+        {"rank": [2, 3]},
+        ["modules_to_save=[fc1, final_layer_norm]", "train_embeddings=none", "seed=1"],
+    ),
     "AdamW's numbers": (
         {"adam_beta1": [0.5, 0.9], "adam_beta2": [0.9, 0.999], "adam_epsilon": [1e-4]},
         [],

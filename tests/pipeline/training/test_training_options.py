@@ -83,6 +83,18 @@ def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ["optimizer=adam"],
             "finetune_lora.optimizer must be one of adamw, adamw-8bit, paged-adamw-8bit, sgd, muon",
         ),
+        (
+            ["layers_to_transform=first"],
+            "finetune_lora.layers_to_transform must be numbers of blocks from 0, such as 3, 8-15 "
+            "or last 8, or a list of these, got 'first'",
+        ),
+        (["layers_to_transform=9"], "layers_to_transform: '9' is not among the model's 2 blocks"),
+        (["exclude_modules=[fc9]"], "exclude_modules: 'fc9' matches no layer of target_modules"),
+        (["modules_to_save=[fc9]"], "modules_to_save: no module of the model is named fc9"),
+        (
+            ["modules_to_save=[fc1]", "quantization=nf4", "precision=bf16"],
+            "is quantized and cannot train in full. Remove it, or set quantization to none.",
+        ),
         (["adam_beta1=1"], "finetune_lora.adam_beta1 must be below 1, got 1"),
         (["adam_beta2=-0.1"], "finetune_lora.adam_beta2 must be at least 0, got -0.1"),
         (["adam_epsilon=0"], "finetune_lora.adam_epsilon must be more than 0, got 0"),
