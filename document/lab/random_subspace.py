@@ -63,14 +63,14 @@ class SubspaceAdam(FlatOptimizer):
         self._initial = self.weights.clone()  # θ₀
         self._inner = self._initial.new_zeros(projection.small)
         self._adam = AdamW()
-        self._inner_state = self._adam.zeros(self._inner, [projection.small])
+        self._inner_state = self._adam.zeros(self._inner, [Span(0, projection.small)])
         self._rate_factor = math.sqrt(self._initial.numel() / projection.small)
 
     def step(self, *rates: float | None) -> None:
         (rate,) = rates
         assert rate is not None
         gradient = self._projection.down(self.gradient[0])
-        span = Span(0, self._projection.small, rate * self._rate_factor, 0.0)
+        span = Span(0, self._projection.small, rate * self._rate_factor)
         self._adam.update(self._inner, gradient, self._inner_state, [span])
         self.set_weights(self._initial + self._projection.up(self._inner))
         self.clear()

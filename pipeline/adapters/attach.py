@@ -93,7 +93,7 @@ def attach(
     if conflicts:
         raise UserError(
             f"target_modules: {min(conflicts)} already trains in full or row by row "
-            "(train_embeddings). Remove it from target_modules, or set train_embeddings to none."
+            "(train_embeddings, modules_to_save). Remove it from target_modules, or from these."
         )
     model.requires_grad_(False)  # first: what is added or saved below requires gradients again
     if spec.parameters:  # before linears: a weight of theirs is refused by its own name
@@ -111,8 +111,14 @@ def attach(
                 "module's full name."
             )
     for name, module in modules.items():
-        if spec.saves(name):
-            module.requires_grad_(True)
+        if not spec.saves(name):
+            continue
+        if any(isinstance(part, LowBitLinear) for part in module.modules()):
+            raise UserError(
+                f"modules_to_save: {name} is quantized and cannot train in full. Remove it, or set "
+                "quantization to none."
+            )
+        module.requires_grad_(True)
     if spec.rows:
         _attach_rows(model, spec.rows)
 

@@ -189,6 +189,11 @@ class Architecture(Struct, frozen=True, dict=True):
         for linear in (*self.outside, self.head_linear):
             yield linear.name, linear
 
+    def matrices(self, first: int = 0) -> list[tuple[int, int]]:
+        """The shapes of the linears of the blocks from `first` on, but of stacked experts."""
+        linears = chain.from_iterable(map(self.adaptable, self.blocks[first:]))
+        return [(linear.outputs, linear.inputs) for linear in linears if linear.experts == 1]
+
     def block_name(self, index: int) -> str:
         """Prefix of the full names of a block's linears."""
         return f"{self.layers}.{index}."

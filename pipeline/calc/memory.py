@@ -1,5 +1,7 @@
 """Memory of a training step, by part at its peak, and of inference."""
 
+from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple
 
 from pipeline.calc.architecture import Architecture
@@ -47,14 +49,19 @@ def predict(model: Architecture, method: FinetuningMethod, run: TrainingConfig) 
     # (parameters, bytes each)
     groups = [(added - fp32, width), (fp32, 4 if flat else width), (base, run.width)]
     trained = sum(count * size for count, size in groups)
-    code, scratch = _update_bytes(run, added + base, trained)
+    matrices = method.matrices(model) if run.optimizer == "muon" else []
+    # muon has one of AdamW's two moments of a matrix
+    spared = sum(map(prod, matrices)) * run.moment_bytes(width if method.adapter else run.width)
+    code, scratch = _update_bytes(run, added + base, trained, matrices)
     # the tape's peak is the step's: weights, optimizer and a flat gradient are there from its first
     # phase to its last
     memory = Memory(
         weights=weight_bytes(model, run.precision),
         adapter=trained - base * run.width + (method.buffer_bytes(model, width) if flat else 0),
         gradients=tape.at_peak.get("gradients", 0) + (trained if flat else 0),
-        optimizer=round(sum(count * run.state_bytes(size) for count, size in groups)) + code,
+        optimizer=round(
+            sum(count * run.state_bytes(size) for count, size in groups) + code - spared
+        ),
         activations=tape.at_peak.get("activations", 0),
         logits=tape.at_peak.get("logits", 0),
         overhead=run.context,
@@ -76,14 +83,18 @@ def predict(model: Architecture, method: FinetuningMethod, run: TrainingConfig) 
 CODE = 2 * (2 * 256 * 4 + 2**16)
 
 
-def _update_bytes(run: TrainingConfig, count: int, trained: int) -> tuple[int, int]:
+def _update_bytes(
+    run: TrainingConfig, count: int, trained: int, matrices: Sequence[tuple[int, int]]
+) -> tuple[int, int]:
     """The optimizer's bytes beside its state: always, and while it updates `count` parameters.
 
-    `trained`: bytes of those parameters.
+    `trained`: bytes of those parameters. `matrices`: shapes of those that muon updates.
     """
     if not run.ours:
         # a copy of all
         return 0, trained if (run.trainer, run.optimizer) == ("torch-foreach", "adamw") else 0
+    if matrices:  # in bf16: two of a matrix, and two of the products of its shorter sides
+        return 0, max(4 * prod(shape) + 4 * min(shape) ** 2 for shape in matrices)
     if "8bit" not in run.optimizer:
         return 0, 0
     chunk = min(STATE_CHUNK, -(-count // STATE_BLOCK) * STATE_BLOCK)

@@ -145,6 +145,14 @@ class FinetuningMethod:
         """Parameters that it adds to every block beside those of its linears."""
         return 0
 
+    def matrices(self, model: Architecture) -> list[tuple[int, int]]:
+        """The shape of each trained matrix that muon updates as one."""
+        shapes: list[tuple[int, int]] = []
+        for p in projections(model, self):
+            if p.experts == 1:
+                shapes += [(p.rank, p.inputs), (p.outputs, p.rank)] * p.count
+        return shapes
+
     def fp32_parameters(self, model: Architecture) -> int:
         """Added parameters that our trainer keeps in fp32, whatever the adapter's precision."""
         return 0

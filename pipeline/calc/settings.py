@@ -102,7 +102,7 @@ LARGEST_INT = 2**31 - 1
 PACK_UP_TO = 128
 STATE_BLOCK = 256  # weights that share a scale in adamw-8bit's state
 STATE_CHUNK = 2**20  # weights whose state is in fp32 at once while it updates them
-OPTIMIZERS = ("adamw", "adamw-8bit", "paged-adamw-8bit", "sgd")  # those of params.yaml
+OPTIMIZERS = ("adamw", "adamw-8bit", "paged-adamw-8bit", "sgd", "muon")  # those of params.yaml
 TRAINERS = ("ours", "torch", "torch-fp32", "torch-foreach")
 
 
@@ -261,11 +261,15 @@ class TrainingConfig:
         """Whether our trainer runs the step: a flat gradient, fp32 state, few saved tensors."""
         return self.trainer == "ours"
 
+    def moment_bytes(self, width: int) -> int:
+        """Bytes of one of AdamW's two moments per trained parameter of `width` bytes."""
+        # torch has moments in the precision of the parameters
+        return 4 if self.trainer in ("ours", "torch-fp32") else width
+
     def state_bytes(self, width: int) -> float:
         """Bytes of optimizer state on the device per trained parameter of `width` bytes."""
-        # torch has moments in the precision of the parameters
-        fp32 = self.trainer in ("ours", "torch-fp32")
-        moments = {"adamw": 8 if fp32 else 2 * width, "adamw-8bit": 2 * (1 + 4 / STATE_BLOCK)}.get(
+        both = 2 * self.moment_bytes(width)
+        moments = {"adamw": both, "muon": both, "adamw-8bit": 2 * (1 + 4 / STATE_BLOCK)}.get(
             self.optimizer, 0
         )
         # of 16-bit parameters ours has weights and gradient in fp32 too

@@ -1,6 +1,7 @@
 """Matches target_modules with the names of a model's linears."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 
 from pipeline.errors import UserError
 
@@ -91,3 +92,52 @@ def matches_target(target: str, name: str, head: str = HEAD) -> bool:
 def matches_suffix(name: str, *suffixes: str) -> bool:
     """Whether `name` is one of the dotted suffixes or ends with one."""
     return f".{name}".endswith(tuple(f".{suffix}" for suffix in suffixes))
+
+
+# one entry of layers_to_transform: 3, 8-15 or last 8
+BLOCKS = re.compile(r"(?P<first>\d{1,6})(?:-(?P<stop>\d{1,6}))?|last (?P<count>\d{1,6})")
+
+
+def numbers_of(layers: Iterable[str], blocks: int) -> set[int]:
+    """The numbers, from 0, of the `blocks` that `layers` means. Raises UserError."""
+    numbers = set[int]()
+    for entry in layers:
+        match = BLOCKS.fullmatch(entry)
+        chosen = range(0)
+        if match and match["count"]:
+            chosen = range(blocks - int(match["count"]), blocks)
+        elif match:
+            chosen = range(int(match["first"]), int(match["stop"] or match["first"]) + 1)
+        if not chosen or chosen[0] < 0 or chosen[-1] >= blocks:
+            raise UserError(
+                f"layers_to_transform: {entry!r} is not among the model's {blocks} blocks, 0 to "
+                f"{blocks - 1}. Name others."
+            )
+        numbers.update(chosen)
+    return numbers
+
+
+def narrowed(
+    names: Sequence[str], layers: Sequence[str], excluded: Sequence[str], blocks: int
+) -> list[str]:
+    """The full `names` in the blocks `layers`, or in all, without those `excluded`, as in PEFT.
+
+    Raises UserError for one that means nothing, and if they leave nothing of `names`.
+    """
+    for end in excluded:
+        if not any(matches_suffix(name, end) for name in names):
+            raise UserError(
+                f"exclude_modules: {end!r} matches no layer of target_modules. Remove it."
+            )
+    numbers, left = numbers_of(layers, blocks), list[str]()
+    for name in names:
+        # the first number in a name is the block, a later one an expert
+        match = re.search(r"\.(\d+)\.", name)
+        is_in = not layers or (match is not None and int(match[1]) in numbers)
+        if is_in and not matches_suffix(name, *excluded):
+            left.append(name)
+    if names and not left:
+        raise UserError(
+            "layers_to_transform and exclude_modules leave no layer that gets LoRA. Name others."
+        )
+    return left

@@ -22,6 +22,7 @@ from pipeline.training.parallel.collectives import all_reduce, broadcast
 
 # fp16 loss scale, and steps without an overflow until it doubles: the values of torch's GradScaler
 LARGEST_SCALE, GROWS_AFTER = 2.0**16, 2000
+TIMESCALE = 10_000  # steps of inverse_sqrt without a warm-up, as in transformers
 State = dict[str, Tensor]
 MOMENTS = ("exp_avg", "exp_avg_sq")  # the running means of gradient and squared gradient
 
@@ -37,7 +38,7 @@ class FlatOptimizer:
 
     `ratios`: LoRA+ (Hayou et al. 2024): every lora_B of learner n has `ratios[n]` times the
     learning rate of its other parameters. `rule`: AdamW if not given. `decays`: each learner's
-    weight decay, 0 if not given. `scaled`: the loss is scaled before backward, so that small
+    weight decay, 0 if not given; `adams` likewise. `scaled`: the loss is scaled before backward, so that small
     gradients do not underflow in fp16; an overflow halves the scale and skips the step
     (Micikevicius et al. 2018, section 3.2).
     """
@@ -49,6 +50,7 @@ class FlatOptimizer:
         ratios: Sequence[float] = (1.0,),
         rule: "UpdateRule | None" = None,
         decays: Sequence[float] = (),
+        adams: "Sequence[Adam]" = (),
     ) -> None:
         N = len(ratios)
         faster = set[int]()
@@ -79,17 +81,28 @@ class FlatOptimizer:
                 # allocates its own
                 p.grad = grad[:, part].view(p.shape) if N == 1 else None
 
-        # learner, bounds in the flattened weights, factor of the learning rate
-        self._rate_spans: list[tuple[int, int, int, float]] = []
+        self._rule = rule or AdamW()
+        matrices = self._rule.matrices(model)
+        decays, adams = decays or [0.0] * N, adams or [Adam()] * N
+
+        def apart(pair: tuple[nn.Parameter, slice]) -> tuple[bool, int]:
+            """Equal for neighbours that are updated by one call."""
+            number = id(pair[0])
+            return number in faster, number if number in matrices else 0
+
+        # learner, factor of its learning rate, weights
+        self._rate_spans: list[tuple[int, float, Span]] = []
         for n, ratio in enumerate(ratios):
-            for is_faster, group in groupby(placed, key=lambda pair: id(pair[0]) in faster):
+            for (is_faster, matrix), group in groupby(placed, key=apart):
                 members = list(group)
                 start = n * ends[-1] + members[0][1].start
                 stop = n * ends[-1] + members[-1][1].stop
-                self._rate_spans.append((n, start, stop, ratio if is_faster else 1.0))
+                group_span = Span(start, stop, None, decays[n], adams[n])
+                if matrix:
+                    padded = members[0][0].shape[-2:]
+                    group_span = group_span._replace(stacked=padded, shape=matrices[matrix][n])
+                self._rate_spans.append((n, ratio if is_faster else 1.0, group_span))
 
-        self._decays = decays or [0.0] * N
-        self._rule = rule or AdamW()
         self._state = State()  # of the rule, from the first step on
         self._scaled = scaled
         # factor, and steps since it changed: a tensor, as it is part of a checkpoint
@@ -137,10 +150,9 @@ class FlatOptimizer:
         """
         self._state = self._state or self._empty_state()
         spans = []
-        for learner, start, stop, factor in self._rate_spans:
+        for learner, factor, span in self._rate_spans:
             rate = rates[learner]
-            rate = None if rate is None else rate * factor
-            spans.append(Span(start, stop, rate, self._decays[learner]))
+            spans.append(span._replace(rate=None if rate is None else rate * factor))
         self._rule.update(self.weights.view(-1), self.gradient.view(-1), self._state, spans)
         self._update_copies()
         self.clear()
@@ -201,8 +213,7 @@ class FlatOptimizer:
         return True
 
     def _empty_state(self) -> State:
-        sizes = [stop - start for _, start, stop, _ in self._rate_spans]
-        return self._rule.zeros(self.weights, sizes)
+        return self._rule.zeros(self.weights, [span for *_, span in self._rate_spans])
 
     def set_weights(self, weights: Tensor) -> None:
         self.weights.copy_(weights)
@@ -226,19 +237,36 @@ class FlatOptimizer:
 def rate(settings: Training, step: int, total: int) -> float:
     """The learning rate at step `step` of `total`, from 1.
 
-    Linear warm-up, then constant, or decay to 0 after the last step: linear as in Devlin et al.
-    2018 (appendix A.2), cosine as in Loshchilov & Hutter 2017 (eq. 5).
+    Linear warm-up, then a schedule of transformers.
     """
     warmup = min(settings.warmup(total), total)
     if step <= warmup:
         return settings.learning_rate * step / warmup
-    # fraction of the decay done, 0 at its first step
-    progress = (step - 1 - warmup) / max(1, total - warmup)
-    if settings.schedule == "linear":
-        return settings.learning_rate * (1 - progress)
-    if settings.schedule == "cosine":
-        return settings.learning_rate * (1 + math.cos(math.pi * progress)) / 2
-    return settings.learning_rate
+    return settings.learning_rate * _decayed(settings, step - 1 - warmup, warmup, total)
+
+
+def _decayed(settings: Training, done: int, warmup: int, total: int) -> float:
+    """The share of the learning rate that is left, `done` steps after the warm-up.
+
+    Linear as in Devlin et al. 2018 (appendix A.2), cosine as in Loshchilov & Hutter 2017 (eq. 5).
+    """
+    schedule, length = settings.schedule, max(1, total - warmup)
+    if schedule == "constant":
+        return 1.0
+    if schedule == "inverse_sqrt":
+        scale = warmup or TIMESCALE
+        return 1 / math.sqrt((done + scale) / scale)
+    if schedule == "warmup_stable_decay":
+        decay = min(length, math.ceil(total * settings.decay_ratio))
+        done, length = max(0, done - (length - decay)), decay
+
+    left: float
+    progress = done / length  # fraction of the decay done, 0 at its first step
+    if schedule in ("linear", "polynomial"):
+        left = (1 - progress) ** settings.power
+    else:
+        left = (1 + math.cos(math.pi * (progress * settings.num_cycles % 1))) / 2
+    return left * (1 - settings.min_lr_ratio) + settings.min_lr_ratio
 
 
 def refuse_long_warmup(settings: Training, per_epoch: int, section: str) -> None:
@@ -256,13 +284,24 @@ def refuse_long_warmup(settings: Training, per_epoch: int, section: str) -> None
         )
 
 
+class Adam(NamedTuple):
+    """What AdamW reads beside rate and decay."""
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+
+
 class Span(NamedTuple):
     """Neighbouring weights of one learner."""
 
     start: int
     stop: int
-    rate: float | None  # None: no update
-    decay: float
+    rate: float | None = None  # None: no update
+    decay: float = 0.0
+    adam: Adam = Adam()
+    stacked: Sequence[int] = ()  # shape of a matrix of the rule's; empty: no such matrix
+    shape: Sequence[int] = ()  # of the learner's part of it, which is padded with zeros
 
 
 class UpdateRule:
@@ -274,8 +313,12 @@ class UpdateRule:
     # what it keeps beside the state, once that exists
     tables: Sequence[Tensor] = ()
 
-    def zeros(self, weights: Tensor, sizes: Sequence[int]) -> State:  # noqa: ARG002
-        """The state before the first step. `sizes`: of the spans, the same in every step."""
+    def matrices(self, model: nn.Module) -> Mapping[int, Sequence[Sequence[int]]]:  # noqa: ARG002
+        """The parameters that it updates as matrices: id → shape for each learner."""
+        return {}
+
+    def zeros(self, weights: Tensor, spans: Sequence[Span]) -> State:  # noqa: ARG002
+        """The state before the first step. `spans`: those of every step."""
         return {"step": torch.zeros((), device=weights.device)}
 
     def update(
@@ -288,9 +331,9 @@ class UpdateRule:
 class AdamW(UpdateRule):
     """Adam (Kingma & Ba 2015) with decoupled weight decay (Loshchilov & Hutter 2019), in fp32."""
 
-    def zeros(self, weights: Tensor, sizes: Sequence[int]) -> State:
+    def zeros(self, weights: Tensor, spans: Sequence[Span]) -> State:
         moments = {name: torch.zeros_like(weights) for name in MOMENTS}
-        return {**super().zeros(weights, sizes), **moments}
+        return {**super().zeros(weights, spans), **moments}
 
     @torch.no_grad()
     def update(
@@ -298,9 +341,9 @@ class AdamW(UpdateRule):
     ) -> None:
         tensors = [weights, gradient, *(state[name].view(-1) for name in MOMENTS)]
         state["step"] += 1
-        for start, stop, rate, decay in _joined(spans):
-            parts = [tensor[start:stop] for tensor in tensors]
-            _fused_adam(parts, state["step"], rate, decay)
+        for span in _joined(spans):
+            parts = [tensor[span.start : span.stop] for tensor in tensors]
+            fused_adam(parts, state["step"], span)
 
 
 class AdamW8bit(UpdateRule):
@@ -316,12 +359,13 @@ class AdamW8bit(UpdateRule):
         self._paged = paged
         self._codes: tuple[DynamicCode, ...] = ()  # of means, and of mean squares
 
-    def zeros(self, weights: Tensor, sizes: Sequence[int]) -> State:
-        blocks, device = sum(-(-size // STATE_BLOCK) for size in sizes), weights.device
+    def zeros(self, weights: Tensor, spans: Sequence[Span]) -> State:
+        blocks = sum(-(-(span.stop - span.start) // STATE_BLOCK) for span in spans)
+        device = weights.device
         # copies to and from pinned memory take half the time
         pinned = self._paged and device.type == "cuda"
         place = torch.device("cpu") if self._paged else device
-        state = super().zeros(weights, sizes)
+        state = super().zeros(weights, spans)
         for name in MOMENTS:
             state[name] = torch.zeros(
                 blocks, STATE_BLOCK, dtype=torch.uint8, device=place, pin_memory=pinned
@@ -337,26 +381,19 @@ class AdamW8bit(UpdateRule):
     ) -> None:
         first = 0  # block of the span
         state["step"] += 1
-        for start, stop, rate, decay in spans:
-            if rate is not None:
+        for span in spans:
+            start, stop = span.start, span.stop
+            if span.rate is not None:
                 for begin in range(start, stop, STATE_CHUNK):
                     end = min(begin + STATE_CHUNK, stop)
                     # the last block of a span may be longer than its weights
                     block = first + (begin - start) // STATE_BLOCK
                     blocks = slice(block, block + -(-(end - begin) // STATE_BLOCK))
-                    self._update_chunk(
-                        weights[begin:end], gradient[begin:end], state, blocks, rate, decay
-                    )
+                    self._update_chunk(weights[begin:end], gradient[begin:end], state, blocks, span)
             first += -(-(stop - start) // STATE_BLOCK)
 
     def _update_chunk(
-        self,
-        weights: Tensor,
-        gradient: Tensor,
-        state: State,
-        blocks: slice,
-        rate: float,
-        decay: float,
+        self, weights: Tensor, gradient: Tensor, state: State, blocks: slice, span: Span
     ) -> None:
         moments = []
         for code, name in zip(self._codes, MOMENTS, strict=True):
@@ -364,7 +401,7 @@ class AdamW8bit(UpdateRule):
             largest = state[f"{name}_max"][blocks].to(weights.device, non_blocking=True)
             moments.append(code.decode(codes, largest))
         flat = [moment.view(-1)[: len(weights)] for moment in moments]
-        _fused_adam([weights, gradient, *flat], state["step"], rate, decay)
+        fused_adam([weights, gradient, *flat], state["step"], span)
         for code, name, moment in zip(self._codes, MOMENTS, moments, strict=True):
             codes, largest = code.encode(moment)
             state[name][blocks].copy_(codes)
@@ -379,39 +416,35 @@ class SGD(UpdateRule):
     def update(
         self, weights: Tensor, gradient: Tensor, state: State, spans: Sequence[Span]
     ) -> None:
-        for start, stop, rate, decay in _joined(spans):
-            if decay:
-                gradient[start:stop].add_(weights[start:stop], alpha=decay)
-            weights[start:stop].add_(gradient[start:stop], alpha=-rate)
+        for span in _joined(spans):
+            part = slice(span.start, span.stop)
+            if span.rate is None:
+                continue
+            if span.decay:
+                gradient[part].add_(weights[part], alpha=span.decay)
+            weights[part].add_(gradient[part], alpha=-span.rate)
         state["step"] += 1
 
 
-def rule_of(name: str) -> UpdateRule:
-    """The update rule of params.yaml's `optimizer`."""
-    if name == "sgd":
-        return SGD()
-    return AdamW() if name == "adamw" else AdamW8bit(paged=name.startswith("paged"))
-
-
-def _joined(spans: Sequence[Span]) -> list[tuple[int, int, float, float]]:
-    """The spans that are updated, with neighbours of one rate and decay as one.
+def _joined(spans: Sequence[Span]) -> list[Span]:
+    """The spans, with neighbours that are updated alike as one.
 
     A call costs more than a small adapter's arithmetic.
     """
-    joined: list[tuple[int, int, float, float]] = []
-    for start, stop, rate, decay in spans:
-        if rate is None:
-            continue
-        if joined and joined[-1][1:] == (start, rate, decay):
-            start = joined.pop()[0]
-        joined.append((start, stop, rate, decay))
+    joined: list[Span] = []
+    for span in spans:
+        if joined and joined[-1][1:] == (span.start, *span[2:]):
+            span = span._replace(start=joined.pop().start)
+        joined.append(span)
     return joined
 
 
-def _fused_adam(tensors: Sequence[Tensor], step: Tensor, rate: float, decay: float) -> None:
+def fused_adam(tensors: Sequence[Tensor], step: Tensor, span: Span) -> None:
     """torch's kernel on weights, gradient, mean and mean square; `step` counts from 1."""
+    if span.rate is None:
+        return
     weights, gradient, mean, square = ([tensor] for tensor in tensors)
-    kernel: Any = torch._fused_adamw_ if decay > 0 else torch._fused_adam_
+    kernel: Any = torch._fused_adamw_ if span.decay > 0 else torch._fused_adam_
     kernel(
         weights,
         gradient,
@@ -419,11 +452,11 @@ def _fused_adam(tensors: Sequence[Tensor], step: Tensor, rate: float, decay: flo
         square,
         [],
         [step],
-        lr=rate,
-        beta1=0.9,
-        beta2=0.999,
-        weight_decay=decay,
-        eps=1e-8,
+        lr=span.rate,
+        beta1=span.adam.beta1,
+        beta2=span.adam.beta2,
+        weight_decay=span.decay,
+        eps=span.adam.epsilon,
         amsgrad=False,
         maximize=False,
     )

@@ -21,7 +21,7 @@ from pipeline.project.logs.run_log import LOSS, SAMPLES, RunLog, count_lines, re
 from pipeline.project.params.sections import Training
 from pipeline.project.runner import Event, Facts, Job, Note, checkpoints, discard_checkpoints
 from pipeline.training.batches import Batches
-from pipeline.training.optimizer import FlatOptimizer, rule_of
+from pipeline.training.optimizer import SGD, Adam, AdamW, AdamW8bit, FlatOptimizer, UpdateRule
 from pipeline.training.parallel.collectives import (
     broadcast_object,
     broadcast_tensors,
@@ -118,8 +118,22 @@ def build_optimizer(model: nn.Module, *settings: Training) -> FlatOptimizer:
     """The optimizer of a model's learners, given the settings of each."""
     ratios = [getattr(section, "loraplus_ratio", 1.0) for section in settings]
     decays = [section.weight_decay for section in settings]
+    adams = [
+        Adam(section.adam_beta1, section.adam_beta2, section.adam_epsilon) for section in settings
+    ]
     scaled, rule = settings[0].precision == "fp16", rule_of(settings[0].optimizer)
-    return FlatOptimizer(model, scaled, ratios, rule, decays)
+    return FlatOptimizer(model, scaled, ratios, rule, decays, adams)
+
+
+def rule_of(name: str) -> UpdateRule:
+    """The update rule of params.yaml's `optimizer`."""
+    if name == "sgd":
+        return SGD()
+    if name == "muon":
+        from pipeline.training.muon import Muon  # few runs load it
+
+        return Muon()
+    return AdamW() if name == "adamw" else AdamW8bit(paged=name.startswith("paged"))
 
 
 def prepare_model(

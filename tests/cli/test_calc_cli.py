@@ -311,7 +311,7 @@ BAD = [
     (["--precision", "gptq-g0"], "is not known"),
     (
         ["--optimizer", "adam"],
-        "optimizer must be one of adamw, adamw-8bit, paged-adamw-8bit, sgd, got 'adam'",
+        "optimizer must be one of adamw, adamw-8bit, paged-adamw-8bit, sgd, muon, got 'adam'",
     ),
     (
         ["--trainer", "mine"],

@@ -63,7 +63,7 @@ writes what `mlx_lm.generate --model BASE --adapter-path DIR` loads. So you can 
 | | mlx-lm 0.32 | here, in a project of `lora new --base --data` |
 |---|---|---|
 | length | `iters`: 1,000 steps | epochs: 3, fewer for many examples; `max_steps` is `iters` |
-| layers with LoRA | the last 16 (`num_layers`) | all |
+| layers with LoRA | the last 16 (`num_layers`) | all; `layers_to_transform: last 16` |
 | scale | 20, whatever the rank | alpha / rank = 2 |
 | learning rate | 1e-5 | 2e-4 for LoRA |
 | optimizer | Adam | AdamW, without weight decay unless you set it |
@@ -77,6 +77,5 @@ take both or neither.
 
 ## What is not here
 
-A quantized MLX base (name the unquantized one), optimizers other than AdamW and SGD, LoRA on the last layers alone
-(layer freezing is the method `freeze`).
+A quantized MLX base (name the unquantized one), optimizers other than AdamW, SGD and Muon.
 """

@@ -18,6 +18,7 @@ from pipeline.project.params.aliases import KEYS, why_none
 from pipeline.project.params.conversions import Why, translated
 from pipeline.project.params.load import Kinds
 from pipeline.project.params.schema import ValueSource, check_value, hints
+from pipeline.project.params.sections import PRETRAINED, READ_WITH
 
 LARGEST = 100_000  # bytes of a config; published ones have a few thousand
 LONGEST = 1_000  # characters of a value that is taken
@@ -143,6 +144,10 @@ class Config:
                 self.drop(key, "nothing is held out: set eval_share")
         if self.taken.get("warmup_steps", ("", 0))[1]:
             self.drop("warmup_ratio", "warmup_steps is set too")
+        for ours, (chooser, readers) in READ_WITH.items():
+            _, chosen = self.taken.get(chooser, ("", PRETRAINED.get(chooser, readers[0])))
+            if chosen not in readers:
+                self.drop(ours, f"{chooser} {chosen} does not read it")
         values = {f"{self.section}.{ours}": value for ours, (_, value) in self.taken.items()}
         taken = tuple(
             (theirs, f"{self.section}.{ours}", value)

@@ -42,15 +42,21 @@ KEYS = by_other_name(
         "rslora": "use_rslora rs_lora peft_use_rslora",
         "init_lora_weights": "init_lora pissa_init peft_init_lora_weights",
         "loraplus_ratio": "loraplus_lr_ratio lora_plus_ratio",
-        "train_embeddings": (
-            "modules_to_save trainable_token_indices lora_modules_to_save additional_target"
+        "layers_to_transform": (
+            "peft_layers_to_transform lora_layers_to_transform num_layers lora_layers"
         ),
+        "exclude_modules": "peft_exclude_modules lora_exclude_modules",
+        "modules_to_save": "lora_modules_to_save additional_target",
+        "train_embeddings": "trainable_token_indices",
         "quantization": (
             "load_in_4bit load_in_8bit quantize quantization_bit bits double_quantization "
             "bnb_4bit_use_double_quant use_bnb_nested_quant"
         ),
         "virtual_tokens": "num_virtual_tokens prefix_length prompt_length",
         "optimizer": "optim optimizer_type optimizer_name optimizer_class",
+        "adam_beta1": "beta1 adam_b1",
+        "adam_beta2": "beta2 adam_b2",
+        "adam_epsilon": "eps epsilon adam_eps",
         "weight_decay": "wd decay l2",
         "epochs": "num_epochs num_train_epochs n_epochs",
         "max_steps": (
@@ -59,6 +65,10 @@ KEYS = by_other_name(
         "batch_size": "per_device_train_batch_size micro_batch_size train_batch_size",
         "learning_rate": "lr learning_rate_max max_lr",
         "schedule": "lr_scheduler lr_scheduler_type lr_schedule scheduler",
+        "min_lr_ratio": "min_lr_rate cosine_min_lr_ratio",
+        "num_cycles": "lr_num_cycles",
+        "power": "lr_power",
+        "decay_ratio": "decay_fraction cooldown_fraction",
         "warmup_steps": "warmup num_warmup_steps warmup_iters",
         "warmup_ratio": "warmup_proportion warmup_fraction lr_warmup_ratio",
         "max_grad_norm": "clip_norm grad_clip gradient_clipping clip_grad_norm max_norm",
@@ -165,9 +175,7 @@ NO_COUNTERPART = IGNORED | by_other_name(
         "the data files that `data` names are read, all of them": (
             "dataset_dir dataset_kwargs dataset_split* dataset_config max_samples data_seed"
         ),
-        "LoRA goes on every block; name linears in target_modules": (
-            "num_layers lora_layers* *layers_to_transform layers_pattern exclude_modules"
-        ),
+        "blocks are numbered in layers_to_transform, in whatever list they are": "layers_pattern",
         "it runs code that comes with a base: set import.trust_remote_code if you trust it": (
             "trust_remote_code"
         ),

@@ -11,8 +11,6 @@ from typing import Any
 
 from pipeline.project.params.aliases import KEYS, by_other_name
 
-# names of embedding and head
-ENDS = frozenset(("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings"))
 BITS = {"load_in_4bit": "nf4", "load_in_8bit": "int8", "4": "nf4", "8": "int8"}
 # quantize the scales too
 DOUBLE = ("double_quantization", "bnb_4bit_use_double_quant", "use_bnb_nested_quant")
@@ -21,7 +19,11 @@ NAMES: Mapping[str, Mapping[str, str]] = {  # our key → their name of a value 
         {
             "constant": "constant constant_with_warmup",
             "linear": "linear linear_schedule",
-            "cosine": "cosine cosine_decay",
+            "cosine": "cosine cosine_decay cosine_with_min_lr",
+            "cosine_with_restarts": "cosine_with_restarts",
+            "polynomial": "polynomial",
+            "inverse_sqrt": "inverse_sqrt",
+            "warmup_stable_decay": "warmup_stable_decay",
         }
     ),
     "optimizer": by_other_name(
@@ -30,6 +32,7 @@ NAMES: Mapping[str, Mapping[str, str]] = {  # our key → their name of a value 
             "adamw-8bit": "adamw_bnb_8bit adamw_8bit",
             "paged-adamw-8bit": "paged_adamw_8bit",
             "sgd": "sgd",
+            "muon": "muon",
         }
     ),
     "precision": by_other_name(
@@ -45,7 +48,7 @@ NAMES: Mapping[str, Mapping[str, str]] = {  # our key → their name of a value 
         }
     ),
 }
-SAME: Mapping[str, Any] = {  # their key → the only value that there is here
+SAME: Mapping[str, Any] = {  # their key → the only value, or the default, that there is here
     "adam_beta1": 0.9,
     "adam_beta2": 0.999,
     "adam_epsilon": 1e-8,
@@ -84,6 +87,10 @@ def translated(tree: Mapping[str, Any], section: str = "") -> Iterator[tuple[str
 
     Our value is a `Why` where there is none, and None where theirs sets nothing.
     """
+    numbers = tree.get("lr_scheduler_kwargs")
+    if isinstance(numbers, dict):  # transformers': each has a key of its own here
+        others = {key: value for key, value in tree.items() if key != "lr_scheduler_kwargs"}
+        tree = {**others, **{str(key): value for key, value in numbers.items()}}
     pairs = {theirs: _translate(theirs, value, section) for theirs, value in tree.items()}
     doubled = ("quantization", "nf4") in pairs.values() and True in map(tree.get, DOUBLE)
     for theirs, (ours, value) in pairs.items():
@@ -120,19 +127,20 @@ def _quantization(theirs: str, value: Any) -> Any:
 
 
 def _target_modules(_: str, value: Any) -> Any:
-    if value in ("all", "all-linear", True):
-        return ["all-linear"]
+    return ["all-linear"] if value in ("all", "all-linear", True) else _names(_, value)
+
+
+def _layers_to_transform(theirs: str, value: Any) -> Any:
+    """mlx-lm counts the last blocks, PEFT numbers them."""
+    if theirs not in ("num_layers", "lora_layers"):
+        return value
+    return f"last {value}" if isinstance(value, int) and value > 0 else None
+
+
+def _names(_: str, value: Any) -> Any:
     if isinstance(value, str) and not re.fullmatch(r"[\w., -]+", value):
         return Why("a regular expression: name the linears in a list")
     return _split(value)
-
-
-def _train_embeddings(theirs: str, value: Any) -> Any:
-    if theirs == "trainable_token_indices":
-        return Why("new tokens are named in expand_vocab, and train with train_embeddings=new_rows")
-    if isinstance(value, list | str) and ENDS.issuperset(map(str, _split(value))):
-        return "all"
-    return Why("beside LoRA only embedding and head train: train_embeddings=all")
 
 
 def _split(value: Any) -> Any:
@@ -168,7 +176,12 @@ def _if_positive(_: str, value: Any) -> Any:
 CONVERSIONS: Mapping[str, Callable[[str, Any], Any]] = {
     "quantization": _quantization,
     "target_modules": _target_modules,
-    "train_embeddings": _train_embeddings,
+    "layers_to_transform": _layers_to_transform,
+    "exclude_modules": _names,
+    "modules_to_save": lambda _, value: _split(value),
+    "train_embeddings": lambda *_: Why(
+        "new tokens are named in expand_vocab, and train with train_embeddings=new_rows"
+    ),
     "alpha": _alpha,
     "gradient_checkpointing": _checkpointing,
     "eval_share": _eval_share,

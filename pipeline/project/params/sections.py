@@ -36,7 +36,16 @@ Trained = Annotated[
 ]
 Quantization = Literal["none", "int8", "nf4", "nf4-dq"]  # names as in the calculator
 # see `training/optimizer.py`
-Optimizer = Literal["adamw", "adamw-8bit", "paged-adamw-8bit", "sgd"]
+Optimizer = Literal["adamw", "adamw-8bit", "paged-adamw-8bit", "sgd", "muon"]
+Schedule = Literal[
+    "constant",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+    "warmup_stable_decay",
+]
 Init = Literal["document", "gaussian", "kaiming", "orthogonal", "pissa"]  # see `adapters/lora.py`
 
 
@@ -50,6 +59,19 @@ PRETRAINED: Mapping[str, Any] = {
     "warmup_ratio": 0.03,
     "max_grad_norm": 1.0,
     "precision": "bf16",
+}
+ADAM = ("optimizer", ("adamw", "adamw-8bit", "paged-adamw-8bit", "muon"))
+READ_WITH: Mapping[str, tuple[str, tuple[str, ...]]] = {  # key → the key and values that read it
+    "adam_beta1": ADAM,
+    "adam_beta2": ADAM,
+    "adam_epsilon": ADAM,
+    "min_lr_ratio": (
+        "schedule",
+        ("linear", "cosine", "cosine_with_restarts", "polynomial", "warmup_stable_decay"),
+    ),
+    "num_cycles": ("schedule", ("cosine_with_restarts",)),
+    "power": ("schedule", ("polynomial",)),
+    "decay_ratio": ("schedule", ("warmup_stable_decay",)),
 }
 # everyday English, packaged: answers on it stay the base's until there is better
 RETAIN = "data/retain.en.jsonl"
@@ -298,9 +320,12 @@ class Training(Section, frozen=True, kw_only=True):
     optimizer: Annotated[
         Optimizer,
         "adamw; adamw-8bit, with its moments in a byte each; paged-adamw-8bit, with those in the "
-        "host's memory (on a CPU the same); or sgd, without momentum. Leave it unless the "
-        "optimizer's state is what does not fit",
+        "host's memory (on a CPU the same); sgd, without momentum; or muon, on matrices, with "
+        "adamw on all else. Leave it unless the optimizer's state is what does not fit",
     ] = "adamw"
+    adam_beta1: Annotated[Share, "decay of AdamW's mean of gradients"] = 0.9
+    adam_beta2: Annotated[Share, "decay of AdamW's mean of squared gradients"] = 0.999
+    adam_epsilon: Annotated[Rate, "added to the root that AdamW divides by"] = 1e-8
     weight_decay: Annotated[
         Weight,
         "of all that trains, decoupled as in AdamW; leave it at 0 where few parameters train for "
@@ -312,10 +337,20 @@ class Training(Section, frozen=True, kw_only=True):
         "5; leave it at 0 unless long answers are taught",
     ] = 0.0
     schedule: Annotated[
-        Literal["constant", "linear", "cosine"],
-        "learning rate after warm-up: constant, or falling, so that it would be 0 in the step "
-        "after the last",
+        Schedule,
+        "learning rate after warm-up, by transformers' names: constant, or falling, so that it "
+        "would be at its end in the step after the last",
     ] = "constant"
+    min_lr_ratio: Annotated[
+        Share, "share of the learning rate at which the decay ends; inverse_sqrt has no end"
+    ] = 0.0
+    num_cycles: Annotated[Count, "times that cosine_with_restarts falls"] = 1
+    power: Annotated[Rate, "of polynomial; 1 is linear"] = 1.0
+    decay_ratio: Annotated[
+        float,
+        Meta(gt=0, le=1),
+        "share of all steps, rounded up, in which warmup_stable_decay falls, as a cosine",
+    ] = 0.1
     warmup_steps: Annotated[Steps, "steps in which the learning rate rises to its value"] = 0
     warmup_ratio: Annotated[
         Share, "the same as a share of all steps, rounded up; 0 where warmup_steps is set"
@@ -383,6 +418,14 @@ class Training(Section, frozen=True, kw_only=True):
                 f"warmup_steps is {self.warmup_steps} and warmup_ratio {self.warmup_ratio:g}, but "
                 "only one of them may be set. Set the other to 0."
             )
+        defaults = dict(zip(self.__struct_fields__, self.__struct_defaults__, strict=True))
+        for key, (chooser, readers) in READ_WITH.items():
+            value, chosen = getattr(self, key), getattr(self, chooser)
+            if value != defaults[key] and chosen not in readers:
+                raise UserError(
+                    f"{key} is {value:g}, but {chooser} {chosen} does not read it. Remove it, or "
+                    f"set {chooser} to {' or '.join(readers)}."
+                )
         if self.metric_for_best_model == "eval_answers" and not self.samples.get("held_out"):
             raise UserError(
                 "metric_for_best_model is eval_answers, but samples.held_out does not say how "

@@ -124,5 +124,8 @@ class Freeze(FinetuningMethod):
     def trained_base(self, model: Architecture) -> TrainedBase:
         return TrainedBase(len(model.blocks) - self.last_blocks, ends=self.train_embeddings)
 
+    def matrices(self, model: Architecture) -> list[tuple[int, int]]:
+        return model.matrices(len(model.blocks) - self.last_blocks)
+
 
 COUNTED = Freeze()

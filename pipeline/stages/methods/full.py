@@ -61,5 +61,9 @@ class Full(FinetuningMethod):
     def trained_base(self, model: Architecture) -> TrainedBase:
         return TrainedBase(0, ends=True, rest=True)
 
+    def matrices(self, model: Architecture) -> list[tuple[int, int]]:
+        outside = [(linear.outputs, linear.inputs) for linear in model.outside]
+        return model.matrices() + outside
+
 
 COUNTED = Full()

@@ -20,7 +20,7 @@ from pipeline.calc.method import (
     projections,
 )
 from pipeline.calc.settings import PACK_UP_TO, QLORA, option
-from pipeline.calc.target_modules import ALL_LINEAR, GROUPS, matches_suffix
+from pipeline.calc.target_modules import ALL_LINEAR, BLOCKS, GROUPS, matches_suffix, narrowed
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_manifest
 from pipeline.files.patterns import end_match, end_pattern, one_budget, problem
@@ -31,7 +31,9 @@ from pipeline.project.params.schema import (
     Names,
     Pretrained,
     Rate,
+    ReadBy,
     Share,
+    ValueSource,
     Weight,
 )
 from pipeline.project.params.sections import AdapterTraining, Init
@@ -50,6 +52,14 @@ if TYPE_CHECKING:
 Ranks = Annotated[Mapping[str, Count], ALLOW_EMPTY]  # by a pattern of modules' names
 Scales = Annotated[Mapping[str, Rate], ALLOW_EMPTY]
 
+
+def _read_blocks(value: Any, _key: str, _origin: ValueSource) -> tuple[str, ...] | None:
+    entries = tuple(map(str, value if isinstance(value, list) else [value]))
+    return entries if all(map(BLOCKS.fullmatch, entries)) else None
+
+
+BLOCKS_RULE = "numbers of blocks from 0, such as 3, 8-15 or last 8, or a list of these"
+Blocks = Annotated[tuple[str, ...], ALLOW_EMPTY, ReadBy(_read_blocks, BLOCKS_RULE)]
 
 # On a base of width WIDTH, RATE answers most of `python -m bench recipe` right. A wider base takes
 # less, with the exponent FALL, which the authors of LoRA Without Regret fitted to Llama models
@@ -94,6 +104,12 @@ class FinetuneLora(AdapterTraining, frozen=True, kw_only=True):
         "mlp.experts.gate_up_proj, mlp.experts.down_proj. target_modules leaves experts out, as "
         "they are no linears",
     ] = ()
+    layers_to_transform: Annotated[
+        Blocks, "blocks that get LoRA, from 0: 3, 8-15, last 8, or a list of these; empty: all"
+    ] = ()
+    exclude_modules: Annotated[
+        Names, "what target_modules leaves out: names of linears or ends of their full names"
+    ] = ()
     rank_pattern: Annotated[
         Ranks,
         "other ranks by the end of a module's name (a pattern, as in PEFT), such as {v_proj: 8}",
@@ -116,6 +132,11 @@ class FinetuneLora(AdapterTraining, frozen=True, kw_only=True):
         Literal["all", "new_rows", "none"],
         "embeddings and head: all of them, expand_vocab's new rows, or none",
     ] = "all"
+    modules_to_save: Annotated[
+        Names,
+        "modules that train in full and are saved beside A and B, by the ends of their names, as "
+        "in PEFT: lm_head, norm; they cannot be quantized, nor exported as a GGUF adapter",
+    ] = ()
     init_from: Annotated[
         File,
         "an adapter to train on from, ours or PEFT's; its rank, alpha, targets and what trains "
@@ -237,7 +258,8 @@ def counted(spec: AdapterSpec, pissa: bool = False) -> Lora:
         spec.rslora,
         spec.dora,
         spec.dropout,
-        embeddings="all" if spec.saved else embeddings,
+        embeddings=embeddings,
+        modules_to_save=spec.saved,
         new_rows=rows,
         pissa=pissa,
         target_parameters=spec.parameters,
@@ -255,18 +277,30 @@ def lora_spec(
     from pipeline.adapters.attach import resolve, short_targets
     from pipeline.adapters.config import AdapterSpec
 
-    names = resolve(model, settings.target_modules)
-    adapted = list(names)
+    blocks = len(model.blocks)
+    layers, excluded = settings.layers_to_transform, settings.exclude_modules
+    names = narrowed(resolve(model, settings.target_modules), layers, excluded, blocks)
+    stacked = list[str]()
     if settings.target_parameters:
         from pipeline.adapters.experts import resolve_parameters
 
         for name, parameters in resolve_parameters(model, settings.target_parameters).items():
-            adapted += [f"{name}.{parameter}" for parameter in parameters]
+            stacked += [f"{name}.{parameter}" for parameter in parameters]
+        stacked = narrowed(stacked, layers, (), blocks)
+    adapted = names + stacked
     _check_patterns(f"{section}.rank_pattern", list(settings.rank_pattern), adapted)
     _check_patterns(f"{section}.alpha_pattern", list(settings.alpha_pattern), adapted)
 
+    saved = model.embedding_and_head if settings.train_embeddings == "all" else ()
+    saved = tuple(dict.fromkeys((*saved, *settings.modules_to_save)))
     rows: Mapping[str, tuple[int, ...]] = {}
     if settings.train_embeddings == "new_rows" and new:
+        ends = (model.embedding_name, model.head_name)
+        if twice := [name for name in ends if any(map(name.endswith, saved))]:
+            raise UserError(
+                f"{section}.modules_to_save trains {twice[0]} in full, and train_embeddings "
+                "new_rows trains rows of it. Set train_embeddings to all or none."
+            )
         # a tied head has the embedding's rows
         rows = dict.fromkeys(model.embedding_and_head[: 1 if model.shape.tied else 2], new)
     return AdapterSpec(
@@ -278,9 +312,10 @@ def lora_spec(
         rslora=settings.rslora,
         dora=settings.dora,
         dropout=settings.lora_dropout,
-        saved=model.embedding_and_head if settings.train_embeddings == "all" else (),
+        saved=saved,
         rows=rows,
-        parameters=settings.target_parameters,
+        # a short name is that of every block
+        parameters=tuple(stacked) if layers else settings.target_parameters,
     )
 
 
@@ -395,6 +430,8 @@ def _parse_rank_patterns(texts: list[str]) -> tuple[tuple[str, int], ...]:
 
 
 NEW_ROWS = "new rows"
+# names of embeddings in transformers' models
+EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
 
 
 @dataclass(frozen=True)
@@ -439,6 +476,15 @@ class Lora(FinetuningMethod):
         "A mixture's experts: mlp.experts.gate_up_proj,mlp.experts.down_proj.",
         parse=_parse_targets,
     )
+    layers_to_transform: tuple[str, ...] = option(
+        (), "Blocks that get LoRA: 3, 8-15, last 8; default: all.", parse=_parse_targets
+    )
+    exclude_modules: tuple[str, ...] = option(
+        (), "Linears that --targets leaves out.", parse=_parse_targets
+    )
+    modules_to_save: tuple[str, ...] = option(
+        (), "Modules that train in full: lm_head,embed_tokens.", parse=_parse_targets
+    )
     pissa: bool = False  # our trainer keeps the initial A and B; PEFT changes the base instead
 
     @property
@@ -462,6 +508,12 @@ class Lora(FinetuningMethod):
             name = "DoRA"
         rows = f", {self.trained_rows} new rows" if self.trained_rows else ""
         ends = ", embeddings and head" if self.embeddings == "all" else rows
+        for before, names in (
+            (" in blocks ", self.layers_to_transform),
+            (" but ", self.exclude_modules),
+            (", all of ", self.modules_to_save),
+        ):
+            ends += before + ", ".join(names) if names else ""
         return (
             f"{name} r={self.rank} on {', '.join((*self.targets, *self.target_parameters))}{ends}"
         )
@@ -471,8 +523,10 @@ class Lora(FinetuningMethod):
             "target_modules": list(self.targets),
             "train_embeddings": self.embeddings,
         }
-        if self.target_parameters:
-            targets["target_parameters"] = list(self.target_parameters)
+        lists = ("target_parameters", "layers_to_transform", "exclude_modules", "modules_to_save")
+        for key in lists:
+            if names := getattr(self, key):
+                targets[key] = list(names)
         return {
             "rank": self.rank,
             "alpha": self.effective_alpha,
@@ -506,7 +560,9 @@ class Lora(FinetuningMethod):
             )
 
     def without_base(self) -> Lora:
-        return replace(self, embeddings="none", new_rows=0) if self.embeddings == "all" else self
+        if self.embeddings != "all" and not self.modules_to_save:
+            return self
+        return replace(self, embeddings="none", new_rows=0, modules_to_save=())
 
     def with_rank(self, rank: int) -> Lora:
         return replace(self, rank=rank, rank_pattern=())
@@ -514,7 +570,9 @@ class Lora(FinetuningMethod):
     # what it trains
 
     def adapted(self, model: Architecture) -> Mapping[str, int]:
-        named = {name: self._rank_of(name) for name in matching_linears(model, self.targets)}
+        names, blocks = matching_linears(model, self.targets), len(model.blocks)
+        names = narrowed(names, self.layers_to_transform, self.exclude_modules, blocks)
+        named = {name: self._rank_of(name) for name in names}
         # PEFT adapts an expert's gate and up as two linears: as one tensor they get twice the rank
         if model.style.split_experts:
             named |= {
@@ -522,7 +580,8 @@ class Lora(FinetuningMethod):
                 for name in named
                 if name.endswith("experts.gate_up_proj")
             }
-        return named | {name: self._rank_of(name) for name in self._stacked(model)}
+        stacked = narrowed(self._stacked(model), self.layers_to_transform, (), blocks)
+        return named | {name: self._rank_of(name) for name in stacked}
 
     def _stacked(self, model: Architecture) -> list[str]:
         """Full names of the experts' parameters that target_parameters means. Raises UserError."""
@@ -557,15 +616,39 @@ class Lora(FinetuningMethod):
 
     def trained_parts(self, model: Architecture) -> TrainedParts:
         matrices = {"matrices": sum(p.parameters for p in projections(model, self))}
-        if self.embeddings == "all":  # PEFT's modules_to_save, without a tied head's bias
-            return TrainedParts(
-                matrices, {"embeddings": model.embedding, "head": model.head - model.head_bias}
-            )
+        embedding, head = self._trained_ends(model)
+        base = {}
+        if linears := self._saved_linears(model):
+            base["linears"] = sum(linear.parameters for linear in linears)
+        if embedding:
+            base["embeddings"] = model.embedding
+        if head:  # without a tied head's bias
+            # a tied head that trains alone gets a weight of its own
+            base["head"] = model.embedding if not embedding else model.head - model.head_bias
         rows = {NEW_ROWS: self.trained_rows * model.embedding_width * (1 if model.tied else 2)}
-        return TrainedParts(matrices | rows)
+        return TrainedParts(matrices | rows, base)
+
+    def _trained_ends(self, model: Architecture) -> tuple[bool, bool]:
+        """Whether the embedding trains in full, and whether the head does."""
+        every, ends = self.embeddings == "all", self.modules_to_save
+        embedding = any(name.endswith(ends) for name in EMBEDDINGS)
+        return every or embedding, every or model.head_name.endswith(ends)
+
+    def _saved_linears(self, model: Architecture) -> list[Linear]:
+        """Those of the blocks that train in full."""
+        linears = model.linears() if self.modules_to_save else ()
+        return [
+            linear
+            for name, linear in linears
+            if name.endswith(self.modules_to_save) and name != model.head_name
+        ]
 
     def trained_base(self, model: Architecture) -> TrainedBase:
-        return TrainedBase(len(model.blocks), ends=self.embeddings == "all")
+        return TrainedBase(len(model.blocks), ends=any(self._trained_ends(model)))
+
+    def matrices(self, model: Architecture) -> list[tuple[int, int]]:
+        saved = self._saved_linears(model)
+        return super().matrices(model) + [(linear.outputs, linear.inputs) for linear in saved]
 
     def fp32_parameters(self, model: Architecture) -> int:
         """DoRA's magnitudes."""
@@ -586,6 +669,8 @@ class Lora(FinetuningMethod):
         """
         if self.dora or self.rank_pattern or self.embeddings != "none" or self.new_rows:
             return None
+        if self.modules_to_save:
+            return None
         adapted = projections(model, self)
         separate = GROUPS["attention"][:5]  # q_proj, k_proj, v_proj, o_proj, out_proj
         if not all(p.name in separate and p.experts == 1 for p in adapted):
@@ -594,6 +679,8 @@ class Lora(FinetuningMethod):
 
     def notes(self, model: Architecture) -> list[str]:
         adapted, texts = projections(model, self), []
+        if any("norm" in name for name in self.modules_to_save):
+            texts.append("norms that train in full are not counted")
         wide = [p for p in adapted if p.rank > min(p.inputs, p.outputs)]
         if wide:
             p = min(wide, key=lambda p: min(p.inputs, p.outputs))

@@ -37,8 +37,9 @@ from pipeline.training.batches import Batch
 from pipeline.training.losses import cross_entropy, mean_loss
 from pipeline.training.memory.prediction import TensorMemoryMeter
 from pipeline.training.noise import training_noise
-from pipeline.training.optimizer import FlatOptimizer, rule_of
+from pipeline.training.optimizer import FlatOptimizer
 from pipeline.training.step import loss_of
+from pipeline.training.task import rule_of
 
 
 class _Noisy(Training, frozen=True, kw_only=True):
@@ -118,9 +119,12 @@ def _refuse_unsupported(
         raise UserError(
             "--trace supports the trainers ours and torch, with adapters that cast weights."
         )
-    if run.optimizer.startswith("paged") or (not run.ours and "8bit" in run.optimizer):
+    if run.optimizer.startswith("paged") or (
+        not run.ours and run.optimizer not in ("adamw", "sgd")
+    ):
         raise UserError(
-            "--trace supports the optimizers adamw and sgd, and adamw-8bit with --trainer ours."
+            "--trace supports the optimizers adamw and sgd, and adamw-8bit and muon with --trainer "
+            "ours."
         )
 
 

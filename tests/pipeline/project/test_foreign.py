@@ -256,6 +256,7 @@ def test_mlx_lm(tmp_path: Path) -> None:
             "alpha": 160.0,
             "target_modules": ["self_attn.q_proj", "self_attn.v_proj"],
             "dora": True,
+            "layers_to_transform": ["last 16"],
         },
         **{
             "batch_size": 4,
@@ -271,7 +272,7 @@ def test_mlx_lm(tmp_path: Path) -> None:
             "lora_dropout": 0.0,
         },
     )
-    assert "every block" in left(foreign)["num_layers"]
+    assert foreign.taken and "num_layers" not in left(foreign)
     without = foreign_of(
         tmp_path, {key: value for key, value in MLX.items() if key != "lr_schedule"}
     )
@@ -294,6 +295,8 @@ def test_peft_as_it_writes_its_config(tmp_path: Path) -> None:
             "modules_to_save": ["lm_head"],
             "rank_pattern": {"q_proj": 4},
             "lora_dropout": 0.1,
+            "layers_to_transform": [0, 2],
+            "exclude_modules": ["0.self_attn.q_proj"],
         },
         task_type="CAUSAL_LM",
     )
@@ -307,8 +310,10 @@ def test_peft_as_it_writes_its_config(tmp_path: Path) -> None:
             "target_modules": ["q_proj"],
             "rank_pattern": {"q_proj": 4},
             "rslora": True,
+            "layers_to_transform": ["0", "2"],
+            "exclude_modules": ["0.self_attn.q_proj"],
         },
-        **{"init_lora_weights": "kaiming", "train_embeddings": "all", "lora_dropout": 0.1},
+        **{"init_lora_weights": "kaiming", "modules_to_save": ["lm_head"], "lora_dropout": 0.1},
     )
     assert not foreign.left, "a plain LoRA has a counterpart in all"
     peft.PrefixTuningConfig(num_virtual_tokens=7).save_pretrained(tmp_path)
@@ -374,6 +379,58 @@ def test_transformers_as_it_writes_its_arguments_leaves_nothing_without_a_reason
         },
     )
     assert foreign.left and not any("no such setting" in why for why in left(foreign).values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "taken", "why"),
+    [
+        (
+            {"adam_beta2": 0.95, "adam_epsilon": 1e-6},
+            {"adam_beta2": 0.95, "adam_epsilon": 1e-6},
+            {},
+        ),
+        (
+            {"optim": "sgd", "adam_beta2": 0.95},
+            {},
+            {"adam_beta2": "optimizer sgd does not read it"},
+        ),
+        (
+            {
+                "lr_scheduler_type": "cosine_with_min_lr",
+                "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+            },
+            {"schedule": "cosine", "min_lr_ratio": 0.1},
+            {},
+        ),
+        (
+            {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 2, "lr_end": 0.0}},
+            {"schedule": "polynomial", "power": 2.0},
+            {"lr_end": "there is no such setting here"},
+        ),
+        (
+            {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 3}},
+            {"schedule": "cosine_with_restarts", "num_cycles": 3},
+            {},
+        ),
+        (
+            {"lr_scheduler_type": "constant_with_warmup", "cosine_min_lr_ratio": 0.1},
+            {"schedule": "constant"},
+            {"cosine_min_lr_ratio": "schedule constant does not read it"},
+        ),
+        ({"optim": "muon"}, {"optimizer": "muon"}, {}),
+    ],
+)
+def test_numbers_of_optimizer_and_schedule_are_taken_where_they_are_read(
+    changes: dict[str, Any], taken: dict[str, Any], why: dict[str, str], tmp_path: Path
+) -> None:
+    foreign = foreign_of(
+        tmp_path, {"per_device_train_batch_size": 6, "num_train_epochs": 2} | changes
+    )
+    assert settings(foreign).items() >= taken.items()
+    assert settings(foreign).keys() == {"batch_size", "epochs", *taken} | (
+        {"optimizer"} if "optim" in changes else set()
+    )
+    assert left(foreign) == why
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,9 @@ def alone(root: Path, own: FinetuneLora, overrides: Sequence[str]) -> Path:
         "weight_decay",
         "warmup_ratio",
     )
-    keys += ("lora_dropout", "neftune_alpha")
+    keys += ("lora_dropout", "neftune_alpha", "adam_beta1", "adam_beta2", "adam_epsilon")
+    keys += ("min_lr_ratio", "num_cycles", "power", "decay_ratio")
+    keys += ("layers_to_transform", "exclude_modules")
     values = [f"finetune_lora.{key}={json.dumps(getattr(own, key))}" for key in keys]
     make_one(root, "finetune_lora", [*overrides, *values])
     return root / "artifacts" / "lora_adapter"
@@ -216,6 +218,21 @@ GRIDS: dict[str, tuple[Grid, list[str]]] = {
         ["schedule=linear"],
     ),
     "SGD": ({"rank": [2, 4]}, ["optimizer=sgd", "learning_rate=0.1", "max_steps=7"]),
+    "blocks and linears": (
+        {"layers_to_transform": [[], ["1"]], "exclude_modules": [[], ["k_proj"]]},
+        ["train_embeddings=none"],
+    ),
+    "modules in full": (
+        {"rank": [2, 3]},
+        ["modules_to_save=[fc1, final_layer_norm]", "train_embeddings=none", "seed=1"],
+    ),
+    "AdamW's numbers": (
+        {"adam_beta1": [0.5, 0.9], "adam_beta2": [0.9, 0.999], "adam_epsilon": [1e-4]},
+        [],
+    ),
+    "restarts": ({"num_cycles": [1, 3]}, ["schedule=cosine_with_restarts"]),
+    "stable, then falling": ({"decay_ratio": [0.2, 0.6]}, ["schedule=warmup_stable_decay"]),
+    "polynomials": ({"power": [1, 2], "min_lr_ratio": [0.0, 0.3]}, ["schedule=polynomial"]),
 }
 
 
@@ -232,6 +249,12 @@ def test_with_8_bit_moments_it_is_the_one_that_trains_alone_up_to_what_the_code_
     """The last bits of a gradient may decide between two neighbours of the code."""
     overrides = ["finetune_lora.optimizer=adamw-8bit", "finetune_lora.weight_decay=0.1"]
     assert_each_as_alone(mini, {"learning_rate": [1e-3, 2e-4]}, overrides, within=1e-3)
+
+
+def test_with_muon_it_is_the_one_that_trains_alone_up_to_what_16_bits_round(mini: Path) -> None:
+    """Ranks are padded, and an adapter has none in a layer of another."""
+    grid: Grid = {"rank": [2, 4], "target_modules": [["q_proj", "fc1"], ["q_proj"]]}
+    assert_each_as_alone(mini, grid, ["finetune_lora.optimizer=muon"], within=1e-2)
 
 
 def test_on_a_base_in_16_bits_it_is_the_one_that_trains_alone_to_16_bits(mini: Path) -> None:

@@ -256,7 +256,7 @@ def test_the_trainer_measures_what_the_calculator_predicts(finished: Path, stage
     assert measured == pytest.approx(predicted, rel=0.03)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw-8bit", "paged-adamw-8bit", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw-8bit", "paged-adamw-8bit", "sgd", "muon"])
 def test_what_it_measures_with_other_optimizers_dropout_and_noise_is_predicted(
     project: Path, optimizer: str
 ) -> None:

@@ -86,8 +86,45 @@ def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["load_best=2"], "finetune_lora.load_best must be true or false, got 2"),
         (
             ["optimizer=lion"],
-            "finetune_lora.optimizer must be one of adamw, adamw-8bit, paged-adamw-8bit, sgd, got",
+            "finetune_lora.optimizer must be one of adamw, adamw-8bit, paged-adamw-8bit, sgd, muon",
         ),
+        (
+            ["layers_to_transform=first"],
+            "finetune_lora.layers_to_transform must be numbers of blocks from 0, such as 3, 8-15 "
+            "or last 8, or a list of these, got 'first'",
+        ),
+        (["layers_to_transform=9"], "layers_to_transform: '9' is not among the model's 2 blocks"),
+        (["exclude_modules=[fc9]"], "exclude_modules: 'fc9' matches no layer of target_modules"),
+        (["modules_to_save=[fc9]"], "modules_to_save: no module of the model is named fc9"),
+        (
+            ["modules_to_save=[fc1]", "quantization=nf4", "precision=bf16"],
+            "is quantized and cannot train in full. Remove it, or set quantization to none.",
+        ),
+        (["adam_beta1=1"], "finetune_lora.adam_beta1 must be below 1, got 1"),
+        (["adam_beta2=-0.1"], "finetune_lora.adam_beta2 must be at least 0, got -0.1"),
+        (["adam_epsilon=0"], "finetune_lora.adam_epsilon must be more than 0, got 0"),
+        (
+            ["optimizer=sgd", "adam_beta2=0.95"],
+            "finetune_lora.adam_beta2 is 0.95, but optimizer sgd does not read it. Remove it, or "
+            "set optimizer to adamw or",
+        ),
+        (["schedule=step"], "finetune_lora.schedule must be one of constant, linear, cosine, cos"),
+        (["min_lr_ratio=1"], "finetune_lora.min_lr_ratio must be below 1, got 1"),
+        (
+            ["schedule=inverse_sqrt", "min_lr_ratio=0.1"],
+            "finetune_lora.min_lr_ratio is 0.1, but schedule inverse_sqrt does not read it. Remove "
+            "it, or set schedule to linear or cosine or",
+        ),
+        (["num_cycles=0"], "finetune_lora.num_cycles must be at least 1, got 0"),
+        (
+            ["schedule=cosine", "num_cycles=2"],
+            "finetune_lora.num_cycles is 2, but schedule cosine does not read it. Remove it, or "
+            "set schedule to cosine_with_restarts.",
+        ),
+        (["power=0"], "finetune_lora.power must be more than 0, got 0"),
+        (["power=2"], "finetune_lora.power is 2, but schedule constant does not read it."),
+        (["decay_ratio=1.5"], "finetune_lora.decay_ratio must be at most 1, got 1.5"),
+        (["decay_ratio=0.5"], "finetune_lora.decay_ratio is 0.5, but schedule constant does not"),
         (["weight_decay=-0.1"], "finetune_lora.weight_decay must be at least 0, got -0.1"),
         (["lora_dropout=1"], "finetune_lora.lora_dropout must be below 1, got 1"),
         (["neftune_alpha=-5"], "finetune_lora.neftune_alpha must be at least 0, got -5"),

@@ -5,15 +5,20 @@ logits.
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import example, given
 from hypothesis import strategies as st
+from msgspec import structs
 from torch import Tensor, nn
-from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+from transformers import (
+    get_cosine_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+    get_scheduler,
+)
 
 from pipeline.data.examples import Example
 from pipeline.data.masking import encode
@@ -22,7 +27,7 @@ from pipeline.inference import score as measure
 from pipeline.inference.engine import LoadedModel
 from pipeline.inference.score import score
 from pipeline.models.transformers_model import TransformersModel
-from pipeline.project.params.sections import Training
+from pipeline.project.params.sections import Schedule, Training
 from pipeline.training.batches import Batches, collate
 from pipeline.training.memory.prediction import TensorMemoryMeter
 from pipeline.training.optimizer import FlatOptimizer, rate
@@ -88,7 +93,72 @@ def test_after_the_warm_up_rates_are_those_of_transformers(warmup: int, total: i
         )
 
 
-@given(st.sampled_from(["constant", "linear", "cosine"]), st.integers(0, 30), st.integers(1, 60))
+@given(
+    st.sampled_from(get_args(Schedule)),
+    st.integers(0, 20),
+    st.integers(21, 400),
+    st.floats(0, 0.99),
+    st.integers(1, 7),
+    st.floats(0.1, 4),
+    st.floats(0.01, 1),
+)
+def test_every_schedule_is_that_of_transformers_to_the_last_step(
+    schedule: Any,
+    warmup: int,
+    total: int,
+    least: float,
+    cycles: int,
+    power: float,
+    decaying: float,
+) -> None:
+    """transformers begins its warm-up at 0, here it ends at the whole rate: it is left out."""
+    peak = 3e-4
+    decay = min(total - warmup, math.ceil(total * decaying))
+    theirs: dict[str, tuple[str, dict[str, float]]] = {
+        "constant": ("constant_with_warmup", {}),
+        "linear": ("polynomial", {"power": 1.0, "lr_end": least * peak}),
+        "cosine": ("cosine_with_min_lr", {"min_lr_rate": least}),
+        "cosine_with_restarts": ("cosine_with_restarts", {"num_cycles": cycles}),
+        "polynomial": ("polynomial", {"power": power, "lr_end": least * peak}),
+        "inverse_sqrt": ("inverse_sqrt", {}),
+        "warmup_stable_decay": (
+            "warmup_stable_decay",
+            {"num_decay_steps": decay, "min_lr_ratio": least},
+        ),
+    }
+    read: dict[str, dict[str, Any]] = {
+        "linear": {"min_lr_ratio": least},
+        "cosine": {"min_lr_ratio": least},
+        "cosine_with_restarts": {"num_cycles": cycles},
+        "polynomial": {"power": power, "min_lr_ratio": least},
+        "warmup_stable_decay": {"decay_ratio": decaying, "min_lr_ratio": least},
+    }
+    name, numbers = theirs[schedule]
+    sgd = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
+    made = get_scheduler(name, sgd, warmup, total, scheduler_specific_kwargs=numbers)
+    settings = Training(
+        schedule=schedule, warmup_steps=warmup, learning_rate=peak, **read.get(schedule, {})
+    )
+    expected = [peak * made.lr_lambdas[0](step) for step in range(warmup, total)]
+    found = [rate(settings, step, total) for step in range(warmup + 1, total + 1)]
+    assert found == pytest.approx(expected, rel=1e-12, abs=1e-15 * peak)
+
+
+@given(st.integers(0, 20), st.integers(21, 400), st.floats(0.01, 0.99), st.integers(1, 7))
+def test_restarts_fall_to_the_least_rate_as_well(
+    warmup: int, total: int, least: float, cycles: int
+) -> None:
+    """A cosine from 0 to the peak, squeezed between the least rate and the peak."""
+    settings = Training(schedule="cosine_with_restarts", warmup_steps=warmup, num_cycles=cycles)
+    plain, raised = (
+        [rate(given, step, total) for step in range(warmup + 1, total + 1)]
+        for given in (settings, structs.replace(settings, min_lr_ratio=least))
+    )
+    peak = settings.learning_rate
+    assert raised == pytest.approx([least * peak + (1 - least) * value for value in plain])
+
+
+@given(st.sampled_from(get_args(Schedule)), st.integers(0, 30), st.integers(1, 60))
 def test_no_step_learns_nothing_and_none_more_than_the_rate(
     schedule: str, warmup: int, total: int
 ) -> None:

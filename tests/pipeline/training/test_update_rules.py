@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from pipeline.project.params.sections import Training
 from pipeline.stages.methods.lora import FinetuneLora
-from pipeline.training.optimizer import AdamW8bit, DynamicCode, FlatOptimizer, Span, rule_of
-from pipeline.training.task import build_optimizer
+from pipeline.training.optimizer import Adam, AdamW8bit, DynamicCode, FlatOptimizer, Span
+from pipeline.training.task import build_optimizer, rule_of
 
 CPU = torch.device("cpu")
 RATE, DECAY = 1e-2, 0.1
+OTHER = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-3}
 
 
 def net(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -52,14 +53,22 @@ def masters(flat: FlatOptimizer, model: nn.Module) -> list[Tensor]:
     [
         ("adamw", lambda ps, decay: torch.optim.AdamW(ps, lr=RATE, weight_decay=decay, fused=True)),
         ("sgd", lambda ps, decay: torch.optim.SGD(ps, lr=RATE, weight_decay=decay)),
+        (
+            "adamw, other numbers",
+            lambda ps, decay: torch.optim.AdamW(
+                ps, lr=RATE, weight_decay=decay, betas=(0.8, 0.95), eps=1e-3, fused=True
+            ),
+        ),
     ],
 )
 def test_twenty_steps_are_those_of_torch(
-    name: Any, theirs: Callable[..., torch.optim.Optimizer], decay: float, dtype: torch.dtype
+    name: str, theirs: Callable[..., torch.optim.Optimizer], decay: float, dtype: torch.dtype
 ) -> None:
     """On fp32 weights to the bit; of 16-bit parameters the fp32 masters are."""
     model, other = net(dtype), net(dtype).float()
-    flat = build_optimizer(model, Training(optimizer=name, weight_decay=decay))
+    optimizer: Any = name.partition(",")[0]
+    numbers: Any = OTHER if name.endswith("numbers") else {}
+    flat = build_optimizer(model, Training(optimizer=optimizer, weight_decay=decay, **numbers))
     torchs = theirs(other.parameters(), decay)
     stepped(flat, model, range(20))
     for step in range(20):
@@ -151,9 +160,10 @@ def test_eight_bits_follow_adamw_and_take_a_quarter_of_its_state() -> None:
     assert 0 < difference < 0.02
 
 
+@pytest.mark.parametrize("adam", [Adam(), Adam(*OTHER.values())], ids=["usual", "other numbers"])
 @pytest.mark.parametrize("sizes", [[1], [256], [255, 257], [3, 600, 1, 512]])
 def test_eight_bits_are_those_of_each_block_alone(
-    sizes: list[int], monkeypatch: pytest.MonkeyPatch
+    sizes: list[int], adam: Adam, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against Adam's formula in fp64 on each block of each span, with the nearest code by
     search.
@@ -162,21 +172,22 @@ def test_eight_bits_are_those_of_each_block_alone(
     rule, P = AdamW8bit(), sum(sizes)
     torch.manual_seed(0)
     weights = torch.randn(P)
-    expected, state = weights.double(), rule.zeros(weights, sizes)
     bounds = [(sum(sizes[:n]), sum(sizes[: n + 1])) for n in range(len(sizes))]
+    spans = [Span(*bound, RATE, DECAY, adam) for bound in bounds]
+    expected, state = weights.double(), rule.zeros(weights, spans)
     blocks = [(at, min(at + 256, stop)) for start, stop in bounds for at in range(start, stop, 256)]
     tables = [DynamicCode(signed, CPU).tables[0].double() for signed in (True, False)]
     moments = [torch.zeros(P, dtype=torch.float64) for _ in range(2)]
     for step in range(1, 4):
         gradient = torch.randn(P)
-        rule.update(
-            weights, gradient.clone(), state, [Span(*bound, RATE, DECAY) for bound in bounds]
-        )
+        rule.update(weights, gradient.clone(), state, spans)
         mean, square = moments
-        mean.mul_(0.9).add_(gradient, alpha=0.1)
-        square.mul_(0.999).addcmul_(gradient.double(), gradient.double(), value=0.001)
+        beta1, beta2, epsilon = adam
+        mean.mul_(beta1).add_(gradient, alpha=1 - beta1)
+        square.mul_(beta2).addcmul_(gradient.double(), gradient.double(), value=1 - beta2)
         expected *= 1 - RATE * DECAY
-        expected -= RATE * (mean / (1 - 0.9**step)) / ((square / (1 - 0.999**step)).sqrt() + 1e-8)
+        root = (square / (1 - beta2**step)).sqrt() + epsilon
+        expected -= RATE * (mean / (1 - beta1**step)) / root
         for start, stop in blocks:
             for moment, table in zip(moments, tables, strict=True):
                 largest = moment[start:stop].abs().max()
@@ -186,7 +197,7 @@ def test_eight_bits_are_those_of_each_block_alone(
     assert int(state["step"]) == 3
 
 
-@pytest.mark.parametrize("name", ["adamw-8bit", "paged-adamw-8bit", "sgd"])
+@pytest.mark.parametrize("name", ["adamw-8bit", "paged-adamw-8bit", "sgd", "muon"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_checkpoint_goes_on_to_the_same_bits(name: Any, dtype: torch.dtype) -> None:
     settings = Training(optimizer=name, weight_decay=DECAY)
@@ -200,7 +211,7 @@ def test_a_checkpoint_goes_on_to_the_same_bits(name: Any, dtype: torch.dtype) ->
     assert (
         flat.state().keys()
         == second.state().keys()
-        == {"weights", *rule_of(name).zeros(torch.zeros(1, 9), [9])}
+        == {"weights", *rule_of(name).zeros(torch.zeros(1, 9), [Span(0, 9)])}
     )
     assert all(torch.equal(second.state()[key], tensor) for key, tensor in flat.state().items())
     assert all(
@@ -218,13 +229,22 @@ def test_paged_is_the_same_on_a_cpu() -> None:
     assert all(torch.equal(states[1][key], tensor) for key, tensor in states[0].items())
 
 
-@pytest.mark.parametrize("name", ["adamw-8bit", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "adamw-8bit", "sgd"])
 def test_many_learners_are_each_one_alone(name: Any) -> None:
-    """With rates and decays of their own, LoRA+, and one that is stopped halfway."""
+    """With rates, decays and betas of their own, LoRA+, and one that is stopped halfway."""
+    betas = (0.9, 0.9, 0.9) if name == "sgd" else (0.9, 0.8, 0.5)
     starts = torch.randn(3, 300, generator=torch.Generator().manual_seed(0))
     own = [
-        FinetuneLora(optimizer=name, learning_rate=rate, weight_decay=decay, loraplus_ratio=ratio)
-        for rate, decay, ratio in ((1e-2, 0.0, 3.0), (3e-2, 0.1, 4.0), (1e-2, 0.2, 2.0))
+        FinetuneLora(
+            optimizer=name,
+            learning_rate=rate,
+            weight_decay=decay,
+            loraplus_ratio=ratio,
+            adam_beta1=beta,
+        )
+        for (rate, decay, ratio), beta in zip(
+            ((1e-2, 0.0, 3.0), (3e-2, 0.1, 4.0), (1e-2, 0.2, 2.0)), betas, strict=True
+        )
     ]
 
     def learned(rows: list[int]) -> Tensor:
