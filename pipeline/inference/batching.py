@@ -67,11 +67,6 @@ class Matcher(NamedTuple):
             raise FieldError(self.field, problem)
         return logits.masked_fill(bias == 0, -torch.inf)
 
-    def accept(self, id_: int) -> bool:
-        """Read the next token; whether nothing but the end can follow."""
-        self.inner.consume_token(id_)
-        return bool(self.inner.is_stopped() and not self.inner.is_error())
-
 
 @dataclass(frozen=True)
 class Generation:
@@ -429,9 +424,9 @@ class BatchedGenerator:
         run.started = True
         run.unread = [id_]
         run.left -= 1
-        if run.matcher and run.matcher.accept(id_):
-            self._end(run, "stop")
-        elif run.left == 0:
+        if run.matcher:
+            run.matcher.inner.consume_token(id_)
+        if run.left == 0:
             self._end(run, "length")
 
     def _end(self, run: Running, reason: str | Exception) -> None:

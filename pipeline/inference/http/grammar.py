@@ -27,7 +27,6 @@ def json_rule(schema: Mapping[str, Any]) -> str:
     return f"%json {json.dumps({**schema, 'x-guidance': OPTIONS})}"
 
 
-@lru_cache(maxsize=8)
 def compile_grammar(tokenizer: Tokenizer, rows: int, grammar: str, field: str) -> Matcher:
     """The matcher of a grammar in llguidance's form of Lark, for a model with `rows` embeddings.
 
@@ -39,7 +38,18 @@ def compile_grammar(tokenizer: Tokenizer, rows: int, grammar: str, field: str) -
     if len(grammar) > MAX_CHARACTERS:
         most = f"{MAX_CHARACTERS:,} characters, got {len(grammar):,}"
         raise FieldError(field, f" must have at most {most}. Use a simpler schema.")
-    inner_tokenizer = _open(tokenizer, rows)
+    _check(grammar, field)
+    # Fuel is time until the first token; later ones have the library's. A state takes up to 2 kB.
+    limits = LLParserLimits(initial_lexer_fuel=100_000, max_lexer_states=20_000)
+    matcher = Matcher(field, LLMatcher(_open(tokenizer, rows), grammar, log_level=0, limits=limits))
+    matcher.mask(torch.zeros(rows))
+    return matcher
+
+
+# Matchers are not kept: all copies together have so many states, however many requests there are.
+@lru_cache(maxsize=64)
+def _check(grammar: str, field: str) -> None:
+    """Compile a grammar in a process of its own. Raises FieldError."""
     command = python_module("pipeline.inference.http.grammar_process")
     compiled = subprocess.run(command, input=grammar, capture_output=True, text=True)
     if compiled.returncode or compiled.stdout:
@@ -47,11 +57,6 @@ def compile_grammar(tokenizer: Tokenizer, rows: int, grammar: str, field: str) -
         reason = compiled.stdout.partition("\n   1 | ")[0].rpartition("JSON schema: ")[2]
         reason = " ".join(reason.split()) or "it takes too long, or is nested too deeply"
         raise FieldError(field, f": {reason}. Use another schema.")
-    # Fuel is time until the first token; later ones have the library's. A state takes up to 2 kB.
-    limits = LLParserLimits(initial_lexer_fuel=100_000, max_lexer_states=20_000)
-    matcher = Matcher(field, LLMatcher(inner_tokenizer, grammar, log_level=0, limits=limits))
-    matcher.copy().mask(torch.zeros(rows))
-    return matcher
 
 
 @lru_cache(maxsize=2)

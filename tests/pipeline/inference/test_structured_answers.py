@@ -150,8 +150,7 @@ def drawn(matcher: Matcher, tokenizer: Any, rows: int, seed: int, haste: float) 
         if id_ in tokenizer.end_ids:
             return text
         text += str(decode_next(id_))
-        if matcher.accept(id_):
-            return text
+        matcher.inner.consume_token(id_)
     return None
 
 

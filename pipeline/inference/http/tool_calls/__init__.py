@@ -3,7 +3,7 @@
 import json
 import re
 import uuid
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pipeline.data.tokenizers.word import Tokenizer
@@ -17,9 +17,8 @@ class Format(NamedTuple):
     template: str  # a text of the chat templates that want it
     begins: str  # regular expression of where calls begin in an answer
     between: str  # and of what stands around their JSON texts
-    mark: str = ""  # text or token before the first call
-    opening: str = ""  # then, as a grammar's rule
-    closing: str = ""
+    opening: Sequence[str] = ()  # texts and tokens before a call
+    closing: Sequence[str] = ()  # and after it
     arguments: str = "arguments"  # the key beside name
 
 
@@ -60,11 +59,15 @@ def _read(call: Any, names: Container[str]) -> dict[str, Any]:
 
 def rule(form: Format, functions: Mapping[str, Any], tokenizer: Tokenizer) -> str:
     """One call of one of `functions`, each with the schema of its arguments, as a grammar's rule."""
+
+    def literal(text: str) -> str:
+        # the library takes added tokens by their ids alone
+        ids = tokenizer.spans(text)[0]
+        return f"<[{ids[0]}]>" if len(ids) == 1 < len(text) else json.dumps(text)
+
     calls = []
     for name, schema in functions.items():
         start = f'{{"name": {json.dumps(name)}, "{form.arguments}": '
         calls.append(f'{json.dumps(start)} {json_rule(schema)} "}}"')
-    ids = tokenizer.spans(form.mark)[0]
-    # a special token has no text, and is named by its id
-    mark = f"<[{ids[0]}]>" if len(ids) == 1 else json.dumps(form.mark)
-    return f"{mark} {form.opening} ({' | '.join(calls)}) {form.closing}"
+    parts = [*map(literal, form.opening), f"({' | '.join(calls)})", *map(literal, form.closing)]
+    return " ".join(parts)

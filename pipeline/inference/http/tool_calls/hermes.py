@@ -6,7 +6,6 @@ FORMAT = Format(
     template="<tool_call>",
     begins="<tool_call>",
     between=r"\A\s*(</tool_call>\s*)?(<tool_call>\s*)?",
-    mark="<tool_call>",
-    opening=r'"\n"',
-    closing=r'"\n</tool_call>"',
+    opening=("<tool_call>", "\n"),
+    closing=("\n", "</tool_call>"),
 )

@@ -9,7 +9,6 @@ FORMAT = Format(
     template="[TOOL_CALLS]",
     begins=r"\[TOOL_CALLS\]|\A\s*\[\s*\{",
     between=r"\A\s*(\[TOOL_CALLS\]\s*)?",
-    mark="[TOOL_CALLS]",
-    opening='" "? "["',
-    closing='"]"',
+    opening=("[TOOL_CALLS]", "["),
+    closing="]",
 )
