@@ -134,6 +134,7 @@ OPTIONAL = {
     "search: optuna": Needs("optuna", ("optuna",)),
     "sampler: gp, qmc": Needs("optuna", ("scipy",)),
     "lora serve": Needs("serve", ("starlette", "uvicorn", "prometheus-client")),
+    "response_format": Needs("serve", ("llguidance",)),
     "lora evaluate --harness": Needs("harness", ("lm-eval",)),
     "lora-tui --web": Needs("web", ("textual-serve",)),
     **{

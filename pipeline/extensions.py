@@ -51,6 +51,7 @@ KINDS = {
     "gguf_family": Kind("FAMILY", "pipeline.export.gguf.families"),
     "adapter_format": Kind("FORMAT", "pipeline.weights.foreign"),
     "config_format": Kind("FORMAT", "pipeline.project.foreign"),
+    "tool_call_format": Kind("FORMAT", "pipeline.inference.http.tool_calls"),
     "tracker": Kind("", "pipeline.project.logs.trackers"),
     "family": Kind("FAMILIES", "pipeline.calc.families"),
     "preset": Kind("PRESET"),

@@ -23,6 +23,7 @@ from pipeline.adapters.mixed import MixedAdapter
 from pipeline.errors import UserError, first_line, is_out_of_memory
 from pipeline.inference.batched_model import BatchedModel, Part
 from pipeline.inference.model_pool import ModelPool, Resident, ResidentBase
+from pipeline.inference.requests import FieldError
 from pipeline.models.base import CausalLM, SequenceCache
 from pipeline.models.device import available_memory
 from pipeline.models.generate import GREEDY, Sampling, bytes_per_token, draw, finite
@@ -47,6 +48,26 @@ class Busy(UserError):
     """Too many requests are waiting."""
 
 
+class Matcher(NamedTuple):
+    """What may follow in one answer. `field`: of the request, for errors."""
+
+    field: str
+    inner: Any  # llguidance.LLMatcher
+
+    def copy(self) -> "Matcher":
+        """For another answer, from its beginning."""
+        return self._replace(inner=self.inner.deep_copy())
+
+    def mask(self, logits: Tensor) -> Tensor:
+        """Logits (V,), -inf for tokens that must not come next. Raises FieldError."""
+        allowed = bytearray(self.inner.compute_logit_bias())
+        bias = torch.frombuffer(allowed, dtype=torch.uint8, count=len(logits))  # (V,), 0: not
+        if self.inner.is_error() or not bias.any():
+            problem = " allows no token, or takes too long to follow. Use a simpler schema."
+            raise FieldError(self.field, problem)
+        return logits.masked_fill(bias == 0, -torch.inf)
+
+
 @dataclass(frozen=True)
 class Generation:
     """A request for up to `limit` tokens after the prompt `ids`."""
@@ -57,6 +78,7 @@ class Generation:
     sampling: Sampling = GREEDY
     strength: float = 1.0  # of the model's adapter
     top_logprobs: int = 0  # alternatives to report with each token
+    grammar: Matcher | None = None  # what the answer must match
 
 
 class GeneratedToken(NamedTuple):
@@ -103,6 +125,7 @@ class Running:
     left: int  # tokens to sample
     generator: torch.Generator
     ends: frozenset[int]
+    matcher: Matcher | None = None
     started: bool = False  # has a token
 
     @property
@@ -327,6 +350,7 @@ class BatchedGenerator:
             min(generation.limit, model.max_length - len(generation.ids)),
             torch.Generator().manual_seed(generation.sampling.seed),
             loaded.tokenizer.end_ids,
+            generation.grammar and generation.grammar.copy(),
         )
 
     def _step(self) -> None:
@@ -382,7 +406,10 @@ class BatchedGenerator:
         """Hand on the next token, of logits (V,), and end the request if it was the last."""
         generation = run.ticket.generation
         try:
-            id_ = draw(finite(logits), generation.sampling, run.generator)
+            allowed = finite(logits)
+            if run.matcher:
+                allowed = run.matcher.mask(allowed)
+            id_ = draw(allowed, generation.sampling, run.generator)
             if id_ in run.ends:
                 self._end(run, "stop")
                 return
@@ -397,6 +424,8 @@ class BatchedGenerator:
         run.started = True
         run.unread = [id_]
         run.left -= 1
+        if run.matcher:
+            run.matcher.inner.consume_token(id_)
         if run.left == 0:
             self._end(run, "length")
 

@@ -21,11 +21,12 @@ from starlette.types import Receive, Scope, Send
 
 from pipeline.errors import UserError, explain, first_line, is_out_of_memory
 from pipeline.inference import engine
-from pipeline.inference.batching import BatchedGenerator, Busy, Generation
+from pipeline.inference.batching import BatchedGenerator, Busy, Generation, Matcher
 from pipeline.inference.engine import LoadedModel
-from pipeline.inference.http import requests
-from pipeline.inference.http.choices import Piece, generate
+from pipeline.inference.http import requests, tool_calls
+from pipeline.inference.http.choices import Piece, generate, read_calls
 from pipeline.inference.http.errors import ApiError
+from pipeline.inference.http.grammar import compile_grammar, json_rule
 from pipeline.inference.http.metrics import CONTENT_TYPE, Metrics
 from pipeline.inference.http.models import ServedModels, unknown
 from pipeline.inference.http.replies import ChatFormat, Choice, CompletionFormat, Format, Usage
@@ -99,6 +100,8 @@ class Api:
 
     def __init__(self, generator: BatchedGenerator, models: ServedModels, metrics: Metrics) -> None:
         self._generator, self._models, self._metrics = generator, models, metrics
+        # schemas that take seconds must not have all threads
+        self._compiling = asyncio.Semaphore(2)
 
     def router(self) -> Router:
         routes = [
@@ -153,9 +156,18 @@ class Api:
             resident = await self._models.get(body.model)
             loaded, strength = resident.loaded, _strength(resident, body.strength)
             prompts = await asyncio.to_thread(_encode_prompts, loaded, body)
-            generations = list(_generations(loaded, body, prompts, strength))
+            calls = tool_calls.format_of(loaded.tokenizer) if body.functions else None
+            grammar = None
+            if body.must_call or body.schema is not None:
+                async with self._compiling:
+                    grammar = await asyncio.to_thread(_compile, loaded, body, calls)
+            generations = list(_generations(loaded, body, prompts, strength, grammar))
             usage = Usage(sum(map(len, prompts)))
             pieces = self._generate(generations, loaded, body.stops, usage, start)
+            if calls:
+                pieces = read_calls(
+                    pieces, calls, body.functions, None if body.parallel_tool_calls else 1
+                )
             first = await anext(pieces)  # an error before it has a status
         self._metrics.prompt_tokens.inc(usage.prompt)
         form = _make_format(loaded, body, prompts)
@@ -202,6 +214,21 @@ class Api:
                     yield piece
 
 
+def _compile(
+    loaded: LoadedModel, body: ChatRequest | CompletionRequest, form: tool_calls.Format | None
+) -> Matcher:
+    """What the answer must match: the schema, or a call of a function. Raises UserError."""
+    if body.must_call and form is None:
+        raise FieldError("tool_choice", f": how {loaded.name} writes calls is unknown. Use auto.")
+    rules = [] if body.schema is None else [json_rule(body.schema)]
+    if form:
+        rules.append(tool_calls.rule(form, body.functions, loaded.tokenizer))
+    field = "tools" if body.must_call else "response_format"
+    return compile_grammar(
+        loaded.tokenizer, loaded.model.shape.rows, f"start: {' | '.join(rules)}", field
+    )
+
+
 async def _events(
     envelope: Mapping[str, Any],
     form: Format,
@@ -237,6 +264,7 @@ def _generations(
     body: ChatRequest | CompletionRequest,
     prompts: Sequence[Ids],
     strength: float,
+    grammar: Matcher | None,
 ) -> Iterator[Generation]:
     """Up to the request's limit, or what the context has room for. Raises ApiError."""
     # Another seed for each choice; the only one of a request has the seed that was asked for.
@@ -254,7 +282,7 @@ def _generations(
         for seed in itertools.islice(seeds, body.n):
             sampling = Sampling(body.temperature, max(body.top_k, 0), body.top_p, seed % 2**63)
             limit = min(body.limit, room)
-            yield Generation(body.model, ids, limit, sampling, strength, body.alternatives)
+            yield Generation(body.model, ids, limit, sampling, strength, body.alternatives, grammar)
 
 
 def _make_format(
@@ -288,7 +316,7 @@ def _render(loaded: LoadedModel, body: ChatRequest) -> str:
     if not tokenizer.has_template:
         raise ApiError(400, f"{name} has no chat template. Use /v1/completions.", "model")
     messages = [message.for_template() for message in body.messages]
-    tools = body.tools if body.tool_choice == "auto" else []
+    tools = body.tools if body.functions else []
     try:
         text = tokenizer.render(messages, True, tools)
     except UserError as error:  # which names the model by its path

@@ -1,15 +1,19 @@
-"""Runs the sequences of a request, and cuts their texts at stop strings."""
+"""Runs the sequences of a request, cuts their texts at stop strings, and finds calls in them."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable, Container, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import regex
 
 from pipeline.errors import UserError
 from pipeline.inference.batching import BatchedGenerator, GeneratedToken, Generation
 from pipeline.inference.http.errors import ApiError
+from pipeline.inference.http.tool_calls import Format, parse
+from pipeline.inference.requests import FieldError
 
 
 class TextToken(NamedTuple):
@@ -21,12 +25,16 @@ class TextToken(NamedTuple):
 
 @dataclass(frozen=True)
 class Piece:
-    """The next part of a choice. `finish` is set in its last piece: "stop" or "length"."""
+    """The next part of a choice.
+
+    `finish` is set in its last piece: "stop", "length" or "tool_calls".
+    """
 
     index: int
     text: str
     tokens: Sequence[TextToken]
     finish: str | None = None
+    calls: Sequence[dict[str, Any]] = ()
 
 
 @dataclass
@@ -103,8 +111,8 @@ async def generate(
             index, event = await events.get()
             if index not in running:  # cancelled after a stop string
                 continue
-            # a bad request was rejected before: it is the model, or the machine
-            if isinstance(event, UserError):
+            # a bad request was rejected before, but for grammars: it is the model, or the machine
+            if isinstance(event, UserError) and not isinstance(event, FieldError):
                 raise ApiError(503, str(event))
             if isinstance(event, Exception):
                 raise event
@@ -126,3 +134,26 @@ async def generate(
     finally:
         for ticket in running.values():
             ticket.cancel()
+
+
+async def read_calls(
+    pieces: AsyncGenerator[Piece, None], form: Format, names: Container[str], most: int | None
+) -> AsyncGenerator[Piece, None]:
+    """The pieces without text that may be calls; a choice's last one has the calls, or that text.
+
+    `names` of functions; calls after `most` of them are dropped.
+    """
+    begins = regex.compile(form.begins)
+    read: dict[int, tuple[str, int]] = {}  # a choice's text, and how much of it is sent
+    async with aclosing(pieces):
+        async for piece in pieces:
+            text, sent = read.get(piece.index, ("", 0))
+            text += piece.text
+            match = begins.search(text, sent, partial=True)
+            stop = match.start() if match else len(text)
+            calls = parse(form, text[stop:], names)[:most] if piece.finish else []
+            if piece.finish and not calls:
+                stop = len(text)
+            read[piece.index] = text, stop
+            finish = "tool_calls" if calls else piece.finish
+            yield replace(piece, text=text[sent:stop], finish=finish, calls=calls)

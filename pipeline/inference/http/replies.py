@@ -18,11 +18,13 @@ class Choice:
     text: str = ""
     tokens: list[TextToken] = field(default_factory=list)
     finish: str | None = None
+    calls: Sequence[Json] = ()
 
     def add(self, piece: Piece) -> None:
         self.text += piece.text
         self.tokens += piece.tokens
         self.finish = piece.finish
+        self.calls = piece.calls
 
 
 class ChatFormat:
@@ -34,7 +36,9 @@ class ChatFormat:
         self._word, self._wants_logprobs = word, logprobs
 
     def choice(self, index: int, choice: Choice) -> Json:
-        message = {"role": "assistant", "content": choice.text, "refusal": None}
+        message: Json = {"role": "assistant", "content": choice.text, "refusal": None}
+        if choice.calls:
+            message |= {"content": choice.text or None, "tool_calls": choice.calls}
         return {
             "index": index,
             "message": message,
@@ -43,9 +47,12 @@ class ChatFormat:
         }
 
     def chunk(self, piece: Piece) -> Json:
+        delta: Json = {"content": piece.text} if piece.text or piece.tokens else {}
+        if piece.calls:
+            delta["tool_calls"] = [{"index": n, **call} for n, call in enumerate(piece.calls)]
         return {
             "index": piece.index,
-            "delta": {"content": piece.text} if piece.text or piece.tokens else {},
+            "delta": delta,
             "logprobs": self._logprobs(piece.tokens),
             "finish_reason": piece.finish,
         }

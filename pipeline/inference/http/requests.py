@@ -21,7 +21,6 @@ _IGNORED = (
     "store",
     "service_tier",
     "safety_identifier",
-    "parallel_tool_calls",
     "prediction",
     "prompt_cache_key",
     "prompt_cache_options",
@@ -44,18 +43,45 @@ _NEUTRAL: Mapping[str, Sequence[Any]] = {
     "presence_penalty": (0,),
     "reasoning_effort": ("none",),
     "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
 Body = TypeVar("Body", bound=Struct)
+Schema = dict[str, Any]
 Stop = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
 
 
 class StreamOptions(Struct, forbid_unknown_fields=True):
     include_usage: bool = False
     include_obfuscation: bool = False  # accepted, without effect: chunks are not padded
+
+
+class NamedSchema(Struct):
+    """Its name and `strict` are without effect: every answer has the schema."""
+
+    schema: Schema
+
+
+class ResponseFormat(Struct, forbid_unknown_fields=True):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+
+class Function(Struct):
+    name: Annotated[str, Meta(pattern=r"\A[\w.-]{1,64}\Z")]
+    parameters: Schema = {}
+
+
+class Tool(Struct):
+    """A function that the model may call, or the one that it must call."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class Tools(Struct):
+    tools: list[Tool]
 
 
 class Part(Struct, forbid_unknown_fields=True):
@@ -119,6 +145,30 @@ class Request(Struct, kw_only=True, forbid_unknown_fields=True):
     stream: bool = False
     stream_options: StreamOptions | None = None
     strength: Annotated[float, Meta(ge=0, le=2)] | None = None
+    response_format: ResponseFormat | None = None
+    parallel_tool_calls: bool = True
+
+    @property
+    def schema(self) -> Schema | None:
+        """What the answer must be, if it must be JSON. Raises FieldError."""
+        form = self.response_format
+        if form is None or form.type == "text" or self.must_call:
+            return None
+        if form.type == "json_object":
+            return {"type": "object"}
+        if form.json_schema is None:
+            raise FieldError("response_format.json_schema", " is missing. Add it to the request.")
+        return form.json_schema.schema
+
+    @property
+    def functions(self) -> Mapping[str, Schema]:
+        """The functions that may be called, with the schemas of their arguments."""
+        return {}
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer must be a call."""
+        return False
 
     @property
     def stops(self) -> list[str]:
@@ -138,12 +188,27 @@ class ChatRequest(Request, kw_only=True):
     logprobs: bool = False
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     tools: list[dict[str, Any]] = []
-    tool_choice: Literal["none", "auto"] = "auto"
+    tool_choice: Literal["none", "auto", "required"] | Tool = "auto"
 
     @property
     def limit(self) -> int:
         """Tokens of an answer, at most."""
         return self.max_completion_tokens or self.max_tokens or DEFAULT_CHAT_TOKENS
+
+    @property
+    def functions(self) -> Mapping[str, Schema]:
+        if self.tool_choice == "none":
+            return {}
+        tools = requests.parse(Tools, {"tools": self.tools}).tools
+        functions = [tool.function for tool in tools]
+        if isinstance(self.tool_choice, Tool):
+            name = self.tool_choice.function.name
+            functions = [function for function in functions if function.name == name]
+        return {function.name: function.parameters for function in functions}
+
+    @property
+    def must_call(self) -> bool:
+        return self.tool_choice not in ("none", "auto")
 
     @property
     def alternatives(self) -> int:
@@ -154,6 +219,8 @@ class ChatRequest(Request, kw_only=True):
         super().check()
         if self.top_logprobs is not None and not self.logprobs:
             raise FieldError("top_logprobs", " needs logprobs: true.")
+        if self.must_call and not self.functions:
+            raise FieldError("tool_choice", " must be a function of tools. Add it to tools.")
 
 
 class CompletionRequest(Request, kw_only=True):
