@@ -9,9 +9,12 @@ from typing import Any
 
 from lab.tables import Spread, Table, read_table
 from pipeline.project.runner import Facts, Job
-from pipeline.stages.registry import COLORS
+from pipeline.stages.registry import METHODS
 
 REPORT = "report.md"
+COLORS: Mapping[str, str] = {
+    name: stage.look.color for name, stage in METHODS.items() if stage.look
+}
 Figure = Any  # matplotlib's, which has no types
 Axis = Any
 DIGITS = 5  # of positions, as a fraction of the figure's size

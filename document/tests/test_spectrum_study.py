@@ -12,14 +12,19 @@ from statistics import fmean
 
 import numpy as np
 import pytest
-from lab.studies.spectrum import energy, spectra_of
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lab.studies.spectrum import directions, energy, overlaps, spectra_of
 from lab.tables import Cell, Spread, read_table
 from safetensors.torch import load_file
 
+from pipeline.adapters.low_rank import LowRank
 from pipeline.weights.spectrum import Measured
 from tests.conftest import Built, Lora
 from tests.helpers.checkpoints import checkpoint
 from tests.helpers.projects import make
+from tests.helpers.stored_models import random_matrix
 
 STUDY = "artifacts/studies/spectrum"
 
@@ -180,3 +185,35 @@ def test_the_text_says_what_it_speaks_of(studied: Path) -> None:
     assert text.index("φ(i, j), from 0 to 1, is the share of") < text.index(
         "φ(1, 1) and φ(8, 8) of the inputs: "
     )
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 5))
+def test_the_overlap_of_subspaces_is_the_papers_formula(k: int, n: int, seed: int) -> None:
+    one, other = (
+        torch.linalg.qr(random_matrix(12, size, seed + size)).Q.double() for size in (k, n)
+    )
+    found = overlaps(one, other)
+    for i in range(1, k + 1):
+        for j in range(1, n + 1):
+            shared = np.linalg.norm(one[:, :i].T.numpy() @ other[:, :j].numpy()) ** 2 / min(i, j)
+            assert float(found[i - 1, j - 1]) == pytest.approx(shared)
+    assert float(overlaps(one, one)[-1, -1]) == pytest.approx(1)
+
+
+def test_random_subspaces_overlap_by_the_larger_share_of_the_space() -> None:
+    """E φ(i, j) = max(i, j) / n, the baseline for φ of trained updates."""
+    pairs = [
+        [torch.linalg.qr(random_matrix(40, 8, 2 * seed + which).double()).Q for which in (0, 1)]
+        for seed in range(200)
+    ]
+    mean = torch.stack([overlaps(*pair) for pair in pairs]).mean(0)
+    for i, j in ((1, 1), (2, 8), (8, 8), (4, 1)):
+        assert float(mean[i - 1, j - 1]) == pytest.approx(max(i, j) / 40, rel=0.2)
+
+
+def test_directions_of_an_update_are_numpys() -> None:
+    update = LowRank(random_matrix(3, 20, 1), random_matrix(10, 3, 2), 0.5)
+    left, right = directions(update)
+    u, _, v = np.linalg.svd(update.delta().double().numpy())
+    np.testing.assert_allclose(abs((left.T.numpy() @ u[:, :3]).diagonal()), 1, rtol=1e-6)
+    np.testing.assert_allclose(abs((right.T.numpy() @ v[:3].T).diagonal()), 1, rtol=1e-6)

@@ -100,12 +100,6 @@ def inner_product(first: LowRank, second: LowRank) -> float:
     return first.scale * second.scale * float((b * a).sum())
 
 
-def directions(update: LowRank) -> tuple[Tensor, Tensor]:
-    """Left (O, k) and right (I, k) singular vectors of s·BA, largest σ first; k = min(O, I, R)."""
-    left, _, right = svd(update)
-    return left, right.T
-
-
 def tensors_of(module: str, update: LowRank) -> dict[str, Tensor]:
     """A module's factors and DoRA's magnitude by PEFT's keys; the config has the scale."""
     a_key, b_key = _KEYS[update.embedding]

@@ -25,11 +25,6 @@ HEADER = """\
 # What DVC must know of each stage, as pipeline/project/dvc_yaml.py renders it for `lora new`.
 # It counts the files in lists of params.yaml: remove it and run `lora new .` to write it anew.
 """
-# of earlier versions, whose files are otherwise the same
-EARLIER_HEADER = (
-    "# What DVC must know of each stage, as `lora new` wrote it; it counts the files in the lists "
-    "of params.yaml.\n# To write it anew, remove it and run `lora new .` here.\n"
-)
 CODE_FILE = "code.yaml"
 CODE_HEADER = (
     "# The code that each stage runs. `lora new .` renews this; `dvc repro` then runs what it "

@@ -111,9 +111,6 @@ EVALUATE = Stage(
     loads=tuple(stage.module for stage in METHODS.values() if stage.kind == "adapter"),
     summary="Compare all variants",
 )
-COLORS: Mapping[str, str] = {
-    name: stage.look.color for name, stage in METHODS.items() if stage.look
-}
 STAGES: Mapping[str, Stage] = {stage.name: stage for stage in (*MODELS, EVALUATE)}
 GRAPH = StageGraph(STAGES)
 

@@ -130,7 +130,7 @@ def rule_of(name: str) -> UpdateRule:
     if name == "sgd":
         return SGD()
     if name == "muon":
-        from pipeline.training.muon import Muon  # few runs load it
+        from pipeline.training.optimizer.muon import Muon  # few runs load it
 
         return Muon()
     return AdamW() if name == "adamw" else AdamW8bit(paged=name.startswith("paged"))

@@ -188,18 +188,6 @@ def measure_update(name: str, update: LowRank, weight: Read) -> Measured:
     return Measured(name, shape, norm(weight), change, tuple(values.tolist()) if change else ())
 
 
-def overlaps(one: Tensor, other: Tensor) -> Tensor:
-    """φ(i, j) = ‖UᵢᵀVⱼ‖² / min(i, j), (k, l), for orthonormal U (n, k) and V (n, l).
-
-    Of the first i columns of U and j of V. Hu et al. 2021, section 7.2: 1 if the smaller subspace
-    lies in the larger, 0 if they are orthogonal. The expected value for two random subspaces is
-    max(i, j) / n.
-    """
-    shared = (one.T @ other).square().cumsum(0).cumsum(1)
-    sizes = torch.arange(1, max(shared.shape) + 1)
-    return shared / torch.minimum(sizes[: len(shared), None], sizes[None, : shared.shape[1]])
-
-
 def in_blocks(matrix: Tensor) -> Read:
     """A matrix in memory in the form of `Read`, as a single block."""
 

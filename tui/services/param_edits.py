@@ -66,13 +66,10 @@ def _followed(params: Path) -> Iterator[None]:
 
 
 def follows_params(params: Path) -> bool:
-    """Whether dvc.yaml says what the params do, as `lora new` writes it now or wrote it earlier."""
-    # not before the first paint
-    from pipeline.project.dvc_yaml import EARLIER_HEADER, HEADER
-
+    """Whether dvc.yaml says what the params do, as `lora new` writes it."""
     with suppress(OSError, ValueError):
         text = params.with_name("dvc.yaml").read_text(encoding="utf-8")
-        return text.replace(EARLIER_HEADER, HEADER, 1) == _render(params)
+        return text == _render(params)
     return False
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 from msgspec.structs import replace
 
 from lab.measures import NextTokenAnswers, ask, check_words, document, prompts_of
-from lab.report import Figure, Findings, min_max
+from lab.report import COLORS, Figure, Findings, min_max
 from lab.runner import (
     DOCUMENT,
     Run,
@@ -36,7 +36,6 @@ from pipeline.project.params.schema import Count, Rate, Section, Seed, Steps
 from pipeline.project.params.sections import change_paths
 from pipeline.project.runner import Event, Job
 from pipeline.stages.methods.lora import FinetuneLora
-from pipeline.stages.registry import COLORS
 
 if TYPE_CHECKING:
     from pipeline.inference.engine import LoadedModel

@@ -6,13 +6,12 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from lab.measures import FORMATS, Losses, RetentionScorer
-from lab.report import Figure, Findings, legend_beside
+from lab.report import COLORS, Figure, Findings, legend_beside
 from lab.runner import METHODS, checkpoints
 from lab.studies import study_stage
 from lab.tables import Row, Table, shown, spreads
 from pipeline.project.params.schema import Count, Section, Seed
 from pipeline.project.runner import Event, Job, Progress
-from pipeline.stages.registry import COLORS
 
 if TYPE_CHECKING:
     from pipeline.training.task import TrainingTask

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 from msgspec.structs import replace
 
 from lab.measures import document
-from lab.report import Figure, Findings, error_bars
+from lab.report import COLORS, Figure, Findings, error_bars
 from lab.runner import Run, train_with
 from lab.studies import study_stage
 from lab.tables import Row, Spread, Table, shown
@@ -23,7 +23,6 @@ from pipeline.project.params.schema import Count, Rate, Section, Seed, Share
 from pipeline.project.params.sections import Training
 from pipeline.project.runner import Event, Job, Progress
 from pipeline.stages.methods.full import FinetuneFull
-from pipeline.stages.registry import COLORS
 
 if TYPE_CHECKING:
     from pipeline.inference.score import EvalScores

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 from msgspec.structs import replace
 
 from lab.measures import check_words
-from lab.report import Figure, Findings, legend_beside
+from lab.report import COLORS, Figure, Findings, legend_beside
 from lab.runner import PARTS, Run, Trained, by, drain, sweep_run, train
 from lab.studies import study_stage
 from lab.tables import Row, Spread, Table, shown
@@ -23,7 +23,6 @@ from pipeline.errors import UserError
 from pipeline.project.params.schema import Count, File, Rate, Section, Seed
 from pipeline.project.runner import Event, Job
 from pipeline.stages.methods.lora import FinetuneLora
-from pipeline.stages.registry import COLORS
 
 if TYPE_CHECKING:
     from pipeline.inference.score import AnswerScore

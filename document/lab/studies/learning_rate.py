@@ -9,7 +9,7 @@ from typing import Annotated
 
 from msgspec.structs import replace
 
-from lab.report import Figure, Findings, error_bars
+from lab.report import COLORS, Figure, Findings, error_bars
 from lab.runner import Run, Trained, full_runs, sweep_run, train
 from lab.studies import study_stage
 from lab.tables import Row, Spread, Table, shown
@@ -21,7 +21,6 @@ from pipeline.project.params.sections import Training
 from pipeline.project.runner import Event, Job
 from pipeline.stages.methods.full import FinetuneFull
 from pipeline.stages.methods.lora import FinetuneLora
-from pipeline.stages.registry import COLORS
 
 PLACE = "§5, LoRA Without Regret"
 FULL, ALL, ATTENTION, FEED_FORWARD = "full", "all-linear", "attention", "feed_forward"

@@ -4,7 +4,7 @@ from collections.abc import Generator, Sequence
 from typing import Annotated, Any
 
 from lab.measures import COLUMNS_EXPLAINED, FORMATS, Knowledge, RetentionScorer
-from lab.report import Figure, Findings, legend_beside, min_max
+from lab.report import COLORS, Figure, Findings, legend_beside, min_max
 from lab.runner import METHODS, Trained, train
 from lab.studies import study_stage
 from lab.tables import Row, Spread, Table, shown, spreads, times
@@ -12,7 +12,6 @@ from pipeline.files.artifact import read_manifest
 from pipeline.project.logs.run_log import Telemetry, last_telemetry
 from pipeline.project.params.schema import Count, Section, Seed
 from pipeline.project.runner import Event, Job
-from pipeline.stages.registry import COLORS
 
 PLACE = "§7, §9.3"
 TRAINED = (

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from msgspec.structs import replace
 
 from lab.measures import document
-from lab.report import Figure, Findings, min_max
+from lab.report import COLORS, Figure, Findings, min_max
 from lab.runner import Run, train
 from lab.studies import study_stage
 from lab.tables import Row, Table, shown, spreads
@@ -21,7 +21,6 @@ from pipeline.data.examples import Example
 from pipeline.data.formats import read_examples
 from pipeline.project.params.schema import Count, Section, Seed
 from pipeline.project.runner import Event, Job, Progress
-from pipeline.stages.registry import COLORS
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

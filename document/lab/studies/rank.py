@@ -7,14 +7,13 @@ from typing import Annotated, Any
 from msgspec.structs import replace
 
 from lab.measures import COLUMNS_EXPLAINED, FORMATS, Knowledge, RetentionScorer
-from lab.report import Axis, Figure, Findings, error_bars
+from lab.report import COLORS, Axis, Figure, Findings, error_bars
 from lab.runner import DOCUMENT, full_runs, sweep_run, train
 from lab.studies import study_stage
 from lab.tables import Row, Table, spreads
 from pipeline.project.params.schema import Count, Rate, Section, Seed
 from pipeline.project.runner import Event, Job
 from pipeline.stages.methods.full import FinetuneFull
-from pipeline.stages.registry import COLORS
 
 PLACE = "§2.4, §5"
 NEAR = 0.05  # nats per token: a loss this close to the best counts as equal

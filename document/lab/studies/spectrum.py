@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 from msgspec import Meta, structs
 
 from lab.measures import FORMATS, Knowledge, RetentionScorer
-from lab.report import Figure, Findings, error_bars
+from lab.report import COLORS, Figure, Findings, error_bars
 from lab.runner import DOCUMENT, PARTS, by, drain, full_runs, sweep_run, train
 from lab.studies import study_stage
 from lab.tables import Row, Spread, Table, shown, spreads
 from pipeline.project.params.schema import Count, Section, Seed
 from pipeline.project.runner import Event, Job, Progress
 from pipeline.stages.methods.full import FinetuneFull
-from pipeline.stages.registry import COLORS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -242,14 +241,35 @@ def _extract_ranks(
     return results
 
 
+def overlaps(one: "Tensor", other: "Tensor") -> "Tensor":
+    """φ(i, j) = ‖UᵢᵀVⱼ‖² / min(i, j), (k, l), for orthonormal U (n, k) and V (n, l).
+
+    Of the first i columns of U and j of V. Hu et al. 2021, section 7.2: 1 if the smaller subspace
+    lies in the larger, 0 if they are orthogonal. The expected value for two random subspaces is
+    max(i, j) / n.
+    """
+    import torch
+
+    shared = (one.T @ other).square().cumsum(0).cumsum(1)
+    sizes = torch.arange(1, max(shared.shape) + 1)
+    return shared / torch.minimum(sizes[: len(shared), None], sizes[None, : shared.shape[1]])
+
+
+def directions(update: "LowRank") -> "tuple[Tensor, Tensor]":
+    """Left (O, k) and right (I, k) singular vectors of s·BA, largest σ first; k = min(O, I, R)."""
+    from pipeline.adapters.low_rank import svd
+
+    left, _, right = svd(update)
+    return left, right.T
+
+
 def _overlaps(updates: "Mapping[str, Sequence[Updates]]") -> "dict[str, list[Tensor]]":
     """φ of two adapters for each seed: first and last rank with different seeds, two seeds of each
     rank, and random.
     """
     import torch
 
-    from pipeline.adapters.low_rank import LowRank, directions
-    from pipeline.weights.spectrum import overlaps
+    from pipeline.adapters.low_rank import LowRank
 
     def phi(one: "Updates", other: "Updates") -> "Tensor":
         """φ(i, j) for i, j ≤ 8 of outputs and inputs, mean over modules: (2, 8, 8)."""

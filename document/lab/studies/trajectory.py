@@ -10,13 +10,12 @@ from typing import Annotated, Any, NamedTuple
 from msgspec.structs import replace
 
 from lab.measures import NextTokenAnswers, ask, check_words, document
-from lab.report import Figure, Findings
+from lab.report import COLORS, Figure, Findings
 from lab.runner import DOCUMENT, Run, by, checkpoints, describe_window
 from lab.studies import study_stage
 from lab.tables import Row, Spread, Table, shown
 from pipeline.project.params.schema import Count, Rate, Section, Seed, Steps
 from pipeline.project.runner import Event, Job, Progress
-from pipeline.stages.registry import COLORS
 from pipeline.views.looks import OTHERS
 
 PLACE = "§2.3"

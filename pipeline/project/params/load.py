@@ -37,11 +37,6 @@ RUNNING = "running"
 # sources of values that no file sets
 DEFAULT, PRETRAINED = "default", "default for a pretrained base"
 OVERRIDE = "--set"
-EARLIER_NEW = "an earlier `lora new`"
-# A file with this first line was written by `lora new` when a pretrained base had MiniGPT's
-# defaults. The file leaves them out and still means them: fp32 on a device without bf16, and the
-# epochs where max_steps counts.
-EARLIER, EARLIER_DEFAULTS = "# Written by `lora new`. ", {"precision": "fp32", "epochs": 50}
 # keys above the sections → the section that holds them in memory; `running` is no stage's, so
 # nothing is made again
 TOP_LEVEL: Mapping[str, str] = {"base": "import", **dict.fromkeys(hints(Running), RUNNING)}
@@ -249,10 +244,6 @@ def parse(text: str, path: Path, kinds: Kinds, overrides: Sequence[str] = ()) ->
     paths = [key_path(name, key) for name, keys in tree.items() for key in keys]
     sources = {path: origin.of(path) for path in [*paths, *running]}
     training = tree.get(TRAINING, {})
-    if text.startswith(EARLIER):
-        training = {**EARLIER_DEFAULTS, **training}
-        for key in EARLIER_DEFAULTS:
-            sources.setdefault(f"{TRAINING}.{key}", EARLIER_NEW)
     params = Params(
         kinds, {}, tree, training, sources, project, path.name, named, Running(**running)
     )
@@ -310,10 +301,7 @@ def inherit(
             return path
         return Path(os.path.normpath(Path(prefix) / path)).as_posix()
 
-    sources = {
-        key: source if source == EARLIER_NEW else f"{prefix}/{source}"
-        for key, source in parent.sources.items()
-    }
+    sources = {key: f"{prefix}/{source}" for key, source in parent.sources.items()}
     running = {key: getattr(params.running, key) for key in hints(Running) if key in params.sources}
     child = replace(
         params,

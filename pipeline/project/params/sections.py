@@ -35,7 +35,7 @@ Trained = Annotated[
     Because("gradients of fp16 weights cannot be unscaled, and an fp16 base takes fp32 adapters"),
 ]
 Quantization = Literal["none", "int8", "nf4", "nf4-dq"]  # names as in the calculator
-# see `training/optimizer.py`
+# see `training/optimizer/__init__.py`
 Optimizer = Literal["adamw", "adamw-8bit", "paged-adamw-8bit", "sgd", "muon"]
 Schedule = Literal[
     "constant",

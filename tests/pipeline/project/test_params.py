@@ -181,20 +181,6 @@ def test_a_form_takes_what_the_file_would_take(tmp_path: Path) -> None:
         check(both, "finetune_lora", "warmup_steps", 5)
 
 
-def test_a_file_of_an_earlier_lora_new_keeps_what_it_left_out(tmp_path: Path) -> None:
-    head = (
-        "# Written by `lora new`. `lora params explain KEY` says what a key means, `lora advise` "
-        "what others measured."
-    )
-    path = written(
-        tmp_path, f"{head}\n{IMPORTED}training:\n  window: 0\n  max_steps: 8\nfinetune_lora: {{}}\n"
-    )
-    lora = load(path).finetune_lora
-    assert (lora.precision, lora.epochs, lora.window) == ("fp32", 50, 0)
-    assert "earlier" in load(path).source("finetune_lora", "precision")
-    assert load(path, ["training.precision=bf16"]).finetune_lora.precision == "bf16"
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [

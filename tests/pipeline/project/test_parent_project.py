@@ -57,18 +57,6 @@ def test_a_project_has_the_stages_of_its_own_sections_and_reads_all_else_where_i
     ]
 
 
-def test_what_an_earlier_lora_new_left_out_of_the_parent_has_that_source_in_the_child(
-    tmp_path: Path,
-) -> None:
-    first = "# Written by `lora new`. \n"
-    (tmp_path / "params.yaml").write_text(f"{first}finetune_lora:\n", encoding="utf-8")
-    (tmp_path / "child").mkdir()
-    child = tmp_path / "child/params.yaml"
-    child.write_text("project: ../params.yaml\nfinetune_dpo:\n", encoding="utf-8")
-    source = open_project(child).params.source("finetune_dpo", "precision")
-    assert source == "an earlier `lora new`, training"
-
-
 def test_a_child_of_a_pretrained_base_has_its_defaults(tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text(
         "base: model.gguf\nfinetune_lora: {rank: 16}\n", encoding="utf-8"

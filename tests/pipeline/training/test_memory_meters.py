@@ -148,7 +148,7 @@ def test_commands_let_cudas_allocator_extend_its_segments_unless_it_is_configure
         monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", given)
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(sys, "argv", ["lora", "--version"])
-    monkeypatch.setattr("cli.main.app", lambda: None)
+    monkeypatch.setattr("cli.main.app", lambda **_: None)
     main()
     expected = None if given else "expandable_segments:True"
     assert os.environ.get("PYTORCH_ALLOC_CONF") == expected

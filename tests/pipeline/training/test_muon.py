@@ -15,8 +15,8 @@ from pipeline.adapters.config import AdapterSpec
 from pipeline.models.base import CausalLM
 from pipeline.project.params.sections import Training
 from pipeline.stages.methods.lora import FinetuneLora
-from pipeline.training.muon import SIZE, Muon, orthogonalized
 from pipeline.training.optimizer import FlatOptimizer
+from pipeline.training.optimizer.muon import SIZE, Muon, orthogonalized
 from pipeline.training.task import build_optimizer
 from tests.helpers.real import toy
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.adapters.config import AdapterSpec
-from pipeline.adapters.low_rank import LowRank, directions, load_update, spectra
+from pipeline.adapters.low_rank import load_update, spectra
 from pipeline.adapters.peft import load_adapter
 from pipeline.errors import UserError
 from pipeline.files.artifact import verify
@@ -26,7 +26,7 @@ from pipeline.models.transformers_model import load_pretrained
 from pipeline.weights import spectrum as singular_module
 from pipeline.weights.blocks import Read
 from pipeline.weights.extract import Extraction, Spectra, extract, spectra_of
-from pipeline.weights.spectrum import Measured, factors, overlaps, singular
+from pipeline.weights.spectrum import Measured, factors, singular
 from tests.helpers.checkpoints import adapter, checkpoint
 from tests.helpers.json_files import write_json
 from tests.helpers.projects import folder_bytes, played
@@ -121,38 +121,6 @@ def test_energy_and_ranks_are_those_of_the_squares() -> None:
         part.energy(1) == pytest.approx(0.36)
         and part.energy(2) is part.effective_rank is part.rank_of(0.9) is None
     )
-
-
-@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 5))
-def test_the_overlap_of_subspaces_is_the_papers_formula(k: int, n: int, seed: int) -> None:
-    one, other = (
-        torch.linalg.qr(random_matrix(12, size, seed + size)).Q.double() for size in (k, n)
-    )
-    found = overlaps(one, other)
-    for i in range(1, k + 1):
-        for j in range(1, n + 1):
-            shared = np.linalg.norm(one[:, :i].T.numpy() @ other[:, :j].numpy()) ** 2 / min(i, j)
-            assert float(found[i - 1, j - 1]) == pytest.approx(shared)
-    assert float(overlaps(one, one)[-1, -1]) == pytest.approx(1)
-
-
-def test_random_subspaces_overlap_by_the_larger_share_of_the_space() -> None:
-    """E φ(i, j) = max(i, j) / n, the baseline for φ of trained updates."""
-    pairs = [
-        [torch.linalg.qr(random_matrix(40, 8, 2 * seed + which).double()).Q for which in (0, 1)]
-        for seed in range(200)
-    ]
-    mean = torch.stack([overlaps(*pair) for pair in pairs]).mean(0)
-    for i, j in ((1, 1), (2, 8), (8, 8), (4, 1)):
-        assert float(mean[i - 1, j - 1]) == pytest.approx(max(i, j) / 40, rel=0.2)
-
-
-def test_directions_of_an_update_are_numpys() -> None:
-    update = LowRank(random_matrix(3, 20, 1), random_matrix(10, 3, 2), 0.5)
-    left, right = directions(update)
-    u, _, v = np.linalg.svd(update.delta().double().numpy())
-    np.testing.assert_allclose(abs((left.T.numpy() @ u[:, :3]).diagonal()), 1, rtol=1e-6)
-    np.testing.assert_allclose(abs((right.T.numpy() @ v[:3].T).diagonal()), 1, rtol=1e-6)
 
 
 # Whole checkpoints.
