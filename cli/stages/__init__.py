@@ -287,6 +287,8 @@ def _run_harness(
 
 def of_stage(overrides: Sequence[str] | None, stage: Stage) -> list[str]:
     """Overrides in which a key alone is one of the stage's: finetune_lora.rank=8 for rank=8."""
+    if all("." in override.partition("=")[0] for override in overrides or ()):
+        return list(overrides or ())
     from pipeline.project.params.aliases import KEYS
     from pipeline.project.params.load import TOP_LEVEL
     from pipeline.project.params.schema import hints

@@ -8,7 +8,6 @@ import yaml
 
 from pipeline.errors import UserError
 from pipeline.files.artifact import write_file
-from pipeline.project.params.conversions import CONVERSIONS, NAMES
 from pipeline.project.params.load import TOP_LEVEL, Kinds, parse, read_text
 from pipeline.project.params.schema import Section
 from pipeline.project.params.sections import Training
@@ -49,8 +48,11 @@ def set_values(text: str, values: Mapping[str, Any], as_written: Callable[[str],
             _set(text, root, section, name, value) if name else _set_above(text, root, key, value)
         )
         ours = ours.rpartition(".")[2]
-        if name and name != ours and (ours in CONVERSIONS or ours in NAMES):
-            text = _rename(text, section, name, ours)
+        if name and name != ours:
+            from pipeline.project.params.conversions import CONVERSIONS, NAMES
+
+            if ours in CONVERSIONS or ours in NAMES:
+                text = _rename(text, section, name, ours)
     return text
 
 
