@@ -85,6 +85,11 @@ ALIKE: dict[str, dict[str, object]] = {
     "DoRA and LoRA+": {"dora": "true", "loraplus_ratio": 4, "rslora": "true", "max_grad_norm": 1},
     "8-bit moments": {"optimizer": "adamw-8bit", "weight_decay": 0.1},
     "SGD": {"optimizer": "sgd", "learning_rate": 1},
+    "modules in full, some blocks": {
+        "train_embeddings": "none",
+        "modules_to_save": "[lm_head, norm]",
+        "layers_to_transform": "last 1",
+    },
     "Muon": {"optimizer": "muon", "weight_decay": 0.1, "loraplus_ratio": 2, "adam_beta1": 0.8},
 }
 

@@ -10,8 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 
 from pipeline.adapters.attach import adapter_layers, attach, tensors
+from pipeline.adapters.config import PREFIX, WEIGHTS
 from pipeline.adapters.experts import expert_layers
 from pipeline.adapters.peft import load_adapter, save_adapter
 from pipeline.calc.families import architecture
@@ -22,6 +24,8 @@ from pipeline.stages.methods.lora import COUNTED, FinetuneLora, counted, lora_sp
 from pipeline.training.batches import Batches
 from tests.helpers.checkpoints import token_ids
 from tests.helpers.errors import user_error
+from tests.helpers.families import new_lines_project
+from tests.helpers.projects import logged_memory, make, section_overrides
 from tests.helpers.real import ROWS, listed, loss_alone, stock, toy, trained, windows_of
 
 IDS = token_ids(ROWS, 3, 9)
@@ -205,3 +209,47 @@ def test_modules_in_full_are_counted(saved: tuple[str, ...], tied: bool) -> None
     shapes = architecture(base.describe(), "config.json")
     assert trainable(shapes, COUNTED.with_params(given)) == size
     assert trainable(shapes, counted(spec)) == size
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layers_to_transform": "last 1"},
+        {"modules_to_save": "[lm_head]"},
+        {"modules_to_save": "[embed_tokens, lm_head]"},
+        {"optimizer": "muon"},
+    ],
+    ids=str,
+)
+@pytest.mark.slow
+def test_the_memory_that_is_measured_is_predicted(changes: dict[str, str], tmp_path: Path) -> None:
+    root = new_lines_project(tmp_path / "p", torch.float32)
+    given = {
+        **{"data": "data/lines.jsonl", "epochs": 1, "precision": "fp32", "batch_size": 4},
+        **{"train_embeddings": "none", "target_modules": "attention"},
+    }
+    make(root, ["finetune_lora"], section_overrides("finetune_lora", {**given, **changes}))
+    predicted, measured = logged_memory(root / "runs/finetune_lora/telemetry.csv")
+    assert measured == pytest.approx(predicted, rel=0.03)
+
+
+def test_a_merged_model_has_the_modules_that_trained_in_full(tmp_path: Path) -> None:
+    """The merge compares its logits with those of base and adapter."""
+    root = new_lines_project(tmp_path / "p", torch.float32)
+    given = {
+        **{"data": "data/lines.jsonl", "epochs": 1, "precision": "fp32"},
+        **{"train_embeddings": "none", "modules_to_save": "[lm_head, norm]"},
+        **{"learning_rate": 0.01, "layers_to_transform": "last 1", "target_modules": "[q_proj]"},
+    }
+    make(root, ["finetune_lora", "merge"], section_overrides("finetune_lora", given))
+    stored = load_file(root / "artifacts/lora_adapter" / WEIGHTS)
+    before, merged = (
+        load_file(root / f"artifacts/{name}/model.safetensors")
+        for name in ("expanded", "lora_merged")
+    )
+    in_full = [key.removeprefix(PREFIX) for key in stored if "lora_" not in key]
+    assert len(in_full) > 4
+    for name in in_full:
+        assert torch.equal(merged[name], stored[PREFIX + name])
+    changed = {name for name in before if not torch.equal(before[name], merged[name])}
+    assert changed == {"model.layers.1.self_attn.q_proj.weight", *in_full} & before.keys()

@@ -66,3 +66,24 @@ def test_broken_files_take_nothing_but_the_comments(project: Path) -> None:
     rank = next(field for field in found if field.key == "rank")
     assert values["rank"] == 4 and not rank.sign
     assert rank.meaning.startswith("rank of the update")
+
+
+def test_blocks_names_and_numbers_of_training_are_typed_as_they_are_read(project: Path) -> None:
+    found = fields(project)
+    typed = {"layers_to_transform": "3, 8-15, last 8", "exclude_modules": "k_proj, 0.mlp.fc1"}
+    read = {key: found[key].parse(text) for key, text in typed.items()}
+    assert read == {
+        "layers_to_transform": ["3", "8-15", "last 8"],
+        "exclude_modules": ["k_proj", "0.mlp.fc1"],
+    }
+    save(
+        project / "params.yaml",
+        {
+            f"finetune_lora.{key}": value
+            for key, value in {**read, "exclude_modules": ["k_proj"]}.items()
+        },
+    )
+    now = open_project(project / "params.yaml").params.finetune_lora
+    assert now.layers_to_transform == ("3", "8-15", "last 8")
+    assert found["schedule"].choices[-1] == "warmup_stable_decay"
+    assert found["adam_beta2"].kind == "number" and found["num_cycles"].kind == "integer"
