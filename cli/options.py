@@ -276,7 +276,8 @@ class SettingsCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         known = {name for option in self.params for name in (*option.opts, *option.secondary_opts)}
-        return super().parse_args(ctx, _as_settings(args, known))
+        given = {arg.partition("=")[0] for arg in args if arg.startswith("--")}
+        return super().parse_args(ctx, args if given <= known else _as_settings(args, known))
 
 
 def _as_settings(args: list[str], known: Set[str]) -> list[str]:
