@@ -10,6 +10,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+import lora_workbench as lw
 from pipeline.data.tokenizers.word import load_tokenizer
 from pipeline.export.formats import FORMATS
 from pipeline.project.logs.run_log import read_steps
@@ -627,3 +628,25 @@ def test_a_project_of_minigpt_goes_on_and_its_losses_are_shown_from_the_model_wi
     assert re.search(
         r"^lora: loss on the examples trained on \d+\.\d{3} → \d+\.\d{3} nats per token$", out, re.M
     )
+
+
+@pytest.mark.slow
+def test_an_experiment_of_a_project_that_is_there_stands_beside_its_run(
+    run: tuple[Path, str], here: Path, cli: Lora
+) -> None:
+    """`lora train` again with a name may differ from params.yaml, which stays as it is."""
+    folder = shutil.copytree(run[0], here / "named")
+    before = (folder / "params.yaml").read_bytes()
+    again = ("train", "--base", "toy", "--data", "chats.json", "--out", "named")
+    code, _, err = cli(*again, "--set", "rank=4", "--name", "r4", cwd=here)
+    assert code == 0 and "r4: kept" in err
+    assert (folder / "params.yaml").read_bytes() == before
+    code, _, err = cli(*again, "--name", "first", cwd=here)
+    assert code == 0 and "first: kept" in err
+    project = lw.Project(folder)
+    assert project.compare("first", "r4").settings.keys() == {"rank", "alpha"}
+    assert all(project.compare("first", "r4").metrics)
+    begun = lw.train(
+        here / "toy", here / "chats.json", folder, set={"finetune_lora.rank": 2}, name="r2"
+    )
+    assert [run.name for run in begun.runs("r2")] == ["r2"]

@@ -92,6 +92,9 @@ def translated(tree: Mapping[str, Any], section: str = "") -> Iterator[tuple[str
         others = {key: value for key, value in tree.items() if key != "lr_scheduler_kwargs"}
         tree = {**others, **{str(key): value for key, value in numbers.items()}}
     pairs = {theirs: _translate(theirs, value, section) for theirs, value in tree.items()}
+    if tree.get("save_strategy", "steps") != "steps":
+        for key in pairs.keys() & {"save_steps", "save_total_limit"}:
+            pairs[key] = key, Why("save_strategy is not steps")
     doubled = ("quantization", "nf4") in pairs.values() and True in map(tree.get, DOUBLE)
     for theirs, (ours, value) in pairs.items():
         if doubled and theirs in DOUBLE:

@@ -418,6 +418,20 @@ def test_transformers_as_it_writes_its_arguments_leaves_nothing_without_a_reason
             {"cosine_min_lr_ratio": "schedule constant does not read it"},
         ),
         ({"optim": "muon"}, {"optimizer": "muon"}, {}),
+        (
+            {"save_strategy": "steps", "save_steps": 50, "save_total_limit": 2},
+            {"save_steps": 50, "save_total_limit": 2},
+            {"save_strategy": "results go to artifacts/, each stage to its folder"},
+        ),
+        (
+            {"save_strategy": "epoch", "save_steps": 500, "save_total_limit": 2},
+            {},
+            {
+                "save_strategy": "results go to artifacts/, each stage to its folder",
+                "save_steps": "save_strategy is not steps",
+                "save_total_limit": "save_strategy is not steps",
+            },
+        ),
     ],
 )
 def test_numbers_of_optimizer_and_schedule_are_taken_where_they_are_read(
