@@ -262,8 +262,9 @@ def low_rank_updates(
         else:
             raise UserError(
                 f"{adapter}: {name} was trained in full (modules_to_save): the update is not "
-                "low-rank. Merge the adapter instead, or train again without modules_to_save and "
-                "with finetune_lora.train_embeddings set to new_rows or none."
+                "low-rank. Merge the adapter instead, or train again with "
+                "finetune_lora.train_embeddings set to new_rows or none and without "
+                "modules_to_save."
             )
     return {name: updates[name] for name, _ in model.named_modules() if name in updates}
 

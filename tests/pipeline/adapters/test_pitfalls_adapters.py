@@ -311,7 +311,7 @@ def test_pitfall_7_what_vllm_cannot_take_is_refused_with_what_to_do(
     )
     assert (code, out) == (1, "")
     assert "was trained in full (modules_to_save)" in err
-    assert "or train again with finetune_lora.train_embeddings set to new_rows or none." in err
+    assert "or train again with finetune_lora.train_embeddings set to new_rows or none and" in err
     assert not (tmp_path / "served").exists()
 
 
