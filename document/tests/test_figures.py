@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from lab.figures import Figures, finetuning_subspace, modules, placement
-from lab.figures.attention import ink_on
+from lab.figures.attention import ink_on, layer_attention
 from lab.figures.finetuning_subspace import (
     LITTLE_TO_MUCH,
     held_by,
@@ -42,7 +42,7 @@ from safetensors.numpy import load_file
 from tests.lab_projects import BRIEF
 from torch import nn
 from torch.testing import assert_close
-from transformers import OPTForCausalLM
+from transformers import AutoModelForCausalLM, OPTForCausalLM
 
 from pipeline.adapters.config import read_spec
 from pipeline.adapters.lora import LoRALinear
@@ -50,11 +50,13 @@ from pipeline.data.formats import read_examples
 from pipeline.errors import UserError
 from pipeline.inference import engine
 from pipeline.inference.score import score
+from pipeline.models.load import load_base
 from pipeline.project.logs.run_log import read_steps
 from pipeline.project.params.sections import Init
 from pipeline.project.runner import Job
 from pipeline.stages.registry import open_project
 from tests.conftest import Built, Lora
+from tests.helpers.checkpoints import checkpoint, token_ids
 from tests.helpers.json_files import read_json
 from tests.helpers.projects import STAGES, folder_bytes, load, make, refusal, section_overrides
 
@@ -743,3 +745,16 @@ def test_other_adapters_are_drawn_as_well(project: Path, given_: str) -> None:
         sum(row["parameters"] for row in found if row["has_grad"])
         == manifest["parameters"]["trainable"]
     )
+
+
+@torch.no_grad()
+def test_attention_is_that_of_transformers_and_every_row_sums_to_1(tmp_path: Path) -> None:
+    base, ids = checkpoint(tmp_path / "base"), token_ids(74, 2, 11)
+    ours = load_base(base).model
+    theirs = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").eval()
+    expected = theirs(ids, output_attentions=True).attentions
+    for layer in range(2):
+        result = layer_attention(ours, ids, layer)
+        torch.testing.assert_close(result, expected[layer], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(result.sum(-1), torch.ones(2, 4, 11))
+        assert (result.triu(1) == 0).all()

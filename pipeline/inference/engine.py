@@ -1,10 +1,8 @@
-"""Loads models with or without an adapter, prompts them and shows their attention."""
+"""Loads models with or without an adapter and prompts them."""
 
-import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,13 +10,10 @@ from torch import Tensor
 from pipeline.adapters.folder import quantization_of
 from pipeline.adapters.peft import EACH_TIME, Reading, load_adapter
 from pipeline.data.tokenizers.word import Tokenizer
-from pipeline.errors import UserError
-from pipeline.models.base import CausalLM, Prefix
+from pipeline.models.base import CausalLM
 from pipeline.models.device import move_for_inference
 from pipeline.models.generate import GREEDY, Sampling, encode_prompt, finite, generate
-from pipeline.models.kernels.packed_attention import record_weights
 from pipeline.models.load import load_base
-from pipeline.models.minigpt import Attention
 from pipeline.project.params.sections import Quantization
 from pipeline.project.stage_graph import Project
 
@@ -128,48 +123,3 @@ def continued(loaded: LoadedModel, text: str, limit: int = 20, sampling: Samplin
 def complete(loaded: LoadedModel, text: str, limit: int = 20) -> str:
     """The greedy continuation without white space around it."""
     return continued(loaded, text, limit).strip()
-
-
-def probabilities(attention: Attention, x: Tensor, prefix: Prefix | None = None) -> Tensor:
-    """softmax(QKᵀ/√K + causal mask), (B, H, T, S), for inputs x (B, T, D); row t is of token t.
-
-    S is T, plus the length of the prefix, whose keys come first.
-    """
-    B, T, _ = x.shape
-    H, K = attention.n_heads, attention.head_size
-    q = attention.q_proj(x).view(B, T, H, K).transpose(1, 2)  # (B, H, T, K)
-    k = attention.k_proj(x).view(B, T, H, K).transpose(1, 2)  # (B, H, T, K)
-    if prefix is not None:
-        k, _ = prefix(attention.layer, k, k, [T])  # (B, H, S, K); its values are not needed
-    S = k.shape[2]
-    later = torch.ones(T, S, dtype=torch.bool, device=x.device).triu(1 + S - T)
-    scores = (q @ k.transpose(2, 3) / math.sqrt(K)).masked_fill(later, -torch.inf)  # (B, H, T, S)
-    weights: Tensor = scores.softmax(-1)
-    return weights
-
-
-@torch.no_grad()
-def layer_attention(model: CausalLM, ids: Tensor, layer: int) -> Tensor:
-    """Attention weights (B, H, T, S) of one layer for ids (B, T).
-
-    Virtual tokens come first: prompt tuning's are rows and columns, a prefix's only columns, as it
-    has no queries. Raises UserError if the layer has no attention that can be shown.
-    """
-    attention = getattr(model.blocks[layer], "self_attn", None)
-    if not isinstance(attention, Attention):
-        with record_weights(layer) as weights:
-            model.hidden_states(ids)
-        if not weights:
-            raise UserError(
-                f"Layer {layer} has no standard attention, so there are no weights to show."
-            )
-        # earlier entries are from a first forward that probes what the model supports
-        return weights[-1]
-    inputs: list[tuple[Any, ...]] = []
-    hook = attention.register_forward_pre_hook(lambda _, args: inputs.append(args))
-    try:
-        model.hidden_states(ids)
-    finally:
-        hook.remove()
-    x, _cache, _segments, prefix = inputs[-1]
-    return probabilities(attention, x, prefix)

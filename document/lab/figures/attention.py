@@ -2,6 +2,7 @@
 adapter.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,8 @@ from lab.studies.trajectory import StudyTrajectory
 from lab.tables import Row, Table
 from pipeline.errors import UserError
 from pipeline.inference import engine
-from pipeline.inference.engine import layer_attention
+from pipeline.models.base import CausalLM
+from pipeline.models.minigpt import Attention
 from pipeline.project.runner import Job
 
 PLACE = "§2.1"
@@ -213,3 +215,25 @@ def ink_on(share: float) -> str:
     on.
     """
     return "white" if share > 0.68 else INK
+
+
+@torch.no_grad()
+def layer_attention(model: CausalLM, ids: Tensor, layer: int) -> Tensor:
+    """softmax(QKᵀ/√K + causal mask), (B, H, T, T), of one of MiniGPT's layers for ids (B, T)."""
+    attention = model.blocks[layer].self_attn
+    assert isinstance(attention, Attention)
+    inputs: list[tuple[Any, ...]] = []
+    hook = attention.register_forward_pre_hook(lambda _, args: inputs.append(args))
+    try:
+        model.hidden_states(ids)
+    finally:
+        hook.remove()
+    x = inputs[-1][0]
+    B, T, _ = x.shape
+    H, K = attention.n_heads, attention.head_size
+    q = attention.q_proj(x).view(B, T, H, K).transpose(1, 2)  # (B, H, T, K)
+    k = attention.k_proj(x).view(B, T, H, K).transpose(1, 2)  # (B, H, T, K)
+    later = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+    scores = (q @ k.transpose(2, 3) / math.sqrt(K)).masked_fill(later, -torch.inf)  # (B, H, T, T)
+    weights: Tensor = scores.softmax(-1)
+    return weights

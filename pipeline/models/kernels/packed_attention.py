@@ -4,8 +4,7 @@ There is no dropout: a run gives the same numbers when it is repeated. Shapes as
 plain_attention.py.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,9 +15,7 @@ from pipeline.models.kernels.plain_attention import (
     Rule,
     attend_each,
     attend_row,
-    attention_weights,
     split_sequences,
-    visible_keys,
 )
 from pipeline.models.kernels.short_attention import LONGEST, short_attention
 
@@ -84,11 +81,6 @@ def attend(
         sliding_window = None  # it hides no key, and most kernels have only a causal mask
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     rule = Rule(scale, sliding_window, softcap, s_aux)
-    for layer, weights in _recorders:
-        if getattr(module, "layer_idx", None) == layer:
-            visible = visible_keys(query.shape[2], key.shape[2], rule.window, query.device)
-            weights.append(attention_weights(query, key, rule, visible))
-
     if not uses_cpu_kernels(query.device):
         # not loaded on a CPU
         from pipeline.models.kernels.accelerator_attention import attend_on_accelerator
@@ -103,18 +95,3 @@ def attend(
     else:
         out = attend_each(query, pairs or split_sequences(key, value, spans), lengths, rule)
     return out.contiguous(), None
-
-
-_recorders: list[tuple[int, list[Tensor]]] = []
-
-
-@contextmanager
-def record_weights(layer: int) -> Iterator[list[Tensor]]:
-    """The attention weights (B, H, T, S) of each call of block number `layer` meanwhile."""
-    recorder = (layer, list[Tensor]())
-    _recorders.append(recorder)
-    try:
-        yield recorder[1]
-    finally:
-        # by identity: others may be equal
-        _recorders[:] = [other for other in _recorders if other is not recorder]

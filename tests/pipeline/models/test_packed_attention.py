@@ -26,7 +26,7 @@ from transformers import (
 
 from pipeline.models.kernels import accelerator_attention, packed_attention, short_attention
 from pipeline.models.kernels.accelerator_attention import _blockwise, seen_keys
-from pipeline.models.kernels.packed_attention import attend, record_weights, register
+from pipeline.models.kernels.packed_attention import attend, register
 from pipeline.models.kernels.plain_attention import Rule
 
 MODULE = nn.Module()
@@ -283,21 +283,6 @@ def test_sizes_alone_can_be_traced() -> None:
 
 def test_registering_twice_is_registering_once() -> None:
     assert register() == register()
-
-
-def test_a_recording_inside_another_ends_without_it() -> None:
-    module = nn.Module()
-    module.layer_idx = 1  # type: ignore[assignment]
-    inputs = tensors(1, 1, 4, 4)
-    with record_weights(1) as outer:
-        with record_weights(1):
-            pass
-        attend(module, *inputs, None)
-        with record_weights(1) as inner:
-            attend(module, *inputs, None)
-        attend(module, *inputs, None)
-    attend(module, *inputs, None)
-    assert (len(outer), len(inner)) == (3, 1)
 
 
 def test_masks_and_wrong_lengths_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""Attention weights, the probability of each token, the spectrum of an update; chat templates."""
+"""The probability of each token, the spectrum of an update; chat templates."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline.adapters.attach import adapter_layers
 from pipeline.adapters.config import AdapterSpec
@@ -16,10 +16,8 @@ from pipeline.adapters.low_rank import singular_values, spectra
 from pipeline.data.tokenizers import chat_template
 from pipeline.errors import UserError
 from pipeline.inference import engine
-from pipeline.inference.engine import layer_attention, probabilities
 from pipeline.models.generate import Sampling, generate, stream
 from pipeline.models.load import load_base
-from pipeline.models.minigpt import Attention
 from tests.helpers.checkpoints import adapter, checkpoint, minigpt, token_ids
 from tests.helpers.json_files import edit_json, read_json, write_json
 from tests.helpers.projects import make
@@ -27,33 +25,6 @@ from tests.helpers.projects import make
 ENDS = {2}  # of the word tokenizer
 IDS = token_ids(74, 2, 11)
 SPEC = AdapterSpec(3, 6.0, ("fc1", "k_proj", "q_proj", "v_proj"))
-
-
-@torch.no_grad()
-def test_attention_is_that_of_transformers_and_every_row_sums_to_1(tmp_path: Path) -> None:
-    base = checkpoint(tmp_path / "base")
-    ours = load_base(base).model
-    theirs = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").eval()
-    expected = theirs(IDS, output_attentions=True).attentions
-    for layer in range(2):
-        result = layer_attention(ours, IDS, layer)
-        torch.testing.assert_close(result, expected[layer], atol=1e-6, rtol=1e-5)
-        torch.testing.assert_close(result.sum(-1), torch.ones(2, 4, 11))
-        assert (result.triu(1) == 0).all()
-
-
-@torch.no_grad()
-def test_a_layers_output_is_its_attention_times_its_values_with_lora_too(tmp_path: Path) -> None:
-    base = checkpoint(tmp_path / "base")
-    model = minigpt(engine.load(base, adapter(tmp_path / "a", base, SPEC)).model)
-    attention = model.body.layers[1].get_submodule("self_attn")
-    assert isinstance(attention, Attention)
-    x = torch.randn(2, 11, 64)
-    v = attention.v_proj(x).view(2, 11, 4, 16).transpose(1, 2)  # (B, H, T, K)
-    y = (probabilities(attention, x) @ v).transpose(1, 2).reshape(2, 11, 64)
-    torch.testing.assert_close(
-        attention.out_proj(y), attention(x, None, None), atol=1e-5, rtol=1e-4
-    )
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.5, 10, 0.9, seed=4)])
