@@ -98,10 +98,9 @@ def new(
 
     With --base and --data: settings are chosen for both, and a few steps are tried. Without: MiniGPT.
     """
-    from cli.console import print_line, print_note
+    from cli.console import following, print_line
+    from lora_workbench import api
     from pipeline.files.base_model import MINIGPT
-    from pipeline.project.new_project import create
-    from pipeline.stages.registry import GRAPH
 
     chosen, values = _names(methods), _with_template(values, no_template)
     if config:
@@ -131,9 +130,8 @@ def new(
                 f"{unused[0]} goes with a new project of --base and --data. Edit "
                 f"{folder}/params.yaml."
             )
-        added, notes = create(folder, GRAPH, params, base, chosen or None)
-        for note in notes:
-            print_note(note)
+        with following("new") as show:
+            added = api.new(folder, base=base, methods=chosen or None, params=params, on_event=show)
         print_line(f"{folder}: added {', '.join(added)}" if added else f"{folder}: nothing to add")
     print_line(f"Next: cd {quote(str(folder))}; {_dvc()} repro; lora-tui")
 

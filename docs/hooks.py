@@ -3,10 +3,11 @@ project/.
 
 There `../../pipeline/errors.py#UserError` and `../../params.yaml#L3` work as in a checkout: each
 line of a file is an anchor, and so is each name that a Python file defines. A folder becomes a list
-of its files.
+of its files. A notebook becomes a page too.
 """
 
 import ast
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     waiting = [name for name in ALWAYS if (ROOT / name).exists()]
     for file in files.documentation_pages():
         waiting += _linked(f"docs/{file.src_uri}", file.content_string)
+    for file in [file for file in files if file.src_uri.endswith(".ipynb")]:
+        name, text = f"docs/{file.src_uri}", "\n\n".join(_cells(file.content_string))
+        waiting += _linked(name, text)
+        uri = f"{file.src_uri.removesuffix('.ipynb')}.md"
+        files.append(File.generated(config, uri, content=rewrite(name, text)))
     for name in waiting:  # which grows
         path, uri = ROOT / name, in_site(name)
         if uri in files.src_uris or not path.exists():
@@ -92,6 +98,18 @@ def rewrite(name: str, markdown: str) -> str:
 def _linked(name: str, markdown: str) -> Iterator[str]:
     """The files and folders that a page links to, as paths of the project."""
     return (normpath(join(dirname(name), target)) for target in LINK.findall(markdown))
+
+
+def _cells(notebook: str) -> Iterator[str]:
+    """The cells of a notebook as Markdown, each with what it printed."""
+    for cell in json.loads(notebook)["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            yield source
+            continue
+        yield f"```python\n{source}\n```"
+        for output in cell["outputs"]:
+            yield f"```text\n{''.join(output['text'])}```"
 
 
 def _list(folder: Path) -> str:

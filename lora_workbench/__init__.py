@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         generate,
         load,
         merge,
+        new,
         show,
         sweep,
         train,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = [  # noqa: RUF022 (in the order of use)
     "Project",
+    "new",
     "train",
     "load",
     "generate",

@@ -1,4 +1,7 @@
-"""What `import lora_workbench` gives. Paths may be texts; `on_event` gets notes and progress."""
+"""What `import lora_workbench` gives. Paths may be texts; `on_event` gets notes and progress.
+
+A relative path is relative to the current folder, also where a project lies elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,11 @@ def _path(name: str | Path | None) -> Path | None:
 
 @dataclass(frozen=True)
 class Result:
-    """What a stage made, in its folder; `manifest` says of what, with which parameters."""
+    """What a stage made, in its folder.
+
+    `manifest`: of what it was made, and with which settings ("params"); {} in a process that does
+    not write it.
+    """
 
     folder: Path
     manifest: Mapping[str, Any]
@@ -66,12 +73,16 @@ class Result:
 
 
 class Project:
-    """A folder with a `params.yaml`: its settings, what its stages make, and its runs."""
+    """A folder with a `params.yaml`: its settings, what its stages make, and its runs.
+
+    `new` and `train` make one. A change of `params.yaml` is read by opening it again.
+    """
 
     def __init__(self, folder: str | Path = ".", set: Values = ()) -> None:
-        """Open a project by its folder or params file. Raises UserError.
+        """Open a project by its folder or params file. Raises UserError if there is none.
 
-        `set`: values that win over the file's, as `--set` does: {"finetune_lora.rank": 8}.
+        `set`: values that win over the file's, as `--set` does: {"finetune_lora.rank": 8}. The file
+        stays as it is.
         """
         from pipeline.project.params.edit import dump_inline
         from pipeline.stages.registry import open_project
@@ -83,6 +94,7 @@ class Project:
 
     @property
     def folder(self) -> Path:
+        """The folder of its `params.yaml`."""
         return self.pipeline.root
 
     @property
@@ -108,10 +120,12 @@ class Project:
         shard: bool | None = None,
         on_event: OnEvent = ignore,
     ) -> Result:
-        """Run a stage, or take its result from the cache.
+        """Run a stage, or take its result from the cache; what it needs must have run before.
 
-        `name` keeps it under a name, as `keep` does. Raises UserError, and Interrupted after a
-        signal, once a checkpoint is written: the same call resumes.
+        `name` keeps it under a name, as `keep` does. `force` ignores the cache. `checkpoint_every`:
+        steps between two states to resume from. `shard`: the base over the processes of torchrun,
+        by default if it does not fit. Raises UserError, and Interrupted after a signal, once a
+        checkpoint is written: the same call resumes.
         """
         from lora_workbench.running import run_stage
 
@@ -150,7 +164,10 @@ class Project:
             )
 
     def keep(self, stage: str, name: str) -> Path:
-        """Keep the stage's result under a name. Returns its folder, for `load` and others."""
+        """Keep the stage's result under a name. Returns its folder, for `load` and others.
+
+        Raises UserError if the cache does not have it.
+        """
         from pipeline.project.cache import Cache
         from pipeline.project.runner import artifact_settings
 
@@ -162,14 +179,20 @@ class Project:
         return self.pipeline.stage(name)
 
     def runs(self, name: str | None = None) -> list[Run]:
-        """Its trainings: all, or those of a name, a key or a stage. Raises UserError for none."""
+        """Its trainings: all, or those of a name, a key or a stage.
+
+        Raises UserError if none has the name.
+        """
         from pipeline.views.runs import choose, discover_runs
 
         found = discover_runs(self.folder, self.pipeline)
         return found if name is None else choose(found, name)
 
     def compare(self, *names: str) -> Comparison:
-        """What sets runs apart: settings, the end of training, evaluations. Raises UserError."""
+        """What sets runs apart: settings, the end of training, evaluations.
+
+        Each name stands for one run; a value's tuple is in the order of the names. Raises UserError.
+        """
         from pipeline.views.runs import compare
 
         found = []
@@ -197,10 +220,13 @@ def train(
     """Fine-tune a base on data: a project in `out`, its settings chosen for both, run and evaluated.
 
     `base`: a folder, a .gguf file or a hub id; `data`: files, folders or ids of the hub's data sets.
-    `methods`: by default lora. `set`: settings in place of those that are chosen:
-    {"finetune_lora.rank": 16}. After a stop the same call goes on; a project in `out` of another
-    base or data is a UserError. With a `name`, the trained runs are kept under it, and `set` may
-    differ from a project that is there.
+    `eval_data`: examples to evaluate on; by default a share of `data` is held out. `methods`: by
+    default ["lora"]. `columns`: a format's key → the file's, {"prompt": "question"}. `set`: settings
+    in place of those that are chosen: {"finetune_lora.rank": 16}.
+
+    After a stop the same call goes on. With a `name`, the trained runs are kept under it, and `set`
+    may differ from a project that is there. Raises UserError, also for a project in `out` of another
+    base or data.
     """
     from pipeline.inference.catalog import BASES
     from pipeline.stages.quickstart import Request, begin
@@ -226,6 +252,29 @@ def train(
     return project
 
 
+def new(
+    folder: str | Path,
+    *,
+    base: str | None = None,
+    methods: Sequence[str] | None = None,
+    params: str | Path | None = None,
+    on_event: OnEvent = ignore,
+) -> list[str]:
+    """Make `folder` a project of MiniGPT, or of a params file; a project there gets what it lacks.
+
+    `methods` to train, such as ["lora"], in place of the file's. `base`: a model to write into it.
+    Returns the names of the files that it wrote. None is overwritten: a note names those that would
+    differ. Raises UserError. `train` chooses settings for a base and data.
+    """
+    from pipeline.project.new_project import create
+    from pipeline.stages.registry import GRAPH
+
+    added, notes = create(Path(folder), GRAPH, _path(params), base, methods)
+    for note in notes:
+        on_event(Note(note))
+    return added
+
+
 def load(
     adapter: str | Path | None = None,
     base: str | Path | None = None,
@@ -234,8 +283,10 @@ def load(
 ) -> LoadedModel:
     """A base, with an adapter on it if one is named, ready to generate on the best device.
 
-    Without a base, the one that the adapter names. Raises UserError for an adapter that does not
-    belong to the base, or was changed: it never loads as nothing.
+    Without a base, the one that the adapter names. `trust_remote_code` runs the code that a base
+    brings. The result has `model`, a torch module in which the adapter's layers have `lora_A` (R, I)
+    and `lora_B` (O, R), and `tokenizer`. Raises UserError for an adapter that does not belong to the
+    base, or was changed: it never loads as nothing.
     """
     from pipeline.adapters.folder import base_of
     from pipeline.inference import engine
@@ -258,7 +309,8 @@ def generate(
 ) -> str:
     """The text that follows a prompt; with `chat`, the answer to it as a user's turn.
 
-    Greedy at temperature 0. `top_k` 0 and `top_p` 1 sample from all tokens. Raises UserError.
+    It ends at an end token, or after `max_tokens`. Greedy at temperature 0; above, `seed` determines
+    what is drawn, and `top_k` 0 and `top_p` 1 sample from all tokens. Raises UserError.
     """
     from pipeline.data.tokenizers.chat_template import render
     from pipeline.inference.engine import continued
@@ -276,7 +328,7 @@ def evaluate(
     out: str | Path | None = None,
     on_event: OnEvent = ignore,
 ) -> dict[str, Any]:
-    """Metrics by model: what each learned, and what it forgot.
+    """Metrics by model: what each learned, and what it forgot. Losses are in nats per token.
 
     Of the models that the project's `evaluate` compares, or of these adapters, measured in the same
     way → artifacts/measured, or `out`. With `evaluate.limits`, "gate" says whether they are kept.
@@ -317,6 +369,7 @@ def merge(
 ) -> dict[str, Any]:
     """Merge an adapter into its base's files → a plain checkpoint in `out`; returns its certificate.
 
+    The certificate says for each matrix how much of the update W + s·BA the rounding left.
     `precision` of the merged weights: fp32, bf16 or fp16; by default the base's. On the prompts of a
     file the merged model is compared with base + adapter. Raises UserError.
     """
@@ -376,8 +429,9 @@ def sweep(
 ) -> dict[str, Any]:
     """Train an adapter for each combination of a grid, such as {"rank": [4, 8]}, all in one pass.
 
-    Returns adapter → its values, end, losses; `best` is the name of the one with the lowest. Each
-    lies in a folder of its name in `artifacts/sweep`. Raises UserError.
+    `set`: further settings, {"finetune_lora.epochs": 2}. Returns "adapters", name → its values and
+    losses, and "best", the name of the one with the lowest loss. Each is a folder of its name in
+    `artifact("finetune_sweep")`. Raises UserError.
     """
     from pipeline.evaluation.selection import choose
     from pipeline.files.artifact import read_json

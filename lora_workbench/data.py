@@ -1,4 +1,7 @@
-"""Data files: read, checked, cleaned and converted, as `lora data` does."""
+"""Data files: read, checked, cleaned and converted, as `lora data` does.
+
+A file is a `Path` here. A tokenizer is that of a loaded model: `load(base=folder).tokenizer`.
+"""
 
 from pipeline.data.check import DataReport, check
 from pipeline.data.convert import Conversion, convert

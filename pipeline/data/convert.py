@@ -59,8 +59,8 @@ def convert(
 ) -> Conversion:
     """Write the examples of `source` to `out`, whose name says the container.
 
-    `source`: a file, a folder or an id of the hub.
-    `format_`: one of CHOICES; by default rows stay in their own. `columns` as for `iter_examples`.
+    `source`: a file, a folder or an id of the hub. `format_`: one of those of `lora data convert
+    --format`; by default rows stay in their own. `columns` as for `iter_examples`.
     `skip_invalid`: leave out what cannot be read or written, instead of raising it. `keep`: whether
     the row of this number is written; of others no error counts. Raises UserError, and then `out`
     is as before.

@@ -88,6 +88,25 @@ def test_data_files_are_read_and_checked(project: Path) -> None:
     assert len(list(lw.data.read(file, "finetune.de.txt"))) == 8
 
 
+def test_a_new_project_is_the_one_that_the_command_makes(tmp_path: Path, cli: Lora) -> None:
+    added = lw.new(tmp_path / "made", methods=["lora"])
+    assert {"params.yaml", "dvc.yaml", ".dvc"} <= {*added}
+    assert cli("new", str(tmp_path / "typed"), "--methods", "lora", cwd=tmp_path)[0] == 0
+    made, typed = folder_bytes(tmp_path / "made"), folder_bytes(tmp_path / "typed")
+    temporary = {name for name in {*made, *typed} if name.startswith(".dvc/tmp/")}
+    assert made.keys() - temporary == typed.keys() - temporary
+    assert all(made[name] == typed[name] for name in made.keys() - temporary)
+    assert "pretrain" in lw.Project(tmp_path / "made").stages
+
+    events: list[object] = []
+    (tmp_path / "made/dvc.yaml").write_text("stages: {}\n", encoding="utf-8")
+    assert lw.new(tmp_path / "made", on_event=events.append) == []
+    (note,) = events
+    assert isinstance(note, lw.Note) and "made/dvc.yaml is kept" in note.text
+    with pytest.raises(lw.UserError, match="is the program's own repository"):
+        lw.new(ROOT)
+
+
 def test_a_mistake_is_a_user_error_that_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(lw.UserError, match="does not exist"):
         lw.Project(tmp_path)
