@@ -14,6 +14,8 @@ from moto.server import ThreadedMotoServer
 from docs.tour import run
 from pipeline.project.new_project import create
 from pipeline.stages.registry import GRAPH
+from tests.helpers.bases import toy_checkpoint
+from tests.helpers.json_files import write_jsonl
 from tests.helpers.projects import ROOT, dvc, folder_bytes, lora, save, shorten
 
 pytestmark = pytest.mark.slow
@@ -138,9 +140,31 @@ def test_settings_that_somebody_trained_and_pushed_are_pulled_and_not_trained(
     run("git pull --quiet; dvc pull --run-cache", clone)
     assert folder_bytes(clone / ADAPTER) != of_rank_2
     save(clone / "params.yaml", {"finetune_lora.rank": 2})
+    other = shutil.copytree(clone, clone.with_name("without"), symlinks=True)
+    (said,) = dvc(other, "repro")
+    assert ran(said) == ["finetune_lora", "merge", "evaluate"], "nobody fetched what was trained"
     (said,) = dvc(clone, "repro --pull")
     assert ran(said) == ["evaluate"], "what it makes is in git, so that DVC's run cache has it not"
     assert folder_bytes(clone / ADAPTER) == of_rank_2
+
+
+def test_a_base_inside_the_project_is_pushed_and_imported_once(tmp_path: Path) -> None:
+    owner, clone = tmp_path / "owner", tmp_path / "clone"
+    toy_checkpoint(owner / "data/BASE")
+    rows = [{"prompt": f"Say {n}", "completion": f"It is {n}."} for n in range(20)]
+    write_jsonl(owner / "data/rows.jsonl", rows)
+    done = lora(
+        "new", "owner", "--base", "owner/data/BASE", "--data", "owner/data/rows.jsonl", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    push = commands("Push").replace("/mnt/team", str(tmp_path / "team"))
+    run(push.replace("dvc repro", f"dvc repro import; {commands('Before you begin')}"), owner)
+
+    run(f"git clone --quiet {owner} {clone}", tmp_path)
+    *_, said = dvc(clone, "pull data/BASE.dvc import", "repro import")
+    assert ran(said) == []
+    assert folder_bytes(clone / "data/BASE") == folder_bytes(owner / "data/BASE")
+    assert folder_bytes(clone / "artifacts") == folder_bytes(owner / "artifacts")
 
 
 @pytest.mark.parametrize("shared", ["folder"], indirect=True)
