@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from pipeline.inference.engine import LoadedModel
     from pipeline.project.logs.run_log import Step
     from pipeline.project.logs.runs import Run
-    from pipeline.project.stage_graph import Stage
     from pipeline.views.runs import Comparison
 
 __all__ = ["Calculation", "Event", "Note", "Progress", "Project", "Result", "UserError", "calc"]
@@ -90,7 +89,7 @@ class Project:
         path = Path(folder)
         if isinstance(set, Mapping):
             set = [f"{key}={dump_inline(value)}" for key, value in set.items()]
-        self.pipeline = open_project(path if path.suffix else path / "params.yaml", set)
+        self.pipeline = open_project(path / "params.yaml" if path.is_dir() else path, set)
 
     @property
     def folder(self) -> Path:
@@ -150,7 +149,7 @@ class Project:
                 "--name must be at most 64 letters, digits, dots, dashes and underscores, and no "
                 f"stage or key, got {name[:80]!r}. Choose another."
             )
-        made = self._stage(stage)
+        made = self.pipeline.stage(stage)
         link = Cache(project.cache).root / NAMED / name / made.output
         if not link.is_dir():
             return
@@ -173,10 +172,7 @@ class Project:
 
         made = artifact_settings(self.artifact(stage))
         cache = Cache(self.pipeline.cache)
-        return cache.name(name, stage, made.key if made else "", self._stage(stage).output)
-
-    def _stage(self, name: str) -> Stage:
-        return self.pipeline.stage(name)
+        return cache.name(name, stage, made.key if made else "", self.pipeline.stage(stage).output)
 
     def runs(self, name: str | None = None) -> list[Run]:
         """Its trainings: all, or those of a name, a key or a stage.

@@ -107,6 +107,13 @@ def test_a_new_project_is_the_one_that_the_command_makes(tmp_path: Path, cli: Lo
         lw.new(ROOT)
 
 
+def test_a_project_is_opened_by_its_folder_whatever_its_name_or_by_its_file(tmp_path: Path) -> None:
+    lw.new(tmp_path / "run.v2")
+    by_folder, by_file = (lw.Project(tmp_path / name) for name in ("run.v2", "run.v2/params.yaml"))
+    assert by_folder.folder == by_file.folder == tmp_path / "run.v2"
+    assert by_folder.stages == by_file.stages
+
+
 def test_a_mistake_is_a_user_error_that_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(lw.UserError, match="does not exist"):
         lw.Project(tmp_path)
