@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+import torch._dynamo  # torch loads it late, and its annotations need the Generator that is patched below
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -35,7 +36,7 @@ COUNTED = {"nonzero", "masked_select", "unique_consecutive", "_unique2", "unique
 
 READ = "models/device.py:read_numbers _to_copy"  # of what is logged, once all of a step is queued
 # the latter moments that stay on the host
-QUEUED = ("models/device.py:to_device ", "training/optimizer.py:")
+QUEUED = ("models/device.py:to_device ", "training/optimizer/__init__.py:")
 # kernels are tried
 ONCE = tuple(f"models/experts/grouped_product.py:{each} " for each in ("agrees", "<genexpr>"))
 # Where tensors are made on the host, and why: from there they are copied without a wait.
@@ -47,7 +48,7 @@ HOSTED = {
     "training/preferences/data.py": "the same",
     "training/noise.py:perturb": "the size of NEFTune's noise follows from the lengths",
     "training/step.py:_times": "the shares of a sweep's learners, where they differ",
-    "training/optimizer.py:": "moments that stay in the host's memory",
+    "training/optimizer/__init__.py:": "moments that stay in the host's memory",
     "adapters/batched.py:select_live": "the numbers of a sweep's adapters that still train",
     "models/kernels/plain_attention.py:sequence_starts": "where sequences begin, once a forward",
     "models/kernels/accelerator.py:": "what Liger computes is tried once",

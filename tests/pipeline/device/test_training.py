@@ -229,7 +229,7 @@ def test_paged_moments_are_copied_back_and_forth_and_nothing_else_is() -> None:
     lora(model)
     seen = step_of(model, FinetuneLora(epochs=9, optimizer="paged-adamw-8bit"))
     # they are in the host's memory, which is their purpose
-    moments = "training/optimizer.py:_update_chunk copy_"
+    moments = "training/optimizer/__init__.py:_update_chunk copy_"
     assert seen.reads.pop(moments) == 2 * 4
     refuse(seen, ONE_READ)
 
