@@ -43,10 +43,10 @@ def adapter_folder(name: str) -> Path:
     from pipeline.project.stage_graph import cache_folder
 
     path = Path(name)
-    named = Cache(cache_folder(Path())).named()
-    if path.exists() or name not in named:
+    results = Cache(cache_folder(Path())).results()
+    made = [link for link in results if link.parent.name == name]
+    if path.exists() or not made:
         return path
-    made = sorted(named[name].glob("[!.]*/"))
     adapters = [folder for folder in made if (folder / CONFIG).is_file()]
     if len(adapters) > 1:
         raise UserError(f"{name} has several adapters. Name one: {', '.join(map(str, adapters))}.")

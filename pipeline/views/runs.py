@@ -86,7 +86,7 @@ def choose(runs: Sequence[Run], name: str | None) -> list[Run]:
         chosen = list(reversed(last.values()))
     else:
         finished = [run for run in runs if run.key]
-        chosen = [run for run in finished if name and name in (run.name, run.key[:SHORT_KEY])]
+        chosen = [run for run in finished if name in (*run.names, run.key[:SHORT_KEY])]
         chosen = chosen or [run for run in last.values() if run.stage == name]
     if not chosen:
         raise UserError(
@@ -228,7 +228,10 @@ def _runs(root: Path, stage: Stage, project: Project | None) -> Iterator[Run]:
     home = project.home(stage.name) if project else None
     home_root = home.root if home else root
     cache = project.cache if project else cache_folder(root)
-    names = {link.resolve().name: link.parent.name for link in Cache(cache).results()}  # by key
+    names: dict[str, tuple[str, ...]] = {}  # by key
+    for link in Cache(cache).results():
+        key = link.resolve().name
+        names[key] = (*names.get(key, ()), link.parent.name)
     last = _artifact_logs(home_root / stage.path, stage)
     cached = [_artifact_logs(entry, stage) for entry in (cache / stage.name).glob("[!.]*/")]
     finished = sorted(filter(None, cached), key=lambda logs: logs.when, reverse=True)
@@ -263,7 +266,7 @@ def _runs(root: Path, stage: Stage, project: Project | None) -> Iterator[Run]:
             when=logs.when,
             sweeps=stage.kind == "adapters",
             key=key,
-            name=names.get(key, ""),
+            names=names.get(key, ()),
             digest=artifact.sealed_digest(logs.manifest) if "files" in logs.manifest else "",
             checkpoints=_checkpoints(logs.manifest),
             best=logs.manifest.get("best_checkpoint"),

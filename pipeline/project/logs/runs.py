@@ -37,10 +37,15 @@ class Run:
     # its artifact's key in the cache, and the digest of the artifact's contents; "" without one
     key: str = ""
     digest: str = ""
-    name: str = ""  # that --name gave it
+    names: tuple[str, ...] = ()  # that --name gave it
     # the steps whose models its artifact keeps, and the best of them, if they were evaluated
     checkpoints: tuple[int, ...] = ()
     best: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Its names in one text; empty without one."""
+        return ", ".join(self.names)
 
     def curve_label(self, curve: str) -> str:
         """The label of one of its curves, unique among all runs, after the run's own name."""
