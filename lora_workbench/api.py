@@ -121,10 +121,11 @@ class Project:
     ) -> Result:
         """Run a stage, or take its result from the cache; what it needs must have run before.
 
-        `name` keeps it under a name, as `keep` does. `force` ignores the cache. `checkpoint_every`:
-        steps between two states to resume from. `shard`: the base over the processes of torchrun,
-        by default if it does not fit. Raises UserError, and Interrupted after a signal, once a
-        checkpoint is written: the same call resumes.
+        `name` keeps it under a name, as `keep` does; the result's folder is then the one it is kept
+        in. `force` ignores the cache. `checkpoint_every`: steps between two states to resume from.
+        `shard`: the base over the processes of torchrun, by default if it does not fit. Raises
+        UserError, and Interrupted after a signal, once a checkpoint is written: the same call
+        resumes.
         """
         from lora_workbench.running import run_stage
 
@@ -133,7 +134,7 @@ class Project:
         events = run_stage(self.pipeline, stage, force, checkpoint_every, shard)
         manifest = play(events, on_event)
         if name is not None and manifest:
-            self.keep(stage, name)
+            return Result(self.keep(stage, name, on_event), manifest)
         return Result(self.artifact(stage), manifest)
 
     def refuse_name(self, name: str, stage: str) -> None:
@@ -162,17 +163,22 @@ class Project:
                 f"remove it: `lora runs remove {name}`."
             )
 
-    def keep(self, stage: str, name: str) -> Path:
-        """Keep the stage's result under a name. Returns its folder, for `load` and others.
+    def keep(self, stage: str, name: str, on_event: OnEvent = ignore) -> Path:
+        """Keep the stage's result under a name, and evaluate it if the project evaluates.
 
-        Raises UserError if the cache does not have it.
+        Returns its folder, for `load` and others; the evaluation is in the folder beside it. Raises
+        UserError if the cache does not have the result.
         """
         from pipeline.project.cache import Cache
         from pipeline.project.runner import artifact_settings
 
         made = artifact_settings(self.artifact(stage))
         cache = Cache(self.pipeline.cache)
-        return cache.name(name, stage, made.key if made else "", self.pipeline.stage(stage).output)
+        output = self.pipeline.stage(stage).output
+        folder = cache.name(name, stage, made.key if made else "", output)
+        if "evaluate" in self.pipeline.readable:
+            evaluate(self, [folder], out=folder.parent / "evaluation", on_event=on_event)
+        return folder
 
     def runs(self, name: str | None = None) -> list[Run]:
         """Its trainings: all, or those of a name, a key or a stage.

@@ -197,7 +197,7 @@ def evaluate(
             "and --json alone."
         )
     if adapter:
-        measure_adapters(adapter, base, params, overrides, as_json)
+        _measure(adapter, base, params, overrides, as_json)
         return
     run_stage("evaluate", params, overrides, force, silent=as_json)
     project = project_of(params, overrides)
@@ -209,18 +209,14 @@ def evaluate(
     refuse_broken(project, shown=as_json or not UNDER_DVC)
 
 
-def measure_adapters(
+def _measure(
     adapters: Sequence[Path],
     base: Path | None,
     params: Path,
     overrides: list[str] | None,
-    as_json: bool = False,
-    out: Path | None = None,
+    as_json: bool,
 ) -> None:
-    """Evaluate adapters and print their metrics. Raises UserError if they break evaluate.limits.
-
-    `out`: the artifact to write, in place of artifacts/measured.
-    """
+    """Evaluate adapters and print their metrics. Raises UserError if they break evaluate.limits."""
     from cli.console import following, print_json
     from cli.project.report import print_metrics, refuse_verdict
     from lora_workbench import api
@@ -230,27 +226,33 @@ def measure_adapters(
 
     project = api.Project(params, overrides or ())
     with following("evaluate") as show:
-        metrics = api.evaluate(project, adapters, base=base, out=out, on_event=show)
+        metrics = api.evaluate(project, adapters, base=base, on_event=show)
     if as_json:
         print_json(metrics)
     else:
-        print_metrics(metrics, (out or project.folder / ARTIFACTS / MEASURED) / METRICS)
+        print_metrics(metrics, project.folder / ARTIFACTS / MEASURED / METRICS)
     refuse_verdict(metrics)
 
 
 def name_run(name: str, stage: str, params: Path, overrides: list[str] | None) -> None:
     """Keep the stage's finished run under a name, evaluate it, and say what takes the name."""
-    from cli.console import print_note
+    from cli.console import following, print_note
+    from cli.project.report import print_metrics, refuse_verdict
     from lora_workbench import api
+    from pipeline.files.artifact import read_json
+    from pipeline.stages.evaluate import METRICS
 
-    project = api.Project(params, overrides or ())
-    folder = project.keep(stage, name)
+    with following("evaluate") as show:
+        folder = api.Project(params, overrides or ()).keep(stage, name, show)
     print_note(
         f"{name}: kept. `lora runs compare {name} OTHER`, `lora prompt TEXT --adapter {name}`, "
         f"`lora runs apply {name}` take it."
     )
-    if "evaluate" in project.pipeline.readable:
-        measure_adapters([folder], None, params, overrides, out=folder.parent / "evaluation")
+    path = folder.parent / "evaluation" / METRICS
+    if path.is_file():
+        metrics = read_json(path, "Run `lora evaluate`")
+        print_metrics(metrics, path)
+        refuse_verdict(metrics)
 
 
 def _run_harness(

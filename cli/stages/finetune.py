@@ -33,7 +33,6 @@ from cli.options import (
     project_of,
 )
 from cli.stages import name_run, of_stage, run_stage
-from lora_workbench import api
 from pipeline.errors import UserError
 from pipeline.files.text import in_units
 from pipeline.project.process import world
@@ -103,6 +102,8 @@ def _distributes(stage: Stage) -> Callable[..., None]:
     ) -> None:
         overrides = of_stage(overrides, stage)
         if name is not None:
+            from lora_workbench import api
+
             api.Project(params, overrides or ()).refuse_name(name, stage.name)
         if apply and (dry_run or not overrides):
             reason = "--dry-run makes nothing" if dry_run else "there are none"

@@ -75,7 +75,9 @@ def test_runs_have_names_and_are_compared(project: Path) -> None:
         opened.run(name=f"r{rank}")
     opened = lw.Project(project)
     assert {run.name for run in opened.runs() if run.name} == {"r2", "r3"}
-    assert opened.compare("r2", "r3").settings == {"rank": (2, 3)}
+    found = opened.compare("r2", "r3")
+    assert found.settings == {"rank": (2, 3)}
+    assert all("new_loss" in metrics for metrics in found.metrics), "evaluated as by the command"
     with pytest.raises(lw.UserError, match="There is no run r9"):
         opened.runs("r9")
     with pytest.raises(lw.UserError, match="r2 is a run already, with other settings"):
