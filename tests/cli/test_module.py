@@ -7,9 +7,20 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.extension import environment, install
 from tests.helpers.projects import lora
 
 NAMES = ("cli.py", "pipeline.py", "tui.py")
+COMMAND = """
+from cli.options import group
+
+app = group()
+
+
+@app.command()
+def greet() -> None:
+    print("good day")
+"""
 
 
 def module(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -40,6 +51,15 @@ def test_files_of_the_users_with_our_names_are_not_imported(path: str, tmp_path:
     variables = {"PYTHONPATH": path.format(here=tmp_path)} if path else {}
     done = module("calc", "-h", cwd=tmp_path, **variables)
     assert done.returncode == 0 and "of the user" not in done.stdout + done.stderr
+
+
+def test_an_extension_is_found_whose_code_is_in_the_current_folder(tmp_path: Path) -> None:
+    """As `pip install -e .` leaves it: what is installed names the folder."""
+    install(tmp_path / "installed", {"command.greet": "greeting"})
+    (tmp_path / "greeting.py").write_text(COMMAND, encoding="utf-8")
+    for run in (module, lora):
+        done = run("greet", cwd=tmp_path, **environment(tmp_path / "installed", tmp_path))
+        assert (done.returncode, done.stdout) == (0, "good day\n"), done.stderr
 
 
 @pytest.mark.parametrize("name", NAMES)
