@@ -10,7 +10,7 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, Exit, Option
+from typer import Argument, Option
 
 from cli.options import (
     ColumnsOption,
@@ -31,7 +31,7 @@ from pipeline.errors import UserError
 from pipeline.files.text import in_units
 
 if TYPE_CHECKING:
-    from pipeline.project.foreign import Foreign
+    from pipeline.project.foreign import Config
     from pipeline.project.stage_graph import Project
     from pipeline.stages.quickstart import Request, Started
 
@@ -168,9 +168,8 @@ def train(
     """
     from cli.console import follow, print_note
     from cli.project.report import refuse_broken
-    from cli.stages import name_run, run_stage
+    from cli.stages import run_stage
     from cli.stages.finetune import Machines
-    from lora_workbench import api
     from pipeline.inference.catalog import BASES
     from pipeline.stages.quickstart import begin
     from pipeline.stages.registry import GRAPH, open_project
@@ -188,23 +187,13 @@ def train(
         print_started(request, begun.started)
     experiment = name is not None and not begun.started
     for stage in open_project(params).stages.values():
-        trains = stage.name.startswith("finetune_")
-        if experiment and not trains and stage.method not in BASES:
-            continue
-        overrides = [*begun.overrides] if trains else None
-        if name is not None and trains:
-            api.Project(params, overrides or ()).refuse_name(name, stage.name)
-        if machines.launches and trains and stage.kind != "adapters":
-            given = [f"--set={override}" for override in overrides or ()]
-            if code := machines.finetune(stage, params, given):
-                raise Exit(code)
+        if stage.name.startswith("finetune_"):
+            machines.train(stage, params, begun.overrides, name)
             if not open_project(params).artifact(stage.name).is_dir():
                 print_note(f"{stage.name} is on the first machine, where the stages after it run.")
                 return
-        else:
-            run_stage(stage.name, params, overrides, False)
-        if name is not None and trains:
-            name_run(name, stage.name, params, overrides)
+        elif not experiment or stage.method in BASES:
+            run_stage(stage.name, params, None, force=False)
     if not experiment:
         _print_results(open_project(params), out)
         refuse_broken(open_project(params))
@@ -279,23 +268,26 @@ def _read_config(
     _print_foreign(foreign)
     if not (base := base or foreign.base):
         raise UserError(f"{config} names no base model. Name one with --base.")
-    if not (data := data or list(foreign.data)):
+    if not (data := data or foreign.data):
         raise UserError(f"{config} names no data file that is here. Name one with --data.")
     chosen = list(dict.fromkeys([*methods, GRAPH.stages[foreign.section].method]))
     return base, data, chosen, foreign.values
 
 
-def _print_foreign(foreign: Foreign) -> None:
+def _print_foreign(foreign: Config) -> None:
     """What becomes of each key of another tool's config."""
     from cli.console import print_line, print_table
     from pipeline.project.params.edit import dump_inline
 
     rows = [("base", "base", foreign.base)] * bool(foreign.base)
     rows += [("data", f"{foreign.section}.data", name) for name in foreign.data]
-    rows += [(theirs, ours, dump_inline(value)) for theirs, ours, value in foreign.taken]
+    rows += [
+        (theirs, f"{foreign.section}.{ours}", dump_inline(value))
+        for ours, (theirs, value) in foreign.taken.items()
+    ]
     print_table((foreign.format, "here", "value"), rows)
     reasons: dict[str, list[str]] = {}
-    for theirs, _, why in foreign.left:
+    for theirs, why in foreign.left:
         reasons.setdefault(why, []).append(theirs)
     for why, keys in reasons.items():
         print_line(f"not taken: {', '.join(dict.fromkeys(keys))} ({why})")

@@ -286,7 +286,7 @@ def _as_settings(args: list[str], known: Set[str]) -> list[str]:
     An option without a value is a switch that is on; several values are a list.
     """
     from pipeline.project.params.aliases import KEYS, OPTIONS, why_none
-    from pipeline.project.params.conversions import SAME
+    from pipeline.project.params.other_names import SAME
     from pipeline.project.params.schema import hints
     from pipeline.stages.registry import METHODS
 

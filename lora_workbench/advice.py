@@ -94,7 +94,6 @@ def _leaves_alpha(project: "Project", section: str) -> bool:
 
 def _measured_keys(project: "Project", stage: "Stage") -> tuple[str, ...]:
     """Keys that the project's sweep varied, if these settings are its best, or on its front."""
-    from pipeline.evaluation.selection import choose, pareto
     from pipeline.files.artifact import read_json
     from pipeline.project.logs.run_log import TABLE
 
@@ -106,6 +105,8 @@ def _measured_keys(project: "Project", stage: "Stage") -> tuple[str, ...]:
     # there is none, or it is not ours
     with suppress(UserError, KeyError, TypeError, AttributeError, ValueError):
         rows = read_json(project.artifact(sweep.name) / TABLE, "")
+        from pipeline.evaluation.selection import choose, pareto  # few projects have a sweep
+
         for name in {choose(rows), *pareto(rows)}:
             values = rows[name]["values"]
             if all(_plain(getattr(settings, key)) == value for key, value in values.items()):

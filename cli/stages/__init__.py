@@ -234,7 +234,7 @@ def _measure(
     refuse_verdict(metrics)
 
 
-def name_run(name: str, stage: str, params: Path, overrides: list[str] | None) -> None:
+def name_run(name: str, stage: str, params: Path, overrides: Sequence[str]) -> None:
     """Keep the stage's finished run under a name, evaluate it, and say what takes the name."""
     from cli.console import following, print_note
     from cli.project.report import print_metrics, refuse_verdict
@@ -243,7 +243,7 @@ def name_run(name: str, stage: str, params: Path, overrides: list[str] | None) -
     from pipeline.stages.evaluate import METRICS
 
     with following("evaluate") as show:
-        folder = api.Project(params, overrides or ()).keep(stage, name, show)
+        folder = api.Project(params, overrides).keep(stage, name, show)
     print_note(
         f"{name}: kept. `lora runs compare {name} OTHER`, `lora prompt TEXT --adapter {name}`, "
         f"`lora runs apply {name}` take it."
@@ -289,17 +289,15 @@ def _run_harness(
 
 def of_stage(overrides: Sequence[str] | None, stage: Stage) -> list[str]:
     """Overrides in which a key alone is one of the stage's: finetune_lora.rank=8 for rank=8."""
-    if all("." in override.partition("=")[0] for override in overrides or ()):
-        return list(overrides or ())
     from pipeline.project.params.aliases import KEYS
-    from pipeline.project.params.load import TOP_LEVEL
+    from pipeline.project.params.load import TOP_LEVEL, read_override
     from pipeline.project.params.schema import hints
 
     named = []
     for override in overrides or ():
-        path, equals, _ = override.partition("=")
-        ours = KEYS.get(path.strip(), path.strip())
-        if equals and ours and "." not in path and ours not in TOP_LEVEL:
+        path, _ = read_override(override)
+        ours = KEYS.get(path, path)
+        if "." not in path and ours not in TOP_LEVEL:
             section = stage.name if ours in hints(stage.settings) else stage.section
             override = f"{section}.{override.strip()}"
         named.append(override)
@@ -309,7 +307,7 @@ def of_stage(overrides: Sequence[str] | None, stage: Stage) -> list[str]:
 def run_stage(
     name: str,
     params: Path,
-    overrides: list[str] | None,
+    overrides: Sequence[str] | None,
     force: bool,
     checkpoint_every: int | None = None,
     shard: bool | None = None,

@@ -100,11 +100,9 @@ def _distributes(stage: Stage) -> Callable[..., None]:
         name: NameOption = None,
         _device: DeviceOption = None,
     ) -> None:
+        machines = Machines(devices, nodes, endpoint, node_rank, shard)
+        machines.check()
         overrides = of_stage(overrides, stage)
-        if name is not None:
-            from lora_workbench import api
-
-            api.Project(params, overrides or ()).refuse_name(name, stage.name)
         if apply and (dry_run or not overrides):
             reason = "--dry-run makes nothing" if dry_run else "there are none"
             raise UserError(
@@ -114,21 +112,7 @@ def _distributes(stage: Stage) -> Callable[..., None]:
         if dry_run:
             _print_plan(project_of(params, overrides), stage)
             return
-        machines = Machines(devices, nodes, endpoint, node_rank, shard)
-        machines.check()
-        if machines.launches:
-            # what is wrong is said before anything starts
-            project_of(params, overrides).stage(stage.name)
-            given = ["--force"] * force
-            if checkpoint_every is not None:
-                given += ["--checkpoint-every", str(checkpoint_every)]
-            given += [f"--set={override}" for override in overrides]
-            if code := machines.finetune(stage, params, [*given, *["--apply"] * apply]):
-                raise Exit(code)
-        else:
-            run_stage(stage.name, params, overrides, force, checkpoint_every, shard, apply=apply)
-        if name is not None and world().is_main_process:
-            name_run(name, stage.name, params, overrides)
+        machines.train(stage, params, overrides, name, force, checkpoint_every, apply)
 
     return command
 
@@ -167,14 +151,48 @@ class Machines(NamedTuple):
                 f"{self.node_rank}. Correct it."
             )
 
-    def finetune(self, stage: Stage, params: Path, options: Sequence[str] = ()) -> int:
-        """Run `lora finetune` in a process per device; returns the exit code."""
-        from pipeline.training.parallel.launch import launch
+    def train(
+        self,
+        stage: Stage,
+        params: Path,
+        overrides: Sequence[str],
+        name: str | None = None,
+        force: bool = False,
+        checkpoint_every: int | None = None,
+        apply: bool = False,
+    ) -> None:
+        """Train a stage on them, a process per device; with a `name`, keep the run under it.
 
-        arguments = ["finetune", stage.method, "--params", str(params), *options]
-        if self.shard is not None:
-            arguments.append("--shard" if self.shard else "--no-shard")
-        return launch(self.devices, arguments, self.nodes, self.endpoint or "", self.node_rank)
+        `apply`: then write the overrides into the params file. Raises UserError, and Exit with the
+        exit code of processes that failed.
+        """
+        from lora_workbench.api import Project
+
+        project = Project(params, overrides)
+        if name is not None:
+            project.refuse_name(name, stage.name)
+        if not self.launches or stage.kind == "adapters":
+            run_stage(
+                stage.name, params, overrides, force, checkpoint_every, self.shard, apply=apply
+            )
+        else:
+            from pipeline.training.parallel.launch import launch
+
+            # what is wrong is said before anything starts
+            project.pipeline.stage(stage.name)
+            given = ["finetune", stage.method, "--params", str(params), *["--force"] * force]
+            if checkpoint_every is not None:
+                given += ["--checkpoint-every", str(checkpoint_every)]
+            given += [f"--set={override}" for override in overrides]
+            if self.shard is not None:
+                given.append("--shard" if self.shard else "--no-shard")
+            given += ["--apply"] * apply
+            code = launch(self.devices, given, self.nodes, self.endpoint or "", self.node_rank)
+            if code:
+                raise Exit(code)
+        is_here = project.artifact(stage.name).is_dir()  # with several machines, on the first
+        if name is not None and is_here and world().is_main_process:
+            name_run(name, stage.name, params, overrides)
 
 
 def _print_plan(project: Project, stage: Stage) -> None:

@@ -32,17 +32,16 @@ def refuse_pickle(folder: Path) -> None:
 def base_of(adapter: Path | None, here: Path = Path(), *last: Path) -> Path:
     """The model folder that an adapter names as its base; without one, the pipeline's base.
 
-    A relative name is looked up in `here`, in the adapter's parent folders, then in `last`. Raises
-    UserError.
+    A relative name is looked up in the adapter's parent folders, in `here`, then in `last`: each
+    project has its own artifacts/expanded. Raises UserError.
     """
     if adapter is None:
         return here / DEFAULT_BASE
     name = read_config(adapter).get("base_model_name_or_path") or DEFAULT_BASE
     with suppress(OSError):  # too long for a name
-        # a project that was moved, or is read from elsewhere
-        for folder in (here, *adapter.resolve().parents, *last):
+        for folder in (*adapter.resolve().parents, here, *last):
             if isinstance(name, str) and (folder / name).is_dir():
-                return folder / name
+                return (here if folder == here.resolve() else folder) / name
     shown = abbreviate_repr(name, 200)
     raise UserError(
         f"{adapter} names {shown} as its base, but there is no such folder. Pass the base with "

@@ -19,15 +19,16 @@ LONG_TEXT = 100  # characters of a text count as one more value: aliases repeat 
 LONGEST_NUMBER = 1_000  # characters
 
 
-def read(path: Path, name: str) -> Any:
-    """The value of a file that messages call `name`. Raises UserError."""
+def read(path: Path, name: str, most: int = MOST_CHARACTERS) -> Any:
+    """The value of a file that messages call `name`, of at most `most` characters.
+
+    Raises UserError.
+    """
     try:
         with path.open("rb") as file:
-            data = file.read(4 * MOST_CHARACTERS + 1)  # a character has up to 4 bytes
-        if len(data) > 4 * MOST_CHARACTERS or len(text := data.decode()) > MOST_CHARACTERS:
-            raise UserError(
-                f"{name} must have at most {MOST_CHARACTERS:,} characters. Make it shorter."
-            )
+            data = file.read(4 * most + 1)  # a character has up to 4 bytes
+        if len(data) > 4 * most or len(text := data.decode()) > most:
+            raise UserError(f"{name} must have at most {most:,} characters. Make it shorter.")
         return load(text)
     except OSError as error:
         raise UserError(f"{name}: {error.strerror}. Name a file that exists.") from None
@@ -36,7 +37,7 @@ def read(path: Path, name: str) -> Any:
             f"{name}: not UTF-8 (byte {error.start}). Save the file as UTF-8."
         ) from None
     except ValueError as error:
-        raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())[:300]}") from None
 
 
 def load(text: str) -> Any:

@@ -81,7 +81,7 @@ def test_a_project_has_the_settings_the_data_and_the_method_of_the_config(
         (CONFIG.replace("sets/mine", "sets/gone"), (), "names no data file that is here"),
         (CONFIG, ("--params", "other.yaml"), "--from and --params both say"),
         ("x: 1\n", (), "axolotl.yml is no config that is read here (PEFT, mlx-lm"),
-        ("base_model: \x1b[31mred\nadapter: qlora\n", (), "is not YAML"),
+        ("base_model: \x1b[31mred\nadapter: qlora\n", (), "is not valid YAML"),
     ],
 )
 def test_what_is_wrong_is_one_message_and_nothing_is_written(

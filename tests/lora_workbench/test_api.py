@@ -41,6 +41,17 @@ def test_answers_and_metrics_are_those_of_the_commands(project: Path, cli: Lora)
     assert lw.evaluate(lw.Project(project, BRIEF)).keys() >= {"base", "lora"}
 
 
+def test_an_adapter_has_the_base_of_its_own_project_wherever_one_stands(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other/artifacts/expanded"
+    other.mkdir(parents=True)
+    (other / "config.json").write_text("{}", encoding="utf-8")
+    monkeypatch.chdir(tmp_path / "other")
+    model = lw.load(project / ADAPTER)
+    assert lw.generate(model, "der hund")
+
+
 def test_merge_and_export_write_what_the_commands_write(
     project: Path, cli: Lora, tmp_path: Path
 ) -> None:

@@ -10,8 +10,8 @@ from types import ModuleType
 
 from pipeline.project.foreign import FORMATS, read_config
 from pipeline.project.params.aliases import COMMANDS, IGNORED, KEYS, NO_COUNTERPART, why_none
-from pipeline.project.params.conversions import SAME
 from pipeline.project.params.edit import dump_inline
+from pipeline.project.params.other_names import SAME
 from pipeline.project.params.schema import hints
 from pipeline.stages.registry import GRAPH
 
@@ -105,12 +105,15 @@ def _read(name: str, text: str, data: str) -> list[str]:
             ("data", f"{foreign.section}.data", str(Path(each).relative_to(folder)))
             for each in foreign.data
         ]
-    rows += [(theirs, ours, dump_inline(value)) for theirs, ours, value in foreign.taken]
+    rows += [
+        (theirs, f"{foreign.section}.{ours}", dump_inline(value))
+        for ours, (theirs, value) in foreign.taken.items()
+    ]
     lines = ["| there | here | value |", "|---|---|---|"]
     lines += [f"| {theirs} | `{ours}` | `{value}` |" for theirs, ours, value in rows]
     if foreign.left:
         lines += ["", "and leaves:\n", "| there | why |", "|---|---|"]
-        lines += [f"| `{theirs}` | {why} |" for theirs, _, why in foreign.left]
+        lines += [f"| `{theirs}` | {why} |" for theirs, why in foreign.left]
     return lines
 
 

@@ -5,7 +5,6 @@ are in `params/aliases.py`: a tool's file reads only what another name alone doe
 problem is a UserError with file and key.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -13,27 +12,16 @@ from typing import Any, NamedTuple
 
 from pipeline.errors import UserError
 from pipeline.extensions import Registry
+from pipeline.files.artifact import read_json
 from pipeline.files.text import abbreviate_repr
 from pipeline.project.params.aliases import KEYS, why_none
-from pipeline.project.params.conversions import Why, translated
 from pipeline.project.params.load import Kinds
+from pipeline.project.params.other_names import Why, translated
 from pipeline.project.params.schema import ValueSource, check_value, hints
 from pipeline.project.params.sections import PRETRAINED, READ_WITH
 
-LARGEST = 100_000  # bytes of a config; published ones have a few thousand
+LARGEST = 100_000  # characters of a config; published ones have a few thousand
 LONGEST = 1_000  # characters of a value that is taken
-
-
-class Foreign(NamedTuple):
-    """Another tool's config, read."""
-
-    format: str
-    base: str  # as the config names it, or empty
-    data: tuple[str, ...]  # those of its data files that exist
-    values: Mapping[str, Any]  # section.key → value
-    taken: tuple[tuple[str, str, Any], ...]  # (their key, ours, value)
-    left: tuple[tuple[str, Any, str], ...]  # (their key, value, why it is not taken)
-    section: str  # the method's, to which all values belong
 
 
 class Format(NamedTuple):
@@ -46,14 +34,23 @@ class Format(NamedTuple):
 
 
 class Config:
-    """A config while it is read: `Format.read` pops keys by its own rules, `take_rest` by names."""
+    """A config while it is read, and then what became of its keys.
 
-    def __init__(self, tree: Mapping[str, Any], path: Path, kinds: Kinds) -> None:
-        self.rest, self.path, self._kinds = dict(tree), path, kinds
-        self.section, self.base = "finetune_lora", ""
-        self.data: list[str] = []
+    `Format.read` pops keys from `rest` by its own rules; others are taken by their names.
+    """
+
+    def __init__(self, form: str, tree: Mapping[str, Any], path: Path, kinds: Kinds) -> None:
+        self.format, self.rest, self.path, self._kinds = form, dict(tree), path, kinds
+        self.section = "finetune_lora"  # the method's, to which all values belong
+        self.base = ""  # as the config names it, if it does
+        self.data: list[str] = []  # those of its data files that exist
         self.taken: dict[str, tuple[str, Any]] = {}  # our key → theirs, value
-        self.left: list[tuple[str, Any, str]] = []
+        self.left: list[tuple[str, str]] = []  # their key, why it is not taken
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """section.key → value, as it is taken."""
+        return {f"{self.section}.{ours}": value for ours, (_, value) in self.taken.items()}
 
     def choose(self, key: str, sections: Mapping[Any, str], default: str = "finetune_lora") -> None:
         """Set the section by the value of `key`. Raises UserError for one not in `sections`."""
@@ -75,32 +72,25 @@ class Config:
 
     def take(self, theirs: str, ours: str, value: Any) -> None:
         """Take a value if the section has `ours`. Raises UserError if the value breaks a rule."""
+        origin, where = ValueSource(self.path.name), f"{self.path}: {theirs}"
         if ours == "base":
-            if not isinstance(value, str):
-                raise UserError(
-                    f"{self.path}: {theirs} must be a text, got {abbreviate_repr(value)}. Edit "
-                    "the file."
-                )
-            self.base = value
+            self.base = check_value(str, value, where, origin)
             return
         types = hints(self._kinds[self.section])
         if ours not in types:
             why = "there is no such setting here"
             if theirs in KEYS:
                 why = f"{self.section} has no {ours}"
-            self.leave(theirs, value, why_none(theirs) or why)
+            self.leave(theirs, why_none(theirs) or why)
             return
         if len(repr(value)) > LONGEST:
-            raise UserError(
-                f"{self.path}: {theirs} is too long: {abbreviate_repr(value)}. Edit the file."
-            )
-        origin = ValueSource(self.path.name)
-        typed = check_value(types[ours], value, f"{self.path}: {theirs}", origin)
+            raise UserError(f"{where} is too long: {abbreviate_repr(value)}. Edit the file.")
+        typed = check_value(types[ours], value, where, origin)
         self.taken[ours] = (theirs, list(typed) if isinstance(typed, tuple) else typed)
 
-    def leave(self, theirs: str, value: Any, why: str) -> None:
+    def leave(self, theirs: str, why: str) -> None:
         """Note a key without a counterpart."""
-        self.left.append((theirs, value, why))
+        self.left.append((theirs, why))
 
     def take_files(self, theirs: str, names: Any) -> None:
         """Take the data files among `names`, from the current folder or the config's.
@@ -119,13 +109,13 @@ class Config:
                 self.data.append(str(file))
             else:
                 why = "no such file; `lora data convert` makes one of a data set of the hub"
-                self.leave(theirs, name, why)
+                self.leave(theirs, why)
 
     def take_rest(self) -> None:
         """Take by its name what the tool's own rules have not taken."""
         for theirs, value, ours, converted in translated(self.rest):
             if isinstance(converted, Why):
-                self.leave(theirs, value, converted)
+                self.leave(theirs, converted)
             elif ours == "data" and converted is not None:
                 self.take_files(theirs, value)
             elif converted is not None:
@@ -134,11 +124,10 @@ class Config:
     def drop(self, ours: str, why: str) -> None:
         """Move what was taken to what is left."""
         if ours in self.taken:
-            theirs, value = self.taken.pop(ours)
-            self.leave(theirs, value, why)
+            self.leave(self.taken.pop(ours)[0], why)
 
-    def done(self, format_name: str) -> Foreign:
-        """All that was read, without settings that other settings exclude."""
+    def drop_excluded(self) -> None:
+        """Leave settings that other settings exclude."""
         if not self.taken.get("eval_share", ("", 0))[1]:
             for key in ("eval_steps", "patience", "load_best"):
                 self.drop(key, "nothing is held out: set eval_share")
@@ -148,58 +137,38 @@ class Config:
             _, chosen = self.taken.get(chooser, ("", PRETRAINED.get(chooser, readers[0])))
             if chosen not in readers:
                 self.drop(ours, f"{chooser} {chosen} does not read it")
-        values = {f"{self.section}.{ours}": value for ours, (_, value) in self.taken.items()}
-        taken = tuple(
-            (theirs, f"{self.section}.{ours}", value)
-            for ours, (theirs, value) in self.taken.items()
-        )
-        return Foreign(
-            format_name, self.base, tuple(self.data), values, taken, tuple(self.left), self.section
-        )
 
 
-def read_config(path: Path, kinds: Kinds) -> Foreign:
+def read_config(path: Path, kinds: Kinds) -> Config:
     """Another tool's config as settings; `kinds` as in `params.load.parse`. Raises UserError."""
+    tree = _read_tree(path)
+    tool = next((tool for tool in FORMATS.values() if tool.marks & tree.keys()), None)
+    if tool is None:
+        names = ", ".join(tool.name for tool in FORMATS.values())
+        raise UserError(
+            f"{path} is no config that is read here ({names}). "
+            "A params file of this project is given with --params."
+        )
+    config = Config(tool.name, tree, path, kinds)
     try:
-        tree = _read_tree(path)
-        tool = next((tool for tool in FORMATS.values() if tool.marks & tree.keys()), None)
-        if tool is None:
-            names = ", ".join(tool.name for tool in FORMATS.values())
-            raise UserError(
-                f"{path} is no config that is read here ({names}). "
-                "A params file of this project is given with --params."
-            )
-        config = Config(tree, path, kinds)
         tool.read(config)
         config.take_rest()
-        return config.done(tool.name)
     except RecursionError:
         raise UserError(f"{path} is nested too deeply. Name another file.") from None
+    config.drop_excluded()
+    return config
 
 
 def _read_tree(path: Path) -> dict[str, Any]:
     from pipeline.files import strict_yaml
 
-    try:
-        with path.open("rb") as file:
-            raw = file.read(LARGEST + 1)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}. Name a config with --from.") from None
-    if len(raw) > LARGEST:
-        raise UserError(
-            f"{path} has more than {LARGEST:,} bytes, which no config has. Name another file."
-        )
-    language = "JSON" if path.suffix == ".json" else "YAML"
-    try:
-        text = raw.decode("utf-8-sig")
-        tree = json.loads(text) if language == "JSON" else strict_yaml.load(text)
-    except UnicodeDecodeError:
-        raise UserError(
-            f"{path} is not a text: a config is YAML or JSON. Pickles are not read."
-        ) from None
-    except ValueError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{path} is not {language} that is read: {reason}.") from None
+    if path.suffix == ".bin":
+        raise UserError(f"{path} is a pickle, which is not read. Name a config in YAML or JSON.")
+    tree = (
+        read_json(path, "Name a config")
+        if path.suffix == ".json"
+        else strict_yaml.read(path, str(path), LARGEST)
+    )
     if not isinstance(tree, dict):
         raise UserError(
             f"{path} must hold key: value lines, got {abbreviate_repr(tree)}. Name another file."

@@ -12,9 +12,9 @@ LORA = ("finetune_lora", "finetune_dpo")
 def read(config: Config) -> None:
     config.choose("finetuning_type", METHODS)
     config.choose_preferences("stage", {"dpo": "dpo", "kto": "kto"})  # `pref_loss` may say more
-    if names := config.rest.pop("dataset", None):
+    if config.rest.pop("dataset", None):
         config.leave(
-            "dataset", names, "names of dataset_info.json: name its files in the section's `data`"
+            "dataset", "names of dataset_info.json: name its files in the section's `data`"
         )
     if config.rest.pop("disable_gradient_checkpointing", None) is True:
         config.take("disable_gradient_checkpointing", "gradient_checkpointing", "none")

@@ -239,12 +239,7 @@ OPTIONS = by_other_name(
 
 def why_none(name: str, table: Mapping[str, str] = NO_COUNTERPART) -> str | None:
     """Why another tool's setting has no counterpart here; None if the table does not have it."""
-    if name in table:
-        return table[name]
-    for pattern, why in table.items():
-        if "*" in pattern and fnmatchcase(name, pattern):
-            return why
-    return None
+    return next((why for pattern, why in table.items() if fnmatchcase(name, pattern)), None)
 
 
 def suggest(

@@ -49,7 +49,7 @@ def set_values(text: str, values: Mapping[str, Any], as_written: Callable[[str],
         )
         ours = ours.rpartition(".")[2]
         if name and name != ours:
-            from pipeline.project.params.conversions import CONVERSIONS, NAMES
+            from pipeline.project.params.other_names import CONVERSIONS, NAMES
 
             if ours in CONVERSIONS or ours in NAMES:
                 text = _rename(text, section, name, ours)

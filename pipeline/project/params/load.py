@@ -195,43 +195,15 @@ def read_text(path: Path) -> str:
         ) from None
 
 
-class _OurNames:
-    """Reads trees that have our names alone, as `OtherNames` does."""
-
-    spelled: Mapping[str, str] = {}
-    note = ""
-
-    def read(self, tree: Mapping[str, Any], *_: Any) -> dict[str, Any]:
-        return dict(tree)
-
-    def ours(self, key: str) -> str:
-        return key
-
-    def ignores(self, *_: str) -> bool:
-        return False
-
-
 def parse(text: str, path: Path, kinds: Kinds, overrides: Sequence[str] = ()) -> Params:
     """Check the `text` of `path`, then apply `section.key=value` overrides. Raises UserError."""
-    try:
-        return _parse(text, path, kinds, overrides, _OurNames())
-    except UserError:  # most files need no other names, and do not load them
-        return _parse(text, path, kinds, overrides, other_names(kinds))
-
-
-def _parse(
-    text: str,
-    path: Path,
-    kinds: Kinds,
-    overrides: Sequence[str],
-    names: "OtherNames | _OurNames",
-) -> Params:
     tree = _read_tree(text, path)
     project = tree.pop(PROJECT, "")
     if not isinstance(project, str) or "\0" in project:
         raise UserError(
             f"{PROJECT} must be the path of a params file, got {project!r}. Edit {path.name}."
         )
+    names = other_names(kinds)
     tree = names.read(tree, ValueSource(path.name))
     spelled, written = dict(names.spelled), set(tree)
     given: dict[str, Any] = {}
@@ -406,7 +378,7 @@ def read_override(override: str) -> tuple[str, Any]:
 def _read_overrides(
     overrides: Sequence[str],
     tree: Mapping[str, Any],
-    names: "OtherNames | _OurNames",
+    names: "OtherNames",
     kinds: Kinds,
 ) -> dict[str, Any]:
     """Overrides of the tree as a tree, by our names. Raises UserError."""

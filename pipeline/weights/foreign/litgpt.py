@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pipeline.models.base import CausalLM
 
 WEIGHTS, SETTINGS = "lit_model.pth.lora", "hyperparameters.yaml"
-LARGEST = 100_000  # bytes of a config
+LARGEST = 100_000  # characters of a config
 HEADS = ("q_proj", "k_proj", "v_proj")
 TRAINED = ("lora_query", "lora_key", "lora_value")
 LINEARS = {
@@ -68,16 +68,7 @@ def read(folder: Path, model: "CausalLM", base: Path) -> Converted:
 def _settings(path: Path) -> dict[str, Any]:
     from pipeline.files import strict_yaml
 
-    try:
-        with path.open("rb") as file:
-            text = file.read(LARGEST + 1).decode()
-        settings = strict_yaml.load(text) if len(text) <= LARGEST else None
-    except OSError as error:
-        raise UserError(
-            f"{path}: {error.strerror}. litgpt writes it beside the adapter, with rank and alpha."
-        ) from None
-    except (ValueError, RecursionError):
-        settings = None
+    settings = strict_yaml.read(path, f"{path}, which litgpt writes beside the adapter", LARGEST)
     if not isinstance(settings, dict):
         raise UserError(f"{path} is no settings file of litgpt. Copy the adapter's folder again.")
     return settings

@@ -74,7 +74,7 @@ def test_nor_is_an_adapter_of_a_kind_that_a_method_brings(
 # Its base
 
 
-def test_a_base_is_looked_up_here_then_above_the_adapter_then_where_it_is_said_last(
+def test_a_base_is_looked_up_above_the_adapter_then_here_then_where_it_is_said_last(
     tmp_path: Path,
 ) -> None:
     adapter = config(tmp_path / "project/artifacts/adapter", base_model_name_or_path="models/base")
@@ -83,7 +83,7 @@ def test_a_base_is_looked_up_here_then_above_the_adapter_then_where_it_is_said_l
         UserError, match=r"names 'models/base' as its base, but there is no such folder.*--base"
     ):
         base_of(adapter, here, last)
-    for folder in (last, project, here):
+    for folder in (last, here, project):
         (folder / "models/base").mkdir(parents=True)
         assert base_of(adapter, here, last) == folder / "models/base"
 

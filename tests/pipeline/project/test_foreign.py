@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
-from pipeline.project.foreign import FORMATS, LARGEST, Foreign, read_config
+from pipeline.project.foreign import FORMATS, LARGEST, Config, read_config
 from pipeline.project.params.aliases import KEYS, NO_COUNTERPART, why_none
 from pipeline.project.params.schema import ValueSource, check_value, hints
 from pipeline.stages.registry import GRAPH
@@ -146,18 +146,18 @@ def test_a_config_for_preferences_gives_their_section(tmp_path: Path, loss: str)
     assert (foreign.values["finetune_dpo.loss"], foreign.values["finetune_dpo.beta"]) == (loss, 0.2)
 
 
-def foreign_of(folder: Path, tree: Mapping[str, Any], name: str = "config.yml") -> Foreign:
+def foreign_of(folder: Path, tree: Mapping[str, Any], name: str = "config.yml") -> Config:
     text = json.dumps(tree) if name.endswith(".json") else yaml.safe_dump(dict(tree))
     (folder / name).write_text(text, encoding="utf-8")
     return read_config(folder / name, GRAPH.sections)
 
 
-def settings(foreign: Foreign) -> dict[str, Any]:
+def settings(foreign: Config) -> dict[str, Any]:
     return {key.removeprefix("finetune_lora."): value for key, value in foreign.values.items()}
 
 
-def left(foreign: Foreign) -> dict[str, str]:
-    return {key: why for key, _, why in foreign.left}
+def left(foreign: Config) -> dict[str, str]:
+    return dict(foreign.left)
 
 
 def test_axolotl(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_axolotl(tmp_path: Path) -> None:
     assert (foreign.format, foreign.base, foreign.data) == (
         "Axolotl",
         "org/model-8b",
-        (str(tmp_path / "mine.jsonl"),),
+        [str(tmp_path / "mine.jsonl")],
     )
     assert settings(foreign) == dict(
         **{
@@ -204,13 +204,13 @@ def test_axolotl(tmp_path: Path) -> None:
         "eval_share" in why["evals_per_epoch"]
         and "no such setting" in why["loss_watchdog_threshold"]
     )
-    assert foreign.left[0] == ("datasets", "org/hub-set", why["datasets"])
+    assert foreign.left[0] == ("datasets", why["datasets"])
     assert not {"load_in_8bit", "fp16", "tf32"} & set(why), "what is off is neither taken nor left"
 
 
 def test_llama_factory(tmp_path: Path) -> None:
     foreign = foreign_of(tmp_path, LLAMA_FACTORY, "config.yaml")
-    assert (foreign.format, foreign.base, foreign.data) == ("LLaMA-Factory", "org/model-4b", ())
+    assert (foreign.format, foreign.base, foreign.data) == ("LLaMA-Factory", "org/model-4b", [])
     assert settings(foreign) == {
         **{
             "rank": 8,
@@ -249,7 +249,7 @@ def test_mlx_lm(tmp_path: Path) -> None:
     (tmp_path / "sets/train.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
     foreign = foreign_of(tmp_path, MLX, "config.yaml")
     assert (foreign.format, foreign.base) == ("mlx-lm", "org/model")
-    assert foreign.data == (str(tmp_path / "sets/train.jsonl"),)
+    assert foreign.data == [str(tmp_path / "sets/train.jsonl")]
     assert settings(foreign) == dict(
         **{
             "rank": 8,
@@ -504,17 +504,26 @@ BOMB = "a: &a [x, x]\n" + "".join(
         ("x.yml", f"base_model: m\n{BOMB}lora_r: *u\n".encode(), "aliases"),
         ("x.yml", b"base_model: " + b"[" * 50_000, "nested too deeply"),
         ("x.yml", b"base_model:\n" + b"- " * 40_000, "nested too deeply"),
-        ("x.json", b'{"peft_type": ' + b"[" * 90_000, "nested too deeply"),
-        ("x.json", b'{"peft_type": ', "is not JSON"),
+        ("x.json", b'{"peft_type": ' + b"[" * 90_000, "is not a JSON object"),
+        ("x.json", b'{"peft_type": ', "is not a JSON object"),
+        (
+            "x.yml",
+            b"base_model: " + b"[" * 700 + b"]" * 700 + b"\nadapter: lora\n",
+            "nested too deeply",
+        ),
         ("x.yml", b"base_model: 1\nbase_model: 2\n", "twice"),
-        ("x.yml", b"base_model: !!python/object/apply:os.system [ls]\n", "is not YAML"),
-        ("x.yml", b"base_model: m\nseed: " + b"9" * 50_000, "is not YAML"),
-        ("training_args.bin", b"\x80\x05\x95" + bytes(range(256)), "Pickles are not read"),
-        ("x.yml", b"#" * (LARGEST + 1), "has more than 100,000 bytes"),
+        ("x.yml", b"base_model: !!python/object/apply:os.system [ls]\n", "is not valid YAML"),
+        ("x.yml", b"base_model: m\nseed: " + b"9" * 50_000, "is not valid YAML"),
+        (
+            "training_args.bin",
+            b"\x80\x05\x95" + bytes(range(256)),
+            "is a pickle, which is not read",
+        ),
+        ("x.yml", b"#" * (LARGEST + 1), "at most 100,000 characters"),
         ("x.yml", b"- a\n", "must hold key: value lines"),
         ("x.yml", b"", "must hold key: value lines"),
     ],
-    ids=range(12),
+    ids=range(13),
 )
 def test_a_file_made_to_hurt_is_one_message(
     name: str, raw: bytes, message: str, tmp_path: Path

@@ -271,9 +271,9 @@ def of_experts(folder: Path) -> None:
     [
         (
             without_settings,
-            "hyperparameters.yaml: No such file or directory. litgpt writes it beside the adapter",
+            "hyperparameters.yaml, which litgpt writes beside the adapter: No such file or directory",
         ),
-        (of_aliases, "hyperparameters.yaml is no settings file of litgpt"),
+        (of_aliases, "its aliases (*name) stand for more than 1,000,000 values"),
         (of_absurd_alpha, f"must have lora_r and lora_alpha, got 4 and 1{59 * '0'}…"),
         (of_other_parts, "which do not fit the 48 rows of model.layers.0.self_attn.q_proj"),
         (
