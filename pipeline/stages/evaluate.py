@@ -30,6 +30,7 @@ from pipeline.inference.score import (
     score,
     score_answers,
 )
+from pipeline.project.cache import NAMED
 from pipeline.project.logs.run_log import LOSS, final_loss, flat_from, read_steps
 from pipeline.project.params.load import TRAINING
 from pipeline.project.params.sections import Evaluate, Training
@@ -187,10 +188,12 @@ def measure(
     facts = {"settings": job.key, "kind": "evaluation", "stage": MEASURED}
     earlier, inputs = _measured_before(job)
     metrics = {reference.name: numbers, **earlier}
-    problems: list[str] = []
-    named: list[str] = []
+    problems, named = list[str](), list[str]()
+    named_runs = project.cache / NAMED
     for done, adapter in enumerate(adapters, 1):
-        name = Path(os.path.relpath(adapter, project.root)).as_posix()
+        # a named run's adapter: by its name
+        root = named_runs if adapter.is_relative_to(named_runs) else project.root
+        name = Path(os.path.relpath(adapter, root)).as_posix()
         try:
             # before it is loaded: the numbers are of these files
             digest = artifact.digest(adapter)

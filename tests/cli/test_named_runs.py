@@ -95,12 +95,13 @@ def test_a_name_stands_for_its_adapter(project: Path, cli: Lora, tmp_path: Path)
     for command in (
         ("prompt", "der hund", "--adapter", "first"),
         ("adapters", "verify", "first"),
-        ("evaluate", "--adapter", "first"),
         ("merge", "--adapter", "first", "--out", str(tmp_path / "merged")),
         ("export", "first", "--format", "peft", "--out", str(tmp_path / "peft")),
     ):
         code, _, err = cli(*command, cwd=project)
         assert code == 0, err
+    measured = json.loads(cli("evaluate", "--adapter", "first", "--json", cwd=project)[1])
+    assert measured.keys() == {"base", "first/lora_adapter"}
     config = json.loads((tmp_path / "peft/adapter_config.json").read_text(encoding="utf-8"))
     assert config["r"] == 2
     listed = cli("adapters", cwd=project)[1]

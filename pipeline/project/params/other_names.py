@@ -145,13 +145,11 @@ def _layers_to_transform(theirs: str, value: Any) -> Any:
 
 
 def _names(_: str, value: Any) -> Any:
-    if isinstance(value, str) and not re.fullmatch(r"[\w., -]+", value):
-        return Why("a regular expression: name the linears in a list")
-    return _split(value)
-
-
-def _split(value: Any) -> Any:
-    return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    if not re.fullmatch(r"[\w., -]+", value):
+        return Why("a regular expression: name the modules in a list")
+    return [name.strip() for name in value.split(",")]
 
 
 def _eval_share(_: str, value: Any) -> Any:
@@ -185,7 +183,7 @@ CONVERSIONS: Mapping[str, Callable[[str, Any], Any]] = {
     "target_modules": _target_modules,
     "layers_to_transform": _layers_to_transform,
     "exclude_modules": _names,
-    "modules_to_save": lambda _, value: _split(value),
+    "modules_to_save": _names,
     "train_embeddings": lambda *_: Why(
         "new tokens are named in expand_vocab, and train with train_embeddings=new_rows"
     ),
