@@ -106,7 +106,8 @@ def changed_params(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
 
 
 def _abbreviate(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text or "none"
 
 
 Work = Callable[[Job], Generator[Event, None, Facts]]

@@ -128,6 +128,8 @@ def test_a_name_is_of_one_run(project: Path, cli: Lora) -> None:
     before = folder_bytes(project / ADAPTER)
     said = refusal(cli(*TRAIN, "--name", "first", "--set", "finetune_lora.rank=3", cwd=project))
     assert "first is a run already, with other settings: rank 2 → 3. Choose another name" in said
+    said = refusal(cli(*TRAIN, "--name=first", "--set", "exclude_modules=v_proj", cwd=project))
+    assert "exclude_modules none → v_proj" in said
     assert folder_bytes(project / ADAPTER) == before, "nothing was trained"
 
 
