@@ -193,7 +193,7 @@ def train(
                 print_note(f"{stage.name} is on the first machine, where the stages after it run.")
                 return
         elif not experiment or stage.method in BASES:
-            run_stage(stage.name, params, None, force=False)
+            run_stage(stage.name, params, None, False)
     if not experiment:
         _print_results(open_project(params), out)
         refuse_broken(open_project(params))

@@ -117,11 +117,11 @@ class Library:
         return str(path)
 
     def _group(self, path: Path) -> str:
-        """The heading of a model that the pipeline does not name: its run's name, its folder in
-        artifacts/, or the added folder.
+        """The heading of a model that the pipeline does not name: its run's name, with the
+        adapter's if it is a checkpoint, its folder in artifacts/, or the added folder.
         """
         if path.is_relative_to(self.runs):
-            return path.relative_to(self.runs).parts[0]
+            return str(path.relative_to(self.runs).parent)
         for folder in self.folders:
             if path.is_relative_to(folder):
                 inside = path.relative_to(folder).parts

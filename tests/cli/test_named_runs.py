@@ -108,8 +108,9 @@ def test_a_name_stands_for_its_adapter(project: Path, cli: Lora, tmp_path: Path)
     assert "first/lora_adapter" in listed and "  checkpoint-4" in listed
     library = Library(open_project(project / "params.yaml"))
     shown = {(entry.group, entry.label): library.check(entry) for entry in library.scan()}
-    for label in ("first/lora_adapter", "first/lora_adapter/checkpoint-4"):
-        assert shown["first", label].state == "verified"
+    assert shown["first", "first/lora_adapter"].state == "verified"
+    checkpoint = shown["first/lora_adapter", "first/lora_adapter/checkpoint-4"]
+    assert checkpoint.state == "verified"
     assert shown["first", "first/lora_adapter"].verdict.forgetting is not None  # type: ignore[union-attr]
 
 

@@ -127,7 +127,8 @@ class ModelList(Table[Line]):
             return Content.styled(f"{line.label} ({len(line.entries)})", "bold")
         label = line.label
         if line.group and not self.sorted_by:
-            label = f"  {label.removeprefix(f'{line.group}/')}"
+            # 80 columns have no room for checkpoint-40
+            label = f"  {label.removeprefix(f'{line.group}/').replace('checkpoint-', 'step ')}"
         style = MUTED if line.state == REFUSED else ""
         best = " ★" * line.model.weights_of.endswith("the best checkpoint")
         return Content.styled(f"{label}{best}{' ●' * bool(line.apart)}", style)

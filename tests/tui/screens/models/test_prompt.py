@@ -317,9 +317,12 @@ async def test_forty_adapters_are_listed_and_at_most_nine_stay_loaded(project: P
         await s.answered()
         s.screen.choose([])
         assert s.table.point(project / "artifacts/many/a20")
+        await until(
+            s.pilot, lambda: [one.label for one in s.screen.session.entries] == ["many/a20"]
+        )
         await s.ask("die katze")
+        await until(s.pilot, lambda: len(s.engine.done("load")) == 10)
         await s.answered()
-        assert len(s.engine.done("load")) == 10
         models, first = s.app.models, Path(s.engine.done("load")[0]["name"])
         assert models is not None and len(models._loaded) == 9 and first not in models._loaded
 
