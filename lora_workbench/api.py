@@ -143,14 +143,13 @@ class Project:
         from pipeline.project.cache import NAME, NAMED, SHORT_KEY, Cache, cache_key
         from pipeline.project.runner import changed_params, input_facts
 
-        project = self.pipeline
-        is_key = len(name) == SHORT_KEY and not {*name} - {*"0123456789abcdef"}
+        project, made = self.pipeline, self.pipeline.stage(stage)
+        is_key = len(name) == SHORT_KEY and {*name} <= {*"0123456789abcdef"}
         if not NAME.fullmatch(name) or is_key or name in project.graph.stages:
             raise UserError(
                 "--name must be at most 64 letters, digits, dots, dashes and underscores, and no "
                 f"stage or key, got {name[:80]!r}. Choose another."
             )
-        made = self.pipeline.stage(stage)
         link = Cache(project.cache).root / NAMED / name / made.output
         if not link.is_dir():
             return
@@ -173,9 +172,9 @@ class Project:
         from pipeline.project.runner import artifact_settings
 
         made = artifact_settings(self.artifact(stage))
-        cache = Cache(self.pipeline.cache)
-        output = self.pipeline.stage(stage).output
-        folder = cache.name(name, stage, made.key if made else "", output)
+        folder = Cache(self.pipeline.cache).name(
+            name, stage, made.key if made else "", self.pipeline.stage(stage).output
+        )
         if "evaluate" in self.pipeline.readable:
             evaluate(self, [folder], out=folder.parent / "evaluation", on_event=on_event)
         return folder
@@ -294,8 +293,7 @@ def load(
     from pipeline.inference import engine
 
     path = _path(adapter)
-    on = base_of(path) if base is None else Path(base)
-    return engine.load(on, path, trust_remote_code=trust_remote_code)
+    return engine.load(_path(base) or base_of(path), path, trust_remote_code=trust_remote_code)
 
 
 def generate(
@@ -340,7 +338,7 @@ def evaluate(
     from pipeline.files.artifact import read_json
 
     opened = project if isinstance(project, Project) else Project(project)
-    paths = [Path(adapter) for adapter in adapters]
+    paths = list(map(Path, adapters))
     if not paths:
         result = opened.run("evaluate", on_event=on_event)
         return read_json(result.folder / "metrics.json", "Run `lora evaluate`")

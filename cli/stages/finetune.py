@@ -141,10 +141,6 @@ class Machines(NamedTuple):
             raise UserError(
                 "--nnodes and --rdzv-endpoint go together: the machines have to meet. Name both."
             )
-        if self.node_rank is not None and self.nodes == 1:
-            raise UserError(
-                "--node-rank numbers several machines. Say how many with --nnodes, or leave it out."
-            )
         if self.node_rank is not None and self.node_rank >= self.nodes:
             raise UserError(
                 f"--node-rank must be less than --nnodes, which is {self.nodes}, got "
@@ -187,8 +183,7 @@ class Machines(NamedTuple):
             if self.shard is not None:
                 given.append("--shard" if self.shard else "--no-shard")
             given += ["--apply"] * apply
-            code = launch(self.devices, given, self.nodes, self.endpoint or "", self.node_rank)
-            if code:
+            if code := launch(self.devices, given, self.nodes, self.endpoint or "", self.node_rank):
                 raise Exit(code)
         is_here = project.artifact(stage.name).is_dir()  # with several machines, on the first
         if name is not None and is_here and world().is_main_process:

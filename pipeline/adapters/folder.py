@@ -32,21 +32,33 @@ def refuse_pickle(folder: Path) -> None:
 def base_of(adapter: Path | None, here: Path = Path(), *last: Path) -> Path:
     """The model folder that an adapter names as its base; without one, the pipeline's base.
 
-    A relative name is looked up in the adapter's parent folders, in `here`, then in `last`: each
-    project has its own artifacts/expanded. Raises UserError.
+    A relative name is looked up in `here`, in the adapter's parent folders, then in `last`: each
+    project has an artifacts/expanded, so that one which the adapter was trained on goes first.
+    Raises UserError.
     """
     if adapter is None:
         return here / DEFAULT_BASE
     name = read_config(adapter).get("base_model_name_or_path") or DEFAULT_BASE
+    found = []
     with suppress(OSError):  # too long for a name
-        for folder in (*adapter.resolve().parents, here, *last):
+        for folder in (here, *adapter.resolve().parents, *last):
             if isinstance(name, str) and (folder / name).is_dir():
-                return (here if folder == here.resolve() else folder) / name
+                found.append(folder / name)
+    if found:
+        return next((base for base in found if _is_base(adapter, base)), found[0])
     shown = abbreviate_repr(name, 200)
     raise UserError(
         f"{adapter} names {shown} as its base, but there is no such folder. Pass the base with "
         "--base."
     )
+
+
+def _is_base(adapter: Path, base: Path) -> bool:
+    """Whether their manifests say that the adapter was trained on the base."""
+    with suppress(UserError, KeyError):  # one has no manifest, or it is not ours
+        trained_on = artifact.read_manifest(adapter)["base"]
+        return bool(artifact.read_manifest(base)["fingerprint"] == trained_on)
+    return False
 
 
 class Origin(NamedTuple):

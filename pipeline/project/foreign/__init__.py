@@ -61,7 +61,7 @@ class Config:
                 f"{self.path}: {key} must be one of {known}, got {abbreviate_repr(value)}. Edit "
                 "the file."
             )
-        self.section = default if value is None else sections[value]
+        self.section = sections.get(value, default)
 
     def choose_preferences(self, key: str, losses: Mapping[str, str]) -> None:
         """Learn from preferences in place of examples if `key` names one of the `losses`."""

@@ -111,10 +111,7 @@ KEYS = by_other_name(
 IMPLIED: Mapping[str, Mapping[str, str]] = {
     "qlora": {"quantization": "nf4"},
     "finetune_qlora": {"quantization": "nf4"},
-    "ipo": {"loss": "ipo"},
-    "kto": {"loss": "kto"},
-    "orpo": {"loss": "orpo"},
-    "simpo": {"loss": "simpo"},
+    **{name: {"loss": name} for name in ("ipo", "kto", "orpo", "simpo")},
 }
 # Other tools' settings without a counterpart here: why → settings; * stands for any characters.
 # These change no result: they are ignored, with a note.

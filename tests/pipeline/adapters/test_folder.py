@@ -74,7 +74,7 @@ def test_nor_is_an_adapter_of_a_kind_that_a_method_brings(
 # Its base
 
 
-def test_a_base_is_looked_up_above_the_adapter_then_here_then_where_it_is_said_last(
+def test_a_base_is_looked_up_here_then_above_the_adapter_then_where_it_is_said_last(
     tmp_path: Path,
 ) -> None:
     adapter = config(tmp_path / "project/artifacts/adapter", base_model_name_or_path="models/base")
@@ -83,9 +83,21 @@ def test_a_base_is_looked_up_above_the_adapter_then_here_then_where_it_is_said_l
         UserError, match=r"names 'models/base' as its base, but there is no such folder.*--base"
     ):
         base_of(adapter, here, last)
-    for folder in (last, here, project):
+    for folder in (last, project, here):
         (folder / "models/base").mkdir(parents=True)
         assert base_of(adapter, here, last) == folder / "models/base"
+
+
+def test_of_bases_with_one_name_the_one_that_it_was_trained_on_goes_first(tmp_path: Path) -> None:
+    project, here = tmp_path / "project", tmp_path / "here"
+    adapter = config(project / "artifacts/adapter")
+    for root, fingerprint in ((here, "other"), (project, BASE), (tmp_path, "another")):
+        sealed(root / "artifacts/expanded", fingerprint=fingerprint)
+    assert base_of(adapter, here) == here / "artifacts/expanded", "it does not say"
+    sealed(adapter, base=BASE)
+    assert base_of(adapter, here) == project / "artifacts/expanded"
+    sealed(adapter, base="another")
+    assert base_of(adapter, here) == tmp_path / "artifacts/expanded"
 
 
 def test_without_a_name_it_is_the_pipelines_expanded_base(tmp_path: Path) -> None:

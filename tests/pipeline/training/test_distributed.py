@@ -498,7 +498,7 @@ def test_machines_have_to_meet(mini: Path, cli: Lora) -> None:
             ["--nnodes", "2", "--rdzv-endpoint", "127.0.0.1:70000"],
             "--rdzv-endpoint must be HOST:PORT of a machine",
         ),
-        (["--node-rank", "0"], "--node-rank numbers several machines. Say how many with"),
+        (["--node-rank", "1"], "--node-rank must be less than --nnodes, which is 1, got 1"),
         (
             ["--nnodes", "2", "--rdzv-endpoint", "127.0.0.1:7", "--node-rank", "2"],
             "--node-rank must be less than",
