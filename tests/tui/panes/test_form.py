@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from textual.app import App, ComposeResult
 from textual.pilot import Pilot
 
+from tests.helpers.pilot import until
 from tui.panes.fields import (
     Field,
     Kind,
@@ -167,7 +168,7 @@ async def test_heads_are_shown_where_there_is_room() -> None:
         await pilot.resize_terminal(60, 8)
         await pilot.pause()
         assert " memory" not in form.lines()
-        assert form.scroll_offset.y <= form._tops["optimizer"] < form.scroll_offset.y + 8
+        await until(pilot, lambda: 0 <= form._tops["optimizer"] - form.scroll_offset.y < 8)
 
 
 async def test_tab_leaves_the_form_at_its_ends() -> None:
@@ -280,9 +281,10 @@ async def test_two_hundred_fields_at_every_size(always: bool) -> None:
             await pilot.resize_terminal(*size)
             await pilot.press("end", "pageup", "home", "down")
         form.point("key_150")
-        await pilot.pause()
-        top = form._tops["key_150"] - form.scroll_offset.y
-        assert 0 <= top < form.size.height
+        await until(
+            pilot,
+            lambda: 0 <= form._tops["key_150"] - form.scroll_offset.y < form.size.height,
+        )
         assert all("\n" not in line for line in form.lines())
 
 
