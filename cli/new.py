@@ -287,10 +287,10 @@ def _print_foreign(foreign: Config) -> None:
     ]
     print_table((foreign.format, "here", "value"), rows)
     reasons: dict[str, list[str]] = {}
-    for theirs, why in foreign.left:
+    for theirs, why in foreign.left.items():
         reasons.setdefault(why, []).append(theirs)
     for why, keys in reasons.items():
-        print_line(f"not taken: {', '.join(dict.fromkeys(keys))} ({why})")
+        print_line(f"not taken: {', '.join(keys)} ({why})")
 
 
 def start_project(request: Request) -> None:

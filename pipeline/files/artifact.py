@@ -281,16 +281,18 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path, hint: str) -> dict[str, Any]:
+def read_json(path: Path, hint: str, most: int | None = None) -> dict[str, Any]:
     """The JSON object in `path`.
 
-    Raises UserError, with `hint` as the next step, if it is missing, no object or too large.
+    Raises UserError, with `hint` as the next step, if it is missing, no object or has more than
+    `most` bytes, by default LARGEST_JSON.
     """
+    most = most or LARGEST_JSON
     try:
         with path.open("rb") as file:
-            raw = file.read(LARGEST_JSON + 1)
-        if len(raw) > LARGEST_JSON:
-            raise UserError(f"{path} must have at most {LARGEST_JSON:,} bytes. {hint}.")
+            raw = file.read(most + 1)
+        if len(raw) > most:
+            raise UserError(f"{path} must have at most {most:,} bytes. {hint}.")
         value = json.loads(raw.decode())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}. {hint}.") from None

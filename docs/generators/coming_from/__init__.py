@@ -113,7 +113,7 @@ def _read(name: str, text: str, data: str) -> list[str]:
     lines += [f"| {theirs} | `{ours}` | `{value}` |" for theirs, ours, value in rows]
     if foreign.left:
         lines += ["", "and leaves:\n", "| there | why |", "|---|---|"]
-        lines += [f"| `{theirs}` | {why} |" for theirs, why in foreign.left]
+        lines += [f"| `{theirs}` | {why} |" for theirs, why in foreign.left.items()]
     return lines
 
 

@@ -45,7 +45,7 @@ class Config:
         self.base = ""  # as the config names it, if it does
         self.data: list[str] = []  # those of its data files that exist
         self.taken: dict[str, tuple[str, Any]] = {}  # our key → theirs, value
-        self.left: list[tuple[str, str]] = []  # their key, why it is not taken
+        self.left: dict[str, str] = {}  # their key → why it is not taken
 
     @property
     def values(self) -> dict[str, Any]:
@@ -81,16 +81,12 @@ class Config:
             why = "there is no such setting here"
             if theirs in KEYS:
                 why = f"{self.section} has no {ours}"
-            self.leave(theirs, why_none(theirs) or why)
+            self.left[theirs] = why_none(theirs) or why
             return
         if len(repr(value)) > LONGEST:
             raise UserError(f"{where} is too long: {abbreviate_repr(value)}. Edit the file.")
         typed = check_value(types[ours], value, where, origin)
         self.taken[ours] = (theirs, list(typed) if isinstance(typed, tuple) else typed)
-
-    def leave(self, theirs: str, why: str) -> None:
-        """Note a key without a counterpart."""
-        self.left.append((theirs, why))
 
     def take_files(self, theirs: str, names: Any) -> None:
         """Take the data files among `names`, from the current folder or the config's.
@@ -108,14 +104,15 @@ class Config:
             if file:
                 self.data.append(str(file))
             else:
-                why = "no such file; `lora data convert` makes one of a data set of the hub"
-                self.leave(theirs, why)
+                self.left[theirs] = (
+                    "no such file; `lora data convert` makes one of a data set of the hub"
+                )
 
     def take_rest(self) -> None:
         """Take by its name what the tool's own rules have not taken."""
         for theirs, value, ours, converted in translated(self.rest):
             if isinstance(converted, Why):
-                self.leave(theirs, converted)
+                self.left[theirs] = converted
             elif ours == "data" and converted is not None:
                 self.take_files(theirs, value)
             elif converted is not None:
@@ -124,7 +121,7 @@ class Config:
     def drop(self, ours: str, why: str) -> None:
         """Move what was taken to what is left."""
         if ours in self.taken:
-            self.leave(self.taken.pop(ours)[0], why)
+            self.left[self.taken.pop(ours)[0]] = why
 
     def drop_excluded(self) -> None:
         """Leave settings that other settings exclude."""
@@ -165,7 +162,7 @@ def _read_tree(path: Path) -> dict[str, Any]:
     if path.suffix == ".bin":
         raise UserError(f"{path} is a pickle, which is not read. Name a config in YAML or JSON.")
     tree = (
-        read_json(path, "Name a config")
+        read_json(path, "Name a config", LARGEST)
         if path.suffix == ".json"
         else strict_yaml.read(path, str(path), LARGEST)
     )

@@ -18,9 +18,9 @@ def read(config: Config) -> None:
         config.take_files("datasets", path)
     all_linear = config.rest.get("lora_target_linear") is True
     if all_linear and config.rest.pop("lora_target_modules", None):
-        config.leave("lora_target_modules", "lora_target_linear is on")
+        config.left["lora_target_modules"] = "lora_target_linear is on"
     if config.rest.pop("batch_size", None):
-        config.leave("batch_size", "it is micro_batch_size × gradient_accumulation_steps")
+        config.left["batch_size"] = "it is micro_batch_size × gradient_accumulation_steps"
 
 
 FORMAT = Format(4, "Axolotl", frozenset(("base_model", "micro_batch_size", "sequence_len")), read)

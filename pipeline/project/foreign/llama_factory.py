@@ -13,8 +13,8 @@ def read(config: Config) -> None:
     config.choose("finetuning_type", METHODS)
     config.choose_preferences("stage", {"dpo": "dpo", "kto": "kto"})  # `pref_loss` may say more
     if config.rest.pop("dataset", None):
-        config.leave(
-            "dataset", "names of dataset_info.json: name its files in the section's `data`"
+        config.left["dataset"] = (
+            "names of dataset_info.json: name its files in the section's `data`"
         )
     if config.rest.pop("disable_gradient_checkpointing", None) is True:
         config.take("disable_gradient_checkpointing", "gradient_checkpointing", "none")
