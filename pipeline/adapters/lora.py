@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.adapters.config import FOLD_BELOW
 from pipeline.errors import UserError
-from pipeline.models.base import LinearUpdate, LowBitLinear, LowRankLinear, is_conv1d
+from pipeline.models.base import LinearUpdate, LowBitLinear, LowRankLinear, RowScale, is_conv1d
 from pipeline.models.device import device_for_matrix
 from pipeline.project.params.sections import Init
 
@@ -132,7 +132,7 @@ class LoRALinear(AdapterLayer, LowRankLinear):
         # not as attributes, of which a module's take half a microsecond each
         parameters: Any = self._parameters
         base = self._modules["base"]
-        if type(base) is not nn.Linear:
+        if type(base) is not nn.Linear and not isinstance(base, LowBitLinear):
             return None
         return LinearUpdate(base, parameters["lora_A"], parameters["lora_B"], self.scale)
 
@@ -218,6 +218,8 @@ class DoRALinear(LoRALinear):
         super().__init__(base, *settings, **options)
         self.adds_to_base = False  # rows of W are rescaled
         self.strength = 1.0  # W + strength · (W' − W): the update is not linear in its scale
+        # a number that grows with each update, and what `_norms_of_step` returned after it
+        self._kept: tuple[Any, ...] = (-1,)
         # ‖W‖², (O,)
         self.register_buffer("squares", row_norms(weight_out_in(base)).square(), persistent=False)
         with torch.no_grad():
@@ -247,6 +249,26 @@ class DoRALinear(LoRALinear):
 
     def linear_update(self) -> None:
         """None: magnitude and norm make it more than W and two factors."""
+
+    def row_scale(self) -> tuple[LinearUpdate, RowScale] | None:
+        update = super().linear_update()
+        if update is None or self.folds or self.strength != 1:
+            return None
+        return update, RowScale(self.magnitude, *self._norms_of_step())
+
+    @torch.no_grad()
+    def _norms_of_step(self) -> tuple[Tensor, Tensor]:
+        """‖W + s·BA‖ and m/‖W + s·BA‖, (O,) each.
+
+        Computed once for all batches between two updates, if the optimizer keeps copies of A and B.
+        """
+        A, B = (getattr(factor, "in_16_bits", factor) for factor in (self.lora_A, self.lora_B))
+        step, *kept = self._kept
+        if A is self.lora_A or step != A._version:
+            norms = self._norms(A, B)
+            kept = [norms, self.magnitude / norms]
+            self._kept = (A._version, *kept)
+        return kept[0], kept[1]
 
     def _updated_weight(self, A: Tensor, B: Tensor) -> Tensor:
         """W + s·BA, (O, I)."""

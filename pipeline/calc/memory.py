@@ -6,7 +6,13 @@ from typing import NamedTuple
 
 from pipeline.calc.architecture import Architecture
 from pipeline.calc.method import FinetuningMethod, trained_split
-from pipeline.calc.settings import STATE_BLOCK, STATE_CHUNK, TrainingConfig, precision
+from pipeline.calc.settings import (
+    STATE_BLOCK,
+    STATE_CHUNK,
+    STATE_CHUNK_ON_CARD,
+    TrainingConfig,
+    precision,
+)
 from pipeline.calc.step import run_step
 from pipeline.errors import UserError
 
@@ -53,11 +59,15 @@ def predict(model: Architecture, method: FinetuningMethod, run: TrainingConfig) 
     # muon has one of AdamW's two moments of a matrix
     spared = sum(map(prod, matrices)) * run.moment_bytes(width if method.adapter else run.width)
     code, scratch = _update_bytes(run, added + base, trained, matrices)
+    copies = run.width * method.factor_parameters(model) if run.keeps_copies else 0
     # the tape's peak is the step's: weights, optimizer and a flat gradient are there from its first
     # phase to its last
     memory = Memory(
         weights=weight_bytes(model, run.precision),
-        adapter=trained - base * run.width + (method.buffer_bytes(model, width) if flat else 0),
+        adapter=trained
+        - base * run.width
+        + (method.buffer_bytes(model, width) if flat else 0)
+        + copies,
         gradients=tape.at_peak.get("gradients", 0) + (trained if flat else 0),
         optimizer=round(
             sum(count * run.state_bytes(size) for count, size in groups) + code - spared
@@ -97,7 +107,8 @@ def _update_bytes(
         return 0, max(4 * prod(shape) + 4 * min(shape) ** 2 for shape in matrices)
     if "8bit" not in run.optimizer:
         return 0, 0
-    chunk = min(STATE_CHUNK, -(-count // STATE_BLOCK) * STATE_BLOCK)
+    most = STATE_CHUNK if run.cpu else STATE_CHUNK_ON_CARD
+    chunk = min(most, -(-count // STATE_BLOCK) * STATE_BLOCK)
     # a paged state comes from the host
     state = 2 * (1 + 4 / STATE_BLOCK) * chunk if run.optimizer.startswith("paged") else 0
     # both moments in fp32, codes and edges in 4 bytes, and a bool

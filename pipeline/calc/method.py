@@ -157,6 +157,10 @@ class FinetuningMethod:
         """Added parameters that our trainer keeps in fp32, whatever the adapter's precision."""
         return 0
 
+    def factor_parameters(self, model: Architecture) -> int:
+        """Trainable parameters of low-rank factors."""
+        return 0
+
     def buffer_bytes(self, model: Architecture, width: int) -> int:
         """Bytes beside the parameters in our layers; `width`: bytes of an adapter's parameter."""
         return 0

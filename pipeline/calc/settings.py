@@ -101,7 +101,9 @@ LARGEST_INT = 2**31 - 1
 # In a longer row masked scores cost more.
 PACK_UP_TO = 128
 STATE_BLOCK = 256  # weights that share a scale in adamw-8bit's state
-STATE_CHUNK = 2**20  # weights whose state is in fp32 at once while it updates them
+# Weights whose state is in fp32 at once while adamw-8bit updates them. On a card a chunk costs 30
+# launches, whatever its size, and the memory of activations is free by then.
+STATE_CHUNK, STATE_CHUNK_ON_CARD = 2**20, 2**24
 OPTIMIZERS = ("adamw", "adamw-8bit", "paged-adamw-8bit", "sgd", "muon")  # those of params.yaml
 TRAINERS = ("ours", "torch", "torch-fp32", "torch-foreach")
 
@@ -187,7 +189,7 @@ class TrainingConfig:
     )
     loss: str = option(
         "full",
-        "Logits in memory at once: full, labels, chunked, fused (by Liger); default: full, for "
+        "Logits in memory at once: full, labels, chunked, fused (on a GPU); default: full, for "
         "pairs chunked.",
         choices=("full", "labels", "chunked", "fused", "divergence"),
         automatic=True,
@@ -260,6 +262,12 @@ class TrainingConfig:
     def ours(self) -> bool:
         """Whether our trainer runs the step: a flat gradient, fp32 state, few saved tensors."""
         return self.trainer == "ours"
+
+    @property
+    def keeps_copies(self) -> bool:
+        """Whether low-rank factors in fp32 have a copy in 16 bits, which the products read."""
+        in_fp32 = precision(self.adapter_precision).compute == 4
+        return self.ours and not self.cpu and self.width == 2 and in_fp32
 
     def moment_bytes(self, width: int) -> int:
         """Bytes of one of AdamW's two moments per trained parameter of `width` bytes."""

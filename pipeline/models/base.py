@@ -4,6 +4,7 @@ Dimensions are those of `minigpt.py`. Module names are checkpoint names in both,
 adapters and certificates need no table of renamings.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from pipeline.models.device import to_device
 from pipeline.project import probes
 
 ROW = 1024  # tokens of a packed row of texts to score, at most
+ADAPTER_PARAMETER = r"\.(lora_|magnitude)"
 Checkpointing = Literal["none", "selective", "full"]
 # Puts a prefix's keys and values before those of each packed sequence: number of a block, keys and
 # values (B, G, T, K), lengths of the sequences → keys and values (B, G, T + n · sequences, K).
@@ -255,7 +257,8 @@ class CausalLM(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the base's weights: an adapter may have another."""
-        return next(p.dtype for name, p in self.blocks.named_parameters() if ".lora_" not in name)
+        parameters = self.blocks.named_parameters()
+        return next(p.dtype for name, p in parameters if not re.search(ADAPTER_PARAMETER, name))
 
 
 class VirtualTokens(nn.Module):
@@ -372,10 +375,18 @@ class UpdatedLinear(nn.Module):
 class LinearUpdate(NamedTuple):
     """A frozen linear and its update s·BA: of one adapter, or stacked of L adapters."""
 
-    base: nn.Linear
+    base: "nn.Linear | LowBitLinear"
     A: Tensor  # (R, I), or (L, R, I) of L adapters with as many rows each
     B: Tensor  # (O, R), or (L, O, R)
     scale: float
+
+
+class RowScale(NamedTuple):
+    """What DoRA multiplies outputs by, but not the bias; (O,) each."""
+
+    magnitude: Tensor
+    norms: Tensor  # ‖W + s·BA‖
+    ratio: Tensor  # magnitude / norms
 
 
 class LowRankLinear(nn.Module):
@@ -384,6 +395,10 @@ class LowRankLinear(nn.Module):
     def linear_update(self) -> LinearUpdate | None:
         """What the layer computes, if it now is Wx + b + s·BAx and no more."""
         raise NotImplementedError
+
+    def row_scale(self) -> tuple[LinearUpdate, RowScale] | None:
+        """Of a layer that computes this and no more: its update, and what scales its outputs."""
+        return None
 
 
 class LowBitLinear(nn.Module):

@@ -136,6 +136,12 @@ def dequantize_weight(
     if kind == "int8":
         weight: Tensor = _require_bitsandbytes().int8_vectorwise_dequant(codes, scales).to(dtype)
         return weight
+    if codes.is_cuda:
+        # a run on a CPU does not load it
+        from pipeline.models.kernels.accelerator.weights import dequantize_nf4, dequantizes_nf4
+
+        if dequantizes_nf4(codes.device):
+            return dequantize_nf4(quantized, shape, dtype)
     count, functional = math.prod(shape), _bitsandbytes()
     if functional is None:
         unpacked = nf4.unpack(codes.view(-1), count)  # (N,)

@@ -28,7 +28,7 @@ def try_kernels(device: torch.device) -> Sequence[Finding]:
             if uses_cpu_kernels(device):
                 model.prepare_cpu_training()
             else:
-                from pipeline.models.kernels.accelerator import fuses_head
+                from pipeline.models.kernels.accelerator.loss import fuses_head
 
                 model.prepare_accelerator_training(device)
                 fuses_head(model.to(device))

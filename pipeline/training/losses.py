@@ -37,10 +37,11 @@ def chunk_of(model: "CausalLM", rows: int) -> int:
 
 
 def fuses_head(model: "CausalLM") -> bool:
-    """Whether Liger's kernel computes the head and its loss in one."""
+    """Whether a kernel computes the head and its loss in one."""
     if uses_cpu_kernels(model.device):
         return False
-    from pipeline.models.kernels.accelerator import fuses_head  # a run on a CPU does not load it
+    # a run on a CPU does not load it
+    from pipeline.models.kernels.accelerator.loss import fuses_head
 
     return fuses_head(model)
 
@@ -51,10 +52,10 @@ def mean_cross_entropy(
     """The mean cross-entropy of hidden states (N, D) with labels (N,), in nats per token.
 
     `chunk`: rows whose logits are computed at once; None: as many as suit the device, or all by
-    Liger's kernel.
+    a kernel.
     """
     if chunk is None and fuses_head(model):
-        from pipeline.models.kernels.accelerator import fused_cross_entropy
+        from pipeline.models.kernels.accelerator.loss import fused_cross_entropy
 
         return fused_cross_entropy(model, rows, labels)
     return mean_loss(model, cross_entropy(model.logits), rows, labels, chunk)

@@ -122,7 +122,11 @@ def build_optimizer(model: nn.Module, *settings: Training) -> FlatOptimizer:
         Adam(section.adam_beta1, section.adam_beta2, section.adam_epsilon) for section in settings
     ]
     scaled, rule = settings[0].precision == "fp16", rule_of(settings[0].optimizer)
-    return FlatOptimizer(model, scaled, ratios, rule, decays, adams)
+    narrow = None
+    # on a CPU casts cost less than a copy
+    if isinstance(model, CausalLM) and not uses_cpu_kernels(model.device):
+        narrow = model.dtype if model.dtype.itemsize == 2 else None
+    return FlatOptimizer(model, scaled, ratios, rule, decays, adams, narrow)
 
 
 def rule_of(name: str) -> UpdateRule:

@@ -1,5 +1,5 @@
-"""Liger's Triton kernels in Triton's interpreter, on CPU tensors: each that `accelerator.liger`
-returns, forward and backward, against plain torch. `python -m tests.helpers.interpreted_liger`
+"""Triton kernels in Triton's interpreter, on CPU tensors: our own, and each that
+`accelerator.liger` returns, forward and backward, against plain torch. `python -m tests.helpers.interpreted_liger`
 prints the relative errors as JSON; it is a process of its own because Triton reads TRITON_INTERPRET
 when a kernel is declared.
 
@@ -100,17 +100,19 @@ def parts(liger: Any, dtype: torch.dtype) -> Iterator[tuple[str, float]]:
 
         yield f"norm {offset}", compare(norm, plain_norm, [random(2, 5, 48), random(48)])
 
+    from pipeline.models.kernels.accelerator.loss import _HeadAndLoss
+
     weight, labels = random(97, 48), torch.arange(20) * 4
     for cap in (None, 30.0):
 
         def loss(rows: Tensor, cap: float | None = cap) -> Tensor:
-            out: Tensor = liger.loss(softcap=cap)(weight, rows, labels)
+            out: Tensor = _HeadAndLoss.apply(rows, weight, labels, cap)  # type: ignore[no-untyped-call]
             return out
 
         def plain_loss(rows: Tensor, cap: float | None = cap) -> Tensor:
             logits = rows @ weight.float().T
             logits = logits if cap is None else torch.tanh(logits / cap) * cap
-            return F.cross_entropy(logits, labels, reduction="sum")
+            return F.cross_entropy(logits, labels)
 
         yield f"loss, cap {cap}", compare(loss, plain_loss, [random(20, 48)])
 
@@ -141,6 +143,20 @@ def parts(liger: Any, dtype: torch.dtype) -> Iterator[tuple[str, float]]:
         )
 
 
+def weights() -> Iterator[tuple[str, float]]:
+    """NF4 weights, with codes of scales and without, in fp32: 0 where each has the same bits."""
+    from pipeline.models.kernels.accelerator.weights import dequantize_nf4
+    from pipeline.models.quantized_linear import Quantization, dequantize_weight, quantize_weight
+
+    weight = torch.randn(72, 128, generator=torch.Generator().manual_seed(0))
+    kinds: tuple[Quantization, ...] = ("nf4", "nf4-dq")
+    for kind in kinds:
+        stored = quantize_weight(weight, kind)
+        expected = dequantize_weight(stored, kind, (72, 128), torch.float32)
+        actual = dequantize_nf4(stored, (72, 128), torch.float32)
+        yield f"weights {kind}", float((actual - expected).abs().max())
+
+
 def models(liger: Any) -> Iterator[tuple[str, float]]:
     """Families whose parts `fuse` takes: the error of the logits and the embedding's gradient, and
     nothing of ours.
@@ -157,8 +173,7 @@ def models(liger: Any) -> Iterator[tuple[str, float]]:
         assert all(
             type(x) is liger.norm or x.product is liger.products[product] for x in modules
         ), names
-        assert accelerator.fuses_head(fused.requires_grad_(False))
-        fused.embeddings.requires_grad_(True)
+        fused.requires_grad_(False).embeddings.requires_grad_(True)
         results = []
         for model in (fused, plain):
             out = model(ids)
@@ -176,4 +191,4 @@ if __name__ == "__main__":
     errors = [
         (f"{name} in {dtype}", error) for dtype in DTYPES for name, error in parts(found, dtype)
     ]
-    json.dump(dict([*errors, *models(found)]), sys.stdout)
+    json.dump(dict([*errors, *weights(), *models(found)]), sys.stdout)

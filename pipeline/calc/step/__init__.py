@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 from pipeline.calc.architecture import Architecture, Block
 from pipeline.calc.method import FinetuningMethod
-from pipeline.calc.settings import TrainingConfig
+from pipeline.calc.settings import TrainingConfig, chunk_rows
 from pipeline.calc.step.attention import attention, rotated_size
 from pipeline.calc.step.feed_forward import dense_and_experts, feed_forward
 from pipeline.calc.step.layers import Layers
@@ -191,10 +191,9 @@ class Step(Layers):
         t.phase, t.kind = "forward, loss", "logits"
         if run.loss not in ("full", "divergence"):
             x = t.op(x, elements=run.labels * width)
-        # Liger's: a chunk's logits at a time, in 16 bits, overwritten with their gradient
+        # a chunk's logits at a time, in 16 bits, overwritten with their gradient
         if run.loss == "fused":
-            rows = -(-run.labels // -(-self.model.vocabulary // width))
-            rows = min(run.labels, 1 << (rows - 1).bit_length())
+            rows = min(run.labels, chunk_rows(self.model.vocabulary))
             gradient = t.leaf(run.labels * width, self.w)
             return t.op(
                 x, elements=1, width=4, saves=[gradient], temp=rows * self.model.vocabulary * self.w

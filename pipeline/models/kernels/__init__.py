@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.project.probes import PLAIN, attempt
 
@@ -38,6 +38,11 @@ def writes_scores(q: Tensor) -> bool:
     if q.device.type == "mps":
         return True
     return q.is_cuda and q.dtype == torch.bfloat16 and not runs_flash_attention(q.device)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than the forward of its class."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def random_tensors(*shapes: Sequence[int]) -> list[Tensor]:

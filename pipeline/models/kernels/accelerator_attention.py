@@ -161,7 +161,8 @@ class _FlashAttention(torch.autograd.Function):
             d_sinks = -((sink - lse).sigmoid() * drift).sum(1).to(sinks.dtype)
             lse = torch.logaddexp(lse, sink)
         is_causal = ctx.window == (-1, 0)
-        rng = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout: there is none
+        # of dropout: there is none, and nobody reads it
+        rng = torch.empty(2, dtype=torch.uint64, device=q.device)
         with repeatable():
             grads = torch.ops.torch_attn._varlen_attn_backward(
                 d_out,

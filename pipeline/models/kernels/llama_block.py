@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models.base import CausalLM, LowRankLinear
-from pipeline.models.kernels import random_tensors
+from pipeline.models.kernels import has_hooks, random_tensors
 from pipeline.models.kernels.decode import AGREEMENT, has_llama_parts, window_of
 from pipeline.models.kernels.native import call, supports
 from pipeline.models.kernels.packed_attention import attend
@@ -46,17 +46,15 @@ class TrainingBlock(nn.Module):
             return out
         attention: Any = self.self_attn
         mlp: Any = self.mlp
-        first_norm, second_norm = self.input_layernorm, self.post_attention_layernorm
-        assert isinstance(second_norm, RMSNorm)
+        first_norm: Any = self.input_layernorm
         B, T, _ = x.shape
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         q, k, v = (
-            y.view(B, T, -1, attention.head_dim)
-            for y in linears(first_norm(x), projections)  # type: ignore[operator]
+            y.view(B, T, -1, attention.head_dim) for y in self.linears(first_norm(x), projections)
         )
         if hasattr(attention, "q_norm"):
             q, k = attention.q_norm(q), attention.k_norm(k)
-        q, k = _Rotary.apply(q, k, *options["position_embeddings"])  # type: ignore[no-untyped-call]
+        q, k = self.rotate(q, k, *options["position_embeddings"])
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, K)
         given = {key: options[key] for key in ("segments", "prefix") if key in options}
         # (B, T, H, K)
@@ -64,16 +62,43 @@ class TrainingBlock(nn.Module):
         attended = attended.view(B, T, -1)
         if self.is_last and labelled is not None:
             later = (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-            if all(_terms(module) is not None for module in later):
+            if all(self.takes_rows(module) for module in later):
                 attended, x = (
                     rows.flatten(0, 1).index_select(0, labelled)[None] for rows in (attended, x)
                 )
-        (out,) = linears(attended, (attention.o_proj,))
-        x, normed = second_norm.of_sum(x, out)
-        gate, up = linears(normed, (mlp.gate_proj, mlp.up_proj))
-        gated = _SwiGLU.apply(gate, up) if supports(gate, up) else F.silu(gate) * up  # type: ignore[no-untyped-call]
-        (out,) = linears(gated, (mlp.down_proj,))
+        (out,) = self.linears(attended, (attention.o_proj,))
+        x, normed = self.norm_of_sum(x, out)
+        gate, up = self.linears(normed, (mlp.gate_proj, mlp.up_proj))
+        (out,) = self.linears(self.gated(gate, up), (mlp.down_proj,))
         return out.add_(x)
+
+    # what differs on an accelerator: accelerator/block.py
+
+    def linears(self, x: Tensor, modules: Sequence[nn.Module]) -> Sequence[Tensor]:
+        """The outputs (B, T, O) of linears with the same x (B, T, I)."""
+        return linears(x, modules)
+
+    def takes_rows(self, module: nn.Module) -> bool:
+        """Whether the linear can be given some of the rows only."""
+        return _terms(module) is not None
+
+    def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Sequence[Tensor]:
+        """q and k (B, T, heads, K) turned to their positions."""
+        turned: Sequence[Tensor] = _Rotary.apply(q, k, cos, sin)  # type: ignore[no-untyped-call]
+        return turned
+
+    def norm_of_sum(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        """x + added, and what the feed-forward gets of it."""
+        norm = self.post_attention_layernorm
+        assert isinstance(norm, RMSNorm)
+        return norm.of_sum(x, added)
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """silu(gate)·up."""
+        if not supports(gate, up):
+            return F.silu(gate) * up
+        product: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
+        return product
 
     def _supports(self, x: Tensor, options: dict[str, Any]) -> bool:
         if not self.training or any(options.get(key) is not None for key in ALONE):
@@ -170,17 +195,14 @@ def _terms(module: nn.Module) -> tuple[nn.Linear, Tensor | None, Tensor | None, 
     term: tuple[nn.Linear, Tensor | None, Tensor | None, float] | None = None
     if isinstance(module, LowRankLinear):
         update = module.linear_update()
-        term = update if update is not None and update.A.dim() == 2 else None  # of one adapter
+        if update is not None and update.A.dim() == 2 and type(update.base) is nn.Linear:
+            term = update.base, update.A, update.B, update.scale  # of one adapter
     elif type(module) is nn.Linear:
         term = module, None, None, 1.0
-    if term is None or _has_hooks(module) or _has_hooks(term[0]):
+    if term is None or has_hooks(module) or has_hooks(term[0]):
         return None
     is_frozen = not any(p.requires_grad for p in term[0].parameters())
     return term if is_frozen and supports(term[0].weight, lanes=1) else None
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 class _Linears(torch.autograd.Function):

@@ -9,6 +9,7 @@ import copy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models.kernels import agrees, random_tensors
@@ -26,6 +27,9 @@ class RMSNorm(nn.Module):
         self.weight, self.eps, self.offset = weight, eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda and not self.offset and x.dtype == self.weight.dtype:
+            # one kernel, which keeps the same for backward
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         out: Tensor = _RMSNorm.apply(x, self.weight, self.eps, self.offset)  # type: ignore[no-untyped-call]
         return out
 

@@ -654,13 +654,15 @@ class Lora(FinetuningMethod):
         """DoRA's magnitudes."""
         return sum(p.count * p.experts * p.magnitudes for p in projections(model, self))
 
+    def factor_parameters(self, model: Architecture) -> int:
+        return sum(p.parameters for p in projections(model, self)) - self.fp32_parameters(model)
+
     def buffer_bytes(self, model: Architecture, width: int) -> int:
         """DoRA's ‖W‖² in fp32, and PiSSA's initial A and B, which are subtracted from the trained
         ones.
         """
-        magnitudes = self.fp32_parameters(model)
-        matrices = sum(p.parameters for p in projections(model, self)) - magnitudes
-        return 4 * magnitudes + (matrices * width if self.pissa else 0)
+        initial = self.factor_parameters(model) * width if self.pissa else 0
+        return 4 * self.fp32_parameters(model) + initial
 
     def simple_count(self, model: Architecture) -> int | None:
         """Parameters if every projection were d_model × d_model: 2·r·d_model each.
@@ -822,7 +824,7 @@ class Lora(FinetuningMethod):
             ops.tape,
             (linear.experts * rank * linear.inputs, linear.experts * rank * linear.outputs),
         )
-        copied = ops.adapter != ops.w or self.pissa
+        copied = (ops.adapter != ops.w and not ops.run.keeps_copies) or self.pissa
         twice = 2 if self.pissa else 1
         A, B = ([t.leaf(twice * size, ops.w)] if copied else [] for size in sizes)
         a = t.op(
@@ -853,6 +855,10 @@ class Lora(FinetuningMethod):
         output each.
         """
         t, fp32 = ops.tape, 4 * y.elements
+        if ops.run.keeps_copies:  # rounded where it is computed; norm and ratio are the step's
+            return t.op(
+                y, saves=[y], weights=[ops.fp32_weight(linear.outputs)], back=y.elements * ops.w
+            )
         saved = [y, *(t.leaf(linear.outputs, 4) for _ in range(2))]
         y = t.op(y, width=4, saves=saved, weights=[ops.fp32_weight(linear.outputs)], back=fp32)
         return ops.cast(y, ops.w)

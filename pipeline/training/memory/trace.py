@@ -28,6 +28,7 @@ from pipeline.files.artifact import refuse_long_lists
 from pipeline.models.base import CausalLM
 from pipeline.models.kernels import packed_attention
 from pipeline.models.kernels.accelerator import GatedProduct, fuse_gates
+from pipeline.models.kernels.accelerator.products import fuse_linears
 from pipeline.models.kernels.rms_norm import fuse_rms_norms
 from pipeline.models.load import DTYPES
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
@@ -158,10 +159,12 @@ def _training_step(
     if run.ours and isinstance(model, TransformersModel):
         fuse_rms_norms(model, checked=False)
         if not run.cpu:
+            fuse_linears(model)
             fuse_gates(model, [GatedProduct.apply], torch.device("cpu"), checked=False)
     model.train().checkpoint_blocks(run.checkpointing)  # type: ignore[arg-type]
     if ours:
-        flat = FlatOptimizer(model, rule=rule_of(run.optimizer))
+        narrow = DTYPES[run.precision] if run.keeps_copies else None
+        flat = FlatOptimizer(model, rule=rule_of(run.optimizer), narrow=narrow)
         ids, positions = torch.zeros(2, run.batch, run.sequence, dtype=torch.long)
         at = None if run.loss == "full" else torch.zeros(run.labels, dtype=torch.long)
         batch = Batch(ids, positions, torch.zeros(run.labels, dtype=torch.long), at)

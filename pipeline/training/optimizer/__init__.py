@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipeline.calc.settings import STATE_BLOCK, STATE_CHUNK
+from pipeline.calc.settings import STATE_BLOCK, STATE_CHUNK, STATE_CHUNK_ON_CARD
 from pipeline.errors import UserError
+from pipeline.models.kernels import uses_cpu_kernels
 from pipeline.models.nf4 import dynamic_levels
 from pipeline.project.params.sections import Training
 from pipeline.training.parallel.collectives import all_reduce, broadcast
@@ -40,7 +41,9 @@ class FlatOptimizer:
     learning rate of its other parameters. `rule`: AdamW if not given. `decays`: each learner's
     weight decay, 0 if not given; `adams` likewise. `scaled`: the loss is scaled before backward, so that small
     gradients do not underflow in fp16; an overflow halves the scale and skips the step
-    (Micikevicius et al. 2018, section 3.2).
+    (Micikevicius et al. 2018, section 3.2). `narrow`: a dtype in which low-rank factors in fp32 are
+    read, as `in_16_bits`: they have a copy in it, and whatever reads that adds their gradients to
+    `p.grad` itself.
     """
 
     def __init__(
@@ -51,14 +54,18 @@ class FlatOptimizer:
         rule: "UpdateRule | None" = None,
         decays: Sequence[float] = (),
         adams: "Sequence[Adam]" = (),
+        narrow: torch.dtype | None = None,
     ) -> None:
         N = len(ratios)
         faster = set[int]()
         if set(ratios) != {1.0}:
             faster = {id(p) for name, p in model.named_parameters() if name.endswith(".lora_B")}
+        factors = _low_rank_factors(model) if narrow is not None and N == 1 else set()
         trainable = (p for p in model.parameters() if p.requires_grad)
         # by dtype, so that the copies of each are one block; then those with a rate of their own
-        self._parameters = sorted(trainable, key=lambda p: (str(p.dtype), id(p) in faster))
+        self._parameters = sorted(
+            trainable, key=lambda p: (str(p.dtype), id(p) in factors, id(p) in faster)
+        )
         self.weights = torch.cat([p.detach().reshape(N, -1).float() for p in self._parameters], 1)
         self.gradient = torch.zeros_like(self.weights)
 
@@ -80,6 +87,16 @@ class FlatOptimizer:
                 # autograd wants the gradients of strided parameters dense: with more learners it
                 # allocates its own
                 p.grad = grad[:, part].view(p.shape) if N == 1 else None
+
+        members = [pair for pair in placed if id(pair[0]) in factors]
+        self._narrow: tuple[slice, Tensor] | None = None  # span of a row, and its copy
+        if members:
+            whole = slice(members[0][1].start, members[-1][1].stop)
+            copies = self.weights[:, whole].to(narrow)
+            self._narrow = whole, copies
+            for p, span in members:
+                part = slice(span.start - whole.start, span.stop - whole.start)
+                p.in_16_bits = copies[:, part].view(p.shape)  # type: ignore[attr-defined]
 
         self._rule = rule or AdamW()
         matrices = self._rule.matrices(model)
@@ -181,7 +198,9 @@ class FlatOptimizer:
 
     def tensors(self) -> list[Tensor]:
         """All its tensors; the rule's state is among them after the first step."""
-        copies = chain.from_iterable(pair for _, *pair in self._copies)
+        copies = [*chain.from_iterable(pair for _, *pair in self._copies)]
+        if self._narrow is not None:
+            copies.append(self._narrow[1])
         return [self.weights, self.gradient, *copies, *self._state.values(), *self._rule.tables]
 
     def state(self) -> dict[str, Tensor]:
@@ -227,11 +246,23 @@ class FlatOptimizer:
     def _update_copies(self) -> None:
         for span, weights, _ in self._copies:
             weights.copy_(self.weights[:, span])
+        if self._narrow is not None:
+            span, weights = self._narrow
+            weights.copy_(self.weights[:, span])
 
     def trained(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Each trained parameter with its fp32 weights."""
         for p, span in zip(self._parameters, self._spans, strict=True):
             yield p, self.weights[:, span].view(p.shape)
+
+
+def _low_rank_factors(model: nn.Module) -> set[int]:
+    """The ids of A and B in fp32 that train."""
+    return {
+        id(p)
+        for name, p in model.named_parameters()
+        if name.endswith(("lora_A", "lora_B")) and p.requires_grad and p.dtype == torch.float32
+    }
 
 
 def rate(settings: Training, step: int, total: int) -> float:
@@ -350,7 +381,7 @@ class AdamW8bit(UpdateRule):
     """AdamW whose moments take a byte each (Dettmers et al. 2022).
 
     A moment is a code, times the largest of a block of 256: neighbours of a learner's row, whatever
-    their parameters are. The moments of STATE_CHUNK weights at a time are decoded to fp32, updated
+    their parameters are. The moments of a chunk of weights at a time are decoded to fp32, updated
     by the same kernel, and encoded again. With `paged` they stay in the memory of the host; on a
     CPU that is where they are anyway.
     """
@@ -380,12 +411,13 @@ class AdamW8bit(UpdateRule):
         self, weights: Tensor, gradient: Tensor, state: State, spans: Sequence[Span]
     ) -> None:
         first = 0  # block of the span
+        size = STATE_CHUNK if uses_cpu_kernels(weights.device) else STATE_CHUNK_ON_CARD
         state["step"] += 1
         for span in spans:
             start, stop = span.start, span.stop
             if span.rate is not None:
-                for begin in range(start, stop, STATE_CHUNK):
-                    end = min(begin + STATE_CHUNK, stop)
+                for begin in range(start, stop, size):
+                    end = min(begin + size, stop)
                     # the last block of a span may be longer than its weights
                     block = first + (begin - start) // STATE_BLOCK
                     blocks = slice(block, block + -(-(end - begin) // STATE_BLOCK))

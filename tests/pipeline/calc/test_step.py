@@ -342,21 +342,20 @@ def test_a_loss_in_chunks_needs_what_the_traced_one_does(loss: str, chunk: int, 
         assert ours.kept == pytest.approx(theirs.kept, rel=0.03)
 
 
-def test_ligers_loss_has_the_logits_of_a_few_rows_and_keeps_the_gradient_of_its_input() -> None:
-    """As many chunks as the vocabulary is wider than the model, of a power of two rows: they need
-    what x does.
-    """
+def test_a_fused_loss_has_the_logits_of_a_chunk_and_keeps_the_gradient_of_its_input() -> None:
     run = run_of("llama", loss="fused", label_share=0.75)
     shapes = structs.replace(
-        architecture(config_of("llama", 1, vocab_size=8192), "small"), blocks=()
+        architecture(config_of("llama", 1, vocab_size=262144), "small"), blocks=()
     )
     found, plain = (
         simulated(shapes, FULL, replace(run, loss=loss)) for loss in ("fused", "labels")
     )
     labels = 384
-    # labels / (8192 / 128) = 6 rows of logits, rounded up to 8; x and its rows that have labels
-    assert found.forward - found.kept == 2 * (8 * 8192 + 512 * 128 + labels * 128)
-    assert plain.kept - found.kept == labels * 8192 * 4  # instead of the log-probabilities in fp32
+    # the logits of 256 rows; x and its rows that have labels
+    assert found.forward - found.kept == 2 * (256 * 262144 + 512 * 128 + labels * 128)
+    assert (
+        plain.kept - found.kept == labels * 262144 * 4
+    )  # instead of the log-probabilities in fp32
 
 
 @pytest.mark.parametrize("kind", KINDS)

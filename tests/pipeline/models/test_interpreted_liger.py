@@ -1,4 +1,4 @@
-"""Liger's kernels, interpreted, against plain torch."""
+"""Liger's kernels and ours, interpreted, against plain torch."""
 
 import importlib.util
 import json
@@ -38,6 +38,13 @@ def test_its_outputs_and_gradients_are_those_of_the_formula(
         if name.startswith(part) and name.endswith(f".{dtype}")
     }
     assert own and all(error < ERRORS[dtype] for error in own.values()), own
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4-dq"])
+def test_weights_of_four_bits_have_the_bits_of_plain_torch(
+    kind: str, errors: dict[str, float]
+) -> None:
+    assert errors[f"weights {kind}"] == 0
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])

@@ -1,4 +1,4 @@
-"""Fused parts of transformers' models on a GPU: norms, feed-forwards, rotary positions and loss.
+"""Fused parts of transformers' models on a GPU: norms, feed-forwards, rotary positions, blocks.
 
 Where `liger-kernel` is installed and the device is CUDA its Triton kernels compute them (Hsu et al.
 2024, arXiv 2410.10989), otherwise functions in plain torch, which keep as little for backward:
@@ -13,20 +13,19 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from types import MethodType, SimpleNamespace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models.base import CausalLM
 from pipeline.models.kernels import agrees, random_tensors
+from pipeline.models.kernels.accelerator.block import fuse_blocks, rotate
+from pipeline.models.kernels.accelerator.products import fuse_linears
 from pipeline.models.kernels.rms_norm import RMSNorm, fuse_rms_norms
-from pipeline.project.probes import PLAIN, attempt, record
+from pipeline.project.probes import PLAIN, record
 
 PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 AGREEMENT = 1e-3  # in fp32, of outputs of order 1: SiLU and GELU differ by a tenth
-LOSS_AGREEMENT = 0.02  # of a loss: logits in 16 bits are rounded in another order
 # gate, up, activation → act(gate)·up
 Product = Callable[[Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor]
 
@@ -66,7 +65,12 @@ def fuse(model: CausalLM, device: torch.device) -> list[str]:
         _fuse_rotations(model, parts.rotate, device)
     # the norms which Liger does not compute in the same way
     names += fuse_rms_norms(model, checked, device=device)
-    return names + fuse_gates(model, [*products, GatedProduct.apply], device, checked)
+    names += fuse_gates(model, [*products, GatedProduct.apply], device, checked)
+    rotation = rotate
+    if parts is not None and _same_rotation(rotate, parts.rotate, device):
+        rotation = parts.rotate
+    fuse_blocks(model, device, checked, rotation)
+    return names + fuse_linears(model)
 
 
 def fuse_gates(
@@ -147,48 +151,6 @@ def _same_rotation(
     )
 
 
-_fused_losses: WeakKeyDictionary[CausalLM, bool] = WeakKeyDictionary()  # results of _same_loss
-
-
-def fuses_head(model: CausalLM) -> bool:
-    """Whether Liger computes head and loss in one.
-
-    Not for a head that trains, has an adapter or a bias, or does more to its logits than to cap
-    them.
-    """
-    head, parts = model.head, liger(model.device)
-    if parts is None or type(head) is not nn.Linear:
-        return False
-    if head.bias is not None or head.weight.requires_grad:
-        return False
-    if model not in _fused_losses:  # once a model
-        _fused_losses[model] = _same_loss(model, parts.loss(softcap=model.logit_cap))
-    return _fused_losses[model]
-
-
-def fused_cross_entropy(model: CausalLM, rows: Tensor, labels: Tensor) -> Tensor:
-    """The mean cross-entropy of rows (N, D) with labels (N,), where `fuses_head`."""
-    loss: Tensor = liger(rows.device).loss(softcap=model.logit_cap)(model.head.weight, rows, labels)
-    return loss / len(rows)  # Liger sums: in fp16 the gradients of a mean can underflow
-
-
-@torch.no_grad()
-def _same_loss(model: CausalLM, loss: Callable[..., Tensor]) -> bool:
-    weight = model.head.get_parameter("weight")
-    rows = random_tensors((4, weight.shape[1]))[0].to(weight)
-    labels = torch.arange(4, device=weight.device)
-    expected = F.cross_entropy(model.logits(rows).float(), labels, reduction="sum")
-    tried = "Liger's head and loss in one"
-    slower = "the logits of a part of the tokens are in memory"
-    actual = attempt(tried, slower, lambda: loss(weight, rows, labels))
-    if actual is None:
-        return False
-    if torch.allclose(actual, expected, LOSS_AGREEMENT):
-        return True
-    record(tried, f"a loss of {actual:.4g} instead of {expected:.4g}", slower)
-    return False
-
-
 def _without_activation(kind: Any, gate: Tensor, up: Tensor, _: Any) -> Tensor:
     """Liger's `kind` as a Product: the activation is part of its kernel."""
     out: Tensor = kind.apply(gate, up)
@@ -197,7 +159,7 @@ def _without_activation(kind: Any, gate: Tensor, up: Tensor, _: Any) -> Tensor:
 
 @cache
 def liger(device: torch.device) -> Any:
-    """Liger's `norm`, `products`, `rotate` and `loss` for tensors on `device`; None without it."""
+    """Liger's `norm`, `products` and `rotate` for tensors on `device`; None without it."""
     if device.type != "cuda":
         return None
     try:
@@ -207,7 +169,6 @@ def liger(device: torch.device) -> Any:
             LigerRopeFunction,
             LigerSiLUMulFunction,
         )
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
     except (ImportError, RuntimeError) as error:
         # not installed, which `lora doctor` lists, or with a Triton that does not fit this torch
         if not isinstance(error, ModuleNotFoundError) or error.name != "liger_kernel":
@@ -216,8 +177,10 @@ def liger(device: torch.device) -> Any:
 
     class Norm(RMSNorm):
         def forward(self, x: Tensor) -> Tensor:
+            if not self.offset:  # torch's own launches less: no gradient of a frozen weight
+                return super().forward(x)
             # not in place: another branch may hold the gradient that would be overwritten
-            casts = "gemma" if self.offset else "llama"
+            casts = "gemma"
             out: Tensor = LigerRMSNormFunction.apply(
                 x, self.weight, self.eps, self.offset, casts, False
             )
@@ -230,5 +193,4 @@ def liger(device: torch.device) -> Any:
             partial(_without_activation, LigerGELUMulFunction),
         ],
         rotate=LigerRopeFunction.apply,
-        loss=partial(LigerFusedLinearCrossEntropyLoss, reduction="sum"),
     )

@@ -1,0 +1,194 @@
+"""How many kernels a training step launches, and how often the host waits, on the CUDA device of
+cuda_device.py.
+
+`python -m tests.helpers.launches`, started by `run_with_cuda`, prints them as JSON: of Qwen3's shapes
+with two blocks and with three, from which those of any depth follow. A call of torch on the device
+that computes anything counts as one kernel, and so does a launch of Triton's; `SEVERAL` are the
+calls known to launch more.
+"""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tests.helpers.cuda_device import CudaDevice
+
+METHODS = ("lora", "qlora", "dora", "full")
+CHECKPOINTING = ("none", "full")
+# what bitsandbytes 0.50 launches for more than 1,536 rows: scales, weight and product
+SEVERAL = {"bitsandbytes::gemm_4bit": 4}
+MOVES = ("_to_copy", "copy_")
+NOTHING = {"detach", "lift_fresh", "_unsafe_view", "resize_", "set_", "is_pinned", "_pin_memory"}
+NOTHING |= {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+DEVICE = torch.device("cuda", 0)
+LENGTHS = [512] * 16  # of a batch
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Count(NamedTuple):
+    """Of one micro-batch, or of the rest of a step."""
+
+    kernels: int
+    copies: int  # to the device
+    waits: int
+
+
+class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts what is launched inside the block."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counted = Counter[str]()  # by kind
+        self.kernels = Counter[str]()  # by name
+
+    def total(self) -> Count:
+        return Count(self.kernels.total(), self.counted["copies"], self.counted["waits"])
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, func._schema.name.removeprefix("aten::")
+        out = func(*args, **kwargs)
+        leaves = tree_leaves((args, kwargs))
+        if name.startswith("prim::") or not any(map(_is_there, leaves)):
+            return out
+        is_view = any(
+            result.alias_info is not None and not result.alias_info.is_write
+            for result in func._schema.returns
+        )
+        if name in MOVES:
+            source = args[0] if name == "_to_copy" else args[1]
+            kind = (isinstance(source, FakeTensor), isinstance(out, FakeTensor))
+            name = {(True, False): "waits", (False, True): "copies"}.get(kind, name)
+        if name in ("_local_scalar_dense", "waits"):
+            self.counted["waits"] += 1
+        elif name == "copies":
+            self.counted["copies"] += 1
+        elif not is_view and name not in NOTHING:
+            self.kernels[name] += SEVERAL.get(name, 1)
+        return out
+
+
+def _is_there(leaf: Any) -> bool:
+    return isinstance(leaf, FakeTensor) or (isinstance(leaf, torch.device) and leaf.type == "cuda")
+
+
+@contextmanager
+def patched(launches: Launches, liger: bool) -> Iterator[None]:
+    """Triton's kernels are counted instead of compiled; what is tried once works."""
+    from triton.runtime.jit import JITFunction
+
+    from pipeline.models import nf4
+    from pipeline.models.kernels import accelerator, accelerator_attention, plain_attention
+    from pipeline.models.kernels.accelerator import weights
+
+    def run(self: Any, *_: Any, **__: Any) -> None:
+        launches.kernels[f"triton::{self.fn.__name__}"] += 1
+
+    tables = (accelerator_attention._seen, plain_attention.sequence_starts)
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(weights, "_works", lambda _: True),
+        mock.patch.object(nf4, "on_device", cache(nf4.on_device)),
+    ):
+        for table in tables:  # they are cached but for fake tensors
+            table.cache_clear()
+            table.__wrapped__ = table
+        if liger:
+            yield
+        else:
+            with mock.patch.object(accelerator, "liger", lambda _: None):
+                yield
+
+
+def count(config: dict[str, Any], method: str, checkpointing: str, liger: bool) -> list[Count]:
+    """Of a micro-batch of 16 sequences of 512 tokens, half of them labelled; and of the step."""
+    from pipeline.adapters.attach import attach
+    from pipeline.adapters.config import AdapterSpec
+    from pipeline.models.base import CausalLM
+    from pipeline.models.quantized_linear import quantize
+    from pipeline.models.transformers_model import from_config
+    from pipeline.project.params.sections import Training
+    from pipeline.stages.methods.lora import FinetuneLora
+    from pipeline.training import step
+    from pipeline.training.batches import Batches
+    from pipeline.training.loop import steps
+    from pipeline.training.task import TrainingTask, build_optimizer, prepare_model
+    from tests.helpers.real import listed, windows_of
+
+    launches, of_batches = Launches(), list[Count]()
+    backward = step._backward
+
+    def counted(*inputs: Any, **options: Any) -> Any:
+        before = launches.total()
+        out = backward(*inputs, **options)
+        pairs = zip(launches.total(), before, strict=True)
+        of_batches.append(Count(*(after - earlier for after, earlier in pairs)))
+        return out
+
+    settings = Training if method == "full" else FinetuneLora
+    made = settings(
+        epochs=9,
+        batch_size=len(LENGTHS),
+        precision="bf16",
+        gradient_checkpointing=checkpointing,  # type: ignore[arg-type]
+        max_grad_norm=1.0,
+    )
+    with (
+        CudaDevice(),
+        patched(launches, liger),
+        mock.patch.object(CausalLM, "supports_packing", True),
+        mock.patch.object(step, "_backward", counted),
+    ):
+        with DEVICE:
+            model = from_config(config, torch.bfloat16)
+        if method == "qlora":
+            quantize(model, "nf4-dq", None, DEVICE)
+        if method != "full":
+            attach(model, AdapterSpec(16, 32.0, TARGETS, dora=method == "dora"), torch.float32)
+        batches = Batches(listed(windows_of(LENGTHS, lambda length: length // 2)), len(LENGTHS), 0)
+        task = TrainingTask.of_one(model, batches, made, None)
+        prepare_model(model, made.gradient_checkpointing)
+        records = steps(task, build_optimizer(model, made))
+        model.train()
+        next(records)  # which makes the optimizer's state
+        of_batches.clear()
+        launches.counted.clear()
+        launches.kernels.clear()
+        with launches:
+            next(records)
+    pairs = zip(launches.total(), of_batches[0], strict=True)
+    return [of_batches[0], Count(*(total - batch for total, batch in pairs))]
+
+
+def with_blocks(model: str, blocks: int) -> dict[str, Any]:
+    """A built-in model's config with so many blocks."""
+    from pipeline.calc.sources.open_model import entry
+
+    config = {**entry(model)["config"], "num_hidden_layers": blocks, "max_window_layers": blocks}
+    config.pop("layer_types", None)
+    return config
+
+
+def main() -> None:
+    found = {}
+    for liger in (True, False):
+        for method in METHODS:
+            for checkpointing in CHECKPOINTING:
+                for blocks in (2, 3):
+                    key = f"{method} {checkpointing} {'liger' if liger else 'plain'} {blocks}"
+                    config = with_blocks("qwen3-0.6b", blocks)
+                    found[key] = count(config, method, checkpointing, liger)
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
