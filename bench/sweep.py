@@ -45,7 +45,7 @@ from pipeline.training.task import TrainingTask, build_optimizer
 
 SMALL, LARGE = (1, 2, 4, 8, 16, 32), (1, 2, 4, 8)
 STEPS, TURNS = 50, 9
-MAX_RATIO = {8: 1.6}  # × one adapter
+MAX_RATIO = {8: 1.45}  # × one adapter
 
 
 def sweep() -> Iterator[Row]:
