@@ -1,10 +1,10 @@
 """PEFT's training without padding, which is its best on a CPU: by transformers' Trainer, and by
 TRL's SFTTrainer.
 
-SDPA tells the sequences of a row apart by their positions, and takes one-by-one training's loss. On
-two cores, with SmolLM2-135M, all else was slower or did not run: batches grouped by length,
-SFTTrainer's packing, a worker for data, eager attention; FlexAttention has no backward on a CPU,
-Liger's kernels need a GPU.
+SDPA tells the sequences of a row apart by their positions, and the loss is that of one by one. With
+SmolLM2-135M on a CPU all else took longer or did not run (docs/benchmarks.md has the figures):
+batches grouped by length, SFTTrainer's packing, a worker for data, eager attention; FlexAttention
+has no backward on a CPU, Liger's kernels need a GPU.
 """
 
 from collections.abc import Callable, Sequence
