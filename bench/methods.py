@@ -45,6 +45,7 @@ METHODS: dict[str, Training] = {
     "prompt": FinetunePrompt(epochs=10**9, virtual_tokens=VIRTUAL),
     "full": FinetuneFull(epochs=10**9),
 }
+MIN_SPEEDUP = {"LoRA": 2}
 
 
 @dataclass(frozen=True)
@@ -82,14 +83,14 @@ def methods() -> Iterator[Row]:
     for method in METHODS:
         mine, other = times[method] / STEPS, times[f"{method}, PEFT"] / STEPS
         name = "transformers" if method == "full" else "PEFT"
-        ratio = other / mine
+        ratio, goal = other / mine, MIN_SPEEDUP.get(method, 1)
         yield Row(
             f"step, {method}",
             mine,
             f"{name}, {other * 1e3:.2f} ms",
             ratio,
-            "at least 1 ×",
-            ratio >= 1,
+            f"at least {goal} ×",
+            ratio >= goal,
         )
         our_peak, peft_peak = sides[method].peak(), sides[f"{method}, PEFT"].peak()
         what = f"the same, tensors alive at its peak: {our_peak / 1e3:,.0f} kB"

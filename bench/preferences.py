@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from typing_extensions import override
 
 from bench.measure import Row
+from bench.peers import unused_tokenizer
 from bench.real import ROUNDS, ask, base, side
-from bench.real_sides import ARGUMENTS, CLIP, LEARNING_RATE, Ours, Side, Theirs, encoded, seconds_of
+from bench.real_sides import ARGUMENTS, CLIP, LEARNING_RATE, Ours, Side, Theirs, encoded
 from pipeline.data.windows import as_window
 from pipeline.stages.methods.dpo import Dpo, FinetuneDpo
 from pipeline.training.preferences.batches import AnswerBatches, Answers, batch_of
@@ -163,8 +164,6 @@ class TrlDpo(Theirs):
 
     def add_adapter(self, model: Any) -> Any:
         from datasets import Dataset
-        from tokenizers import Tokenizer, models
-        from transformers import PreTrainedTokenizerFast
         from trl import DPOConfig, DPOTrainer
 
         class Tokenized(DPOTrainer):  # type: ignore[misc]
@@ -182,15 +181,15 @@ class TrlDpo(Theirs):
             gradient_checkpointing=False,
             precompute_ref_log_probs=self.precomputed,
         )
-        unused = PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer(models.WordLevel()), pad_token="0", eos_token="0"
-        )
         model, data = super().add_adapter(model), Dataset.from_list(pairs())
-        self.trainer = Tokenized(model, args=arguments, train_dataset=data, processing_class=unused)
+        self.dpo = Tokenized(
+            model, args=arguments, train_dataset=data, processing_class=unused_tokenizer()
+        )
         return model
 
-    def epoch(self) -> float:
-        return seconds_of(self.trainer)
+    @override
+    def trainer(self) -> Any:
+        return self.dpo
 
     def margin(self) -> float:
         return margin(self)

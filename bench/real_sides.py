@@ -172,12 +172,20 @@ class Theirs(Side):
         out: Tensor = self.model(input_ids=ids, use_cache=False).logits[0]
         return out
 
-    def epoch(self) -> float:
+    def collator(self) -> Callable[..., Any]:
+        """Makes a batch of examples."""
+        return pad_batch
+
+    def trainer(self) -> Any:
         from transformers import Trainer, TrainingArguments
 
         data = [{"input_ids": ids, "labels": labels} for ids, labels in self.train]
         arguments = TrainingArguments(per_device_train_batch_size=BATCH, **ARGUMENTS)
-        trainer = Trainer(self.model, arguments, pad_batch, data, optimizers=(self.optimizer, None))
+        optimizers = self.optimizer, None
+        return Trainer(self.model, arguments, self.collator(), data, optimizers=optimizers)
+
+    def epoch(self) -> float:
+        trainer = self.trainer()
         seconds = seconds_of(trainer)
         self.optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
         return seconds

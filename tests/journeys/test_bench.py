@@ -3,15 +3,18 @@ else runs them.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
-from bench import compress, methods, packing, sweep, training
+from bench import compress, methods, packing, real, sweep, training
 from bench.measure import Row
-from bench.real_sides import encoded
+from bench.peers import PaddingFree, TrlPaddingFree
+from bench.real_sides import BATCH, encoded
 from pipeline.data.windows import as_window
 from pipeline.models.transformers_model import load_pretrained
 from pipeline.training.batches import collate
@@ -43,6 +46,59 @@ def test_every_row_is_measured(benchmark: Callable[[], Iterator[Row]], rows: int
     measured = list(benchmark())
     assert len(measured) == rows
     assert all(row.ratio and row.ratio > 0 for row in measured)
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    """A checkpoint for the sides of bench/real.py."""
+    toy_checkpoint(tmp_path / "toy", vocab_size=1500, max_position_embeddings=512)
+    return tmp_path / "toy"
+
+
+@contextmanager
+def in_this_process(kind: Callable[[Path], object], folder: Path) -> Iterator[object]:
+    yield kind(folder)
+
+
+def ask(side: object, order: str) -> float:
+    result: float = getattr(side, order)()
+    return result
+
+
+@pytest.mark.slow
+def test_an_epoch_is_compared_with_every_peer_and_all_losses_agree(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORA_BENCH_BASE", str(toy))
+    monkeypatch.setattr(real, "ROUNDS", 1)
+    monkeypatch.setattr(real, "side", in_this_process)
+    monkeypatch.setattr(real, "ask", ask)
+    rows = list(real.real())
+    count = len(real.PEERS)
+    # times, the matrix products' share, memory and loss of each, generation
+    assert len(rows) == count + 1 + 2 * count + 1
+    assert all(peer.name in row.reference for peer, row in zip(real.PEERS, rows, strict=False))
+    losses = [row for row in rows if row.goal == "within 1%"]
+    assert len(losses) == count and all(row.met for row in losses)
+
+
+@pytest.mark.parametrize("peer", [PaddingFree, TrlPaddingFree])
+@pytest.mark.slow
+def test_a_peer_without_padding_has_the_loss_of_its_examples_by_themselves(
+    toy: Path, peer: type[PaddingFree | TrlPaddingFree]
+) -> None:
+    side = peer(toy)
+    side.model.float().eval()
+    group = side.train[:BATCH]
+    rows = [{"input_ids": ids, "labels": labels} for ids, labels in group]
+    trainer = side.trainer()
+    together = trainer.compute_loss(side.model, trainer.data_collator(rows))
+    total, count = torch.tensor(0.0), 0
+    for ids, labels in group:
+        targets = torch.tensor(labels[1:])
+        total += F.cross_entropy(side.logits(torch.tensor([ids]))[:-1], targets, reduction="sum")
+        count += int((targets != -100).sum())
+    assert_close(together, total / count, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow

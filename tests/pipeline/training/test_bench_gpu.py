@@ -2,7 +2,10 @@
 CPU.
 """
 
+import os
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,8 +44,8 @@ def test_every_path_of_the_benchmark_runs_on_a_toy(
     monkeypatch.setattr(gpu, "ROUNDS", 1)
     monkeypatch.setattr(gpu, "NEW_TOKENS", 4)
     rows = list(measure(case, torch.device("cpu"), gpus()["h100"]))
-    assert len(rows) == 4 and all(row.cells() for row in rows)
-    peak, epoch, *_ = rows
+    assert len(rows) == 5 and all(row.cells() for row in rows)
+    peak, epoch, generation, beside_trl, _ = rows
     assert peak.ratio is not None and 0.8 < peak.ratio < 1.2, (
         "of a toy: scratch memory counts there"
     )
@@ -52,6 +55,38 @@ def test_every_path_of_the_benchmark_runs_on_a_toy(
         for text in (epoch.what, epoch.reference)
     )
     assert epoch.ratio == pytest.approx(ours / theirs, rel=0.02)
+    assert "model.generate" in generation.reference
+    assert beside_trl.reference.startswith("TRL without padding, sdpa, ")
+
+
+STAND_IN = """
+import sys
+
+assert not {"transformers", "peft", "trl"} & set(sys.modules), "Unsloth comes first"
+
+
+class FastLanguageModel:
+    def from_pretrained(model_name, max_seq_length, dtype, load_in_4bit):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype)
+        return model, AutoTokenizer.from_pretrained(model_name)
+
+    def get_peft_model(model, use_gradient_checkpointing, **options):
+        from peft import LoraConfig, get_peft_model
+
+        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
+"""
+
+
+@pytest.mark.slow
+def test_unsloth_trains_in_a_process_where_it_is_imported_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "unsloth.py").write_text(STAND_IN)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    with gpu.unsloth(TOY, torch.device("cpu")) as side:
+        assert side.epoch() > 0 and side.epoch() > 0
 
 
 def test_utilization_is_the_flops_of_frozen_weights_over_the_cards_peak() -> None:
