@@ -200,7 +200,10 @@ def quantize(
     UserError.
     """
     if device.type == "cuda" and kind != "int8" and _bitsandbytes() is None:
-        nf4.tell_cost()
+        from pipeline.models.kernels.accelerator.weights import dequantizes_nf4
+
+        if not dequantizes_nf4(device):
+            nf4.tell_cost()
     for name in quantizable(model):
         layer = QuantizedLinear(model.get_submodule(name), kind, device)
         layer.dtype = dtype or layer.dtype

@@ -29,9 +29,13 @@ def try_kernels(device: torch.device) -> Sequence[Finding]:
                 model.prepare_cpu_training()
             else:
                 from pipeline.models.kernels.accelerator.loss import fuses_head
+                from pipeline.models.kernels.accelerator.products import adds_in_fp32
+                from pipeline.models.kernels.accelerator.weights import dequantizes_nf4
 
                 model.prepare_accelerator_training(device)
                 fuses_head(model.to(device))
+                adds_in_fp32(device, torch.bfloat16)
+                dequantizes_nf4(device)
             _ = model.supports_packing  # reading it tries packed sequences
         except Exception as error:  # of a driver, or of a card without memory
             record(f"a small model on {device}", error, "nothing is computed there")

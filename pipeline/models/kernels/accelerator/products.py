@@ -181,7 +181,7 @@ def _added(factor: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor 
         return (left @ right).mul_(scale).to(factor.dtype)
     if wide.dtype == left.dtype:
         wide.addmm_(left, right, alpha=scale)
-    elif _adds_in_fp32(wide.device, left.dtype):
+    elif adds_in_fp32(wide.device, left.dtype):
         _add_in_fp32(wide, left, right, scale)
     else:
         wide.add_(left @ right, alpha=scale)
@@ -194,7 +194,7 @@ def _add_in_fp32(wide: Tensor, left: Tensor, right: Tensor, scale: float) -> Non
 
 
 @cache
-def _adds_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+def adds_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torch adds products of 16 bits to fp32 there, in place. Tried once."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
