@@ -29,6 +29,8 @@ ROOM = 0.8
 RANKS = (1, 2, 4, 8)  # times the default
 RETENTION = {"retention_data": RETAIN, "retention_weight": 1.0, "retention_batch_size": 4}
 ANSWERS = 8  # held-out examples that are answered at each evaluation
+# Tokens per batch to begin with. SmolLM2-135M on two cores TODO
+ON_GPU, ON_CPU = 16_384, 2_048
 # sequences per step; steps per epoch, if there are enough examples
 LARGEST_BATCH, LEAST_STEPS = 16, 25
 EPOCHS = ((20_000, 1), (2_000, 2))  # examples at least → epochs; of fewer the default
@@ -41,6 +43,7 @@ class Machine:
     device: str
     memory: int  # bytes that training can use
     bf16: bool  # whether it multiplies in bf16
+    is_cpu: bool = False
 
 
 @dataclass
@@ -182,7 +185,7 @@ def _fit(
     stages: Sequence[Stage],
     data: DataReport,
 ) -> None:
-    """Length, batch, checkpointing and quantization: the cheapest combination that fits."""
+    """Length, batches, checkpointing and quantization: the cheapest combination that fits."""
     batch = 1
     trained = data.examples * (1 - (recipe.values.get(f"{TRAINING}.eval_share") or 0.0))
     while batch < LARGEST_BATCH and data.examples / (2 * batch) >= LEAST_STEPS:
@@ -202,15 +205,19 @@ def _fit(
     quantizations = ["none"]
     if len(adapters) == len(stages) and machine.bf16:
         quantizations.append("nf4-dq")
+    accumulated = recipe.set(f"{TRAINING}.gradient_accumulation_steps", 1)
+    examples = batch * accumulated
+    why = f"{examples} examples a step: an epoch has {ceil(trained / examples):,} steps"
+    recipe.set(f"{TRAINING}.batch_size", batch, why)
+    budgets = [ON_CPU if machine.is_cpu else ON_GPU]
+    while budgets[-1] > longest:
+        budgets.append(budgets[-1] // 2)
     room = round(ROOM * machine.memory)
-    ways = product(lengths, quantizations, ("none", "selective", "full"), range(batch.bit_length()))
-    for length, quantization, checkpointing, halved in ways:
+    ways = product(lengths, quantizations, ("none", "selective", "full"), budgets)
+    for length, quantization, checkpointing, budget in ways:
         recipe.set(f"{TRAINING}.max_length", length, lengths[length])
-        accumulated = recipe.given.get(f"{TRAINING}.gradient_accumulation_steps", 1 << halved)
-        examples = (batch >> halved) * accumulated
-        why = f"{examples} examples a step: an epoch has {ceil(trained / examples):,} steps"
-        recipe.set(f"{TRAINING}.batch_size", batch >> halved, why)
-        recipe.set(f"{TRAINING}.gradient_accumulation_steps", accumulated)
+        why = "computed at once, of the examples of a step"
+        recipe.set(f"{TRAINING}.tokens_per_batch", budget, why)
         saves = "" if checkpointing == "none" else "saves memory"
         recipe.set(f"{TRAINING}.gradient_checkpointing", checkpointing, saves)
         for name in adapters:
@@ -234,11 +241,14 @@ def _peak(recipe: Recipe, model: Architecture, stage: Stage, length: int) -> int
     settings = _settings(recipe, stage)
     method = COUNTED[stage.method].with_params(settings)
     quantization = getattr(settings, "quantization", "none")
-    sequences = settings.batch_size * method.answers
+    tokens = settings.batch_size * method.answers * length
+    if settings.tokens_per_batch:
+        of_step = tokens * settings.gradient_accumulation_steps
+        tokens = min(settings.tokens_per_batch, of_step)
     run = TrainingConfig(
-        sequence=sequences * length,
-        span=length,
-        sequences=sequences,
+        sequence=length,
+        tokens_per_batch=tokens,
+        answers=method.answers,
         precision=str(settings.precision) if quantization == "none" else quantization,
         adapter_precision=getattr(settings, "adapter_precision", str(settings.precision)),
         trainer="ours",

@@ -162,7 +162,7 @@ def _training_step(
     model.train().checkpoint_blocks(run.checkpointing)  # type: ignore[arg-type]
     if ours:
         flat = FlatOptimizer(model, rule=rule_of(run.optimizer))
-        ids, positions = torch.zeros(2, run.batch, run.sequence, dtype=torch.long)
+        ids, positions = torch.zeros(2, run.rows, run.length, dtype=torch.long)
         at = None if run.loss == "full" else torch.zeros(run.labels, dtype=torch.long)
         batch = Batch(ids, positions, torch.zeros(run.labels, dtype=torch.long), at)
 
@@ -171,7 +171,7 @@ def _training_step(
         )
 
         noisy = settings.neftune_alpha or settings.lora_dropout
-        lengths = [run.sequence] * run.batch if noisy else []
+        lengths = [run.length] * run.rows if noisy else []
 
         def our_step() -> None:
             with training_noise(model, [settings]) as noises, ExitStack() as stack:
@@ -189,7 +189,7 @@ def _training_step(
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(trainable, fused=True)
     else:
         optimizer = torch.optim.SGD(trainable)
-    ids, labels = torch.zeros(2, run.batch, run.sequence, dtype=torch.long)
+    ids, labels = torch.zeros(2, run.rows, run.length, dtype=torch.long)
     positions = torch.zeros(run.labels, dtype=torch.long)
 
     def library_step() -> None:

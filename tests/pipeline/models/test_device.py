@@ -658,7 +658,7 @@ def test_the_advice_is_the_calculators() -> None:
         "finetune_lora.gradient_checkpointing=full": predict_peak_memory(
             model, method, replace(settings, gradient_checkpointing="full"), batch
         ),
-        "finetune_lora.batch_size=1 with gradient_accumulation_steps=8": predict_peak_memory(
+        "finetune_lora.tokens_per_batch=14": predict_peak_memory(
             model, method, settings, collate(windows_of((14,)))
         ),
     }
