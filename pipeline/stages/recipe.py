@@ -207,8 +207,7 @@ def _fit(
         quantizations.append("nf4-dq")
     accumulated = recipe.set(f"{TRAINING}.gradient_accumulation_steps", 1)
     examples = batch * accumulated
-    why = f"{examples} examples a step: an epoch has {ceil(trained / examples):,} steps"
-    recipe.set(f"{TRAINING}.batch_size", batch, why)
+    steps = f"{examples} examples a step: an epoch has {ceil(trained / examples):,} steps"
     budgets = [ON_CPU if machine.is_cpu else ON_GPU]
     while budgets[-1] > longest:
         budgets.append(budgets[-1] // 2)
@@ -216,8 +215,9 @@ def _fit(
     ways = product(lengths, quantizations, ("none", "selective", "full"), budgets)
     for length, quantization, checkpointing, budget in ways:
         recipe.set(f"{TRAINING}.max_length", length, lengths[length])
-        why = "computed at once, of the examples of a step"
-        recipe.set(f"{TRAINING}.tokens_per_batch", budget, why)
+        recipe.set(f"{TRAINING}.batch_size", batch, steps)
+        less = "" if budget == budgets[0] else "more at once does not fit"
+        recipe.set(f"{TRAINING}.tokens_per_batch", budget, less)
         saves = "" if checkpointing == "none" else "saves memory"
         recipe.set(f"{TRAINING}.gradient_checkpointing", checkpointing, saves)
         for name in adapters:

@@ -401,7 +401,7 @@ def _train_pass(
         )
     less = (
         f"Train fewer adapters at once: shorten {job.stage.name}.grid, or lower "
-        "finetune_lora.batch_size."
+        "finetune_lora.tokens_per_batch, which they share, or batch_size."
     )
     path = ManyAdapters(base.model, routing)
     asked = asked_while_training(job, settings, base)

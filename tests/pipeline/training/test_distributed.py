@@ -136,6 +136,7 @@ def tensors(folder: Path) -> Mapping[str, torch.Tensor]:
         (3, [], {"batch_size": 1, "retention_batch_size": 1}),  # two of the three ranks are idle
         (2, [], {"quantization": "nf4-dq", "train_embeddings": "new_rows"}),
         (2, ["--shard"], {}),
+        (3, ["--shard"], {"tokens_per_batch": 12}),
         (
             3,
             ["--shard"],
@@ -148,6 +149,7 @@ def tensors(folder: Path) -> Mapping[str, torch.Tensor]:
         "some idle",
         "quantized",
         "sharded",
+        "sharded, filled with tokens",
         "sharded, checkpointed, idle",
         "sharded, quantized",
     ],
