@@ -618,7 +618,7 @@ def test_training_out_of_memory_says_what_to_lower_and_goes_on_from_the_last_who
         said.startswith(f"{stage}: out of memory in step ") and "Tried to allocate 2.00 GiB" in said
     )
     assert "\n" not in said
-    assert f"{stage}.{'grid' if stage == 'finetune_sweep' else 'batch_size=1'}" in said
+    assert f"{stage}.{'grid' if stage == 'finetune_sweep' else 'tokens_per_batch=4'}" in said
     kept = checkpoints(open_project(project / "params.yaml").run_folder(stage))
     assert len(kept) == 1 and not kept[0].name.endswith("-000000000")
     make(project, [stage], BRIEF, force=True)
