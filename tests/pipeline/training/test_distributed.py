@@ -178,10 +178,16 @@ def test_a_sharded_base_gives_the_bits_of_a_whole_one(project: Path, quantizatio
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("loss", ["dpo", "kto"])
+@pytest.mark.parametrize(
+    ("loss", "changes"),
+    [("dpo", {}), ("kto", {}), ("orpo", {"tokens_per_batch": 30})],
+    ids=["dpo", "kto", "orpo, filled with tokens"],
+)
 @pytest.mark.sampled(2)
 @pytest.mark.slow
-def test_several_processes_learn_the_preferences_that_one_learns(project: Path, loss: str) -> None:
+def test_several_processes_learn_the_preferences_that_one_learns(
+    project: Path, loss: str, changes: dict[str, object]
+) -> None:
     words = " ".join(TEXTS).split()
     rows = [
         {
@@ -198,6 +204,7 @@ def test_several_processes_learn_the_preferences_that_one_learns(project: Path, 
         "epochs": 2,
         "batch_size": 3,
         "eval_share": 0.3,
+        **changes,
     }
     asked = [
         LORA,

@@ -206,6 +206,26 @@ def test_ranks_share_the_batches_and_call_the_model_equally_often(
         assert_same_step((logged, torch.tensor(of_rank)), (found, torch.tensor(gradient)))
 
 
+def kto_step() -> float:
+    """The loss of a step with KTO, whose divergence all ranks estimate together."""
+    windows = windows_of((9, 7, 14, 12, 6, 17, 8, 8, 21, 5), lambda length: length // 3)
+    model = with_lora(toy("llama", std=0.1))
+    answers = answers_of(
+        windows,
+        reference=reference_of(model, answers_of(windows)),
+        desirable=[True, False, True, True, False],
+    )
+    settings = FinetuneDpo(loss="kto", batch_size=5, window=0, tokens_per_batch=40)
+    path = PreferencePath(model.train(), settings)
+    learner = Learner(settings, AnswerBatches.of(answers, settings))
+    return step_of(path, [learner], FlatOptimizer(model))[0][0].loss
+
+
+def test_ranks_estimate_ktos_divergence_together_where_one_of_them_is_idle() -> None:
+    losses = run_ranks(2, kto_step)
+    assert losses[0] == losses[1] == pytest.approx(kto_step(), rel=0.1)
+
+
 def test_a_budget_that_holds_a_whole_step_is_divided_among_the_ranks() -> None:
     windows = listed(windows_of((10,) * 12))
     seen = list[int]()
