@@ -218,21 +218,19 @@ class Batches:
             self._ahead = self._last + 1, self._read(self._last + 1)
 
     def _read(self, step: int) -> list[Batch]:
-        """The batches of a step for this rank.
-
-        A rank that has no sequence for a batch runs one as an idle batch.
-        """
         rows = self.rows(step)
-        shards, idle = [shard_for_rank(numbers) for numbers in rows], [row[:1] for row in rows]
-        if self.tokens_per_batch:  # each batch is one rank's
-            shards = shard_for_rank(rows)
-            rounds = -(-len(rows) // world_size())
-            shards, idle = shards + [[]] * (rounds - len(shards)), [rows[-1][:1]] * rounds
-        batches = []
-        for numbers, first in zip(shards, idle, strict=True):
-            batch = self._collate(numbers or first)
-            batches.append(batch if numbers else batch.as_idle())
-        return batches
+        if not self.tokens_per_batch:
+            return [self._batch_for_rank(shard_for_rank(numbers), numbers) for numbers in rows]
+        # every world_size-th of the batches
+        shards = shard_for_rank(rows)
+        rounds = -(-len(rows) // world_size())
+        shards += [[]] * (rounds - len(shards))
+        return [self._batch_for_rank(numbers, rows[-1]) for numbers in shards]
+
+    def _batch_for_rank(self, numbers: Sequence[int], others: Sequence[int]) -> Batch:
+        """The windows `numbers`; a rank that gets none runs the first of `others` idly."""
+        batch = self._collate(numbers or others[:1])
+        return batch if numbers else batch.as_idle()
 
     def _collate(self, numbers: Sequence[int]) -> Batch:
         return collate([self.dataset[number] for number in numbers])
