@@ -208,8 +208,8 @@ def main() -> None:
             raise
         _exit(
             f"out of memory ({first_line(error)}). Use a smaller model, shorter texts or smaller "
-            "params (rank, "
-            "batch_size): `lora calc` shows what they need. Set --device cpu to run on the CPU.",
+            "params (rank, batch_size, tokens_per_batch): `lora calc` shows what they need. Set "
+            "--device cpu to run on the CPU.",
             1,
         )
     except OSError as error:

@@ -16,7 +16,7 @@ from pipeline.calc.sources.open_model import nearest
 from pipeline.errors import UserError
 
 GIB = 2**30
-LARGEST = {"batch": 4096, "sequence": 2**20, "rank": 4096}
+LARGEST = {"batch": 4096, "tokens_per_batch": 2**20, "sequence": 2**20, "rank": 4096}
 PRECISIONS_BY_QUALITY = ("fp32", "bf16", "int8", QLORA)  # the first that fits is the most accurate
 
 
@@ -148,7 +148,10 @@ def changes(
         ("--loss chunked", lambda m, r: (m, replace(r, loss="chunked"))),
         ("--checkpointing full", lambda m, r: (m, replace(r, checkpointing="full"))),
         ("--attention sdpa", lambda m, r: (m, replace(r, attention="sdpa"))),
-        ("--batch 1 and accumulate gradients", lambda m, r: (m, replace(r, batch=1))),
+        (
+            "--batch 1 and accumulate gradients",
+            lambda m, r: (m, replace(r, batch=1, tokens_per_batch=0)),
+        ),
         (f"--method {adapter.name}", lambda m, r: (m if m.adapter else adapter, r)),
         (
             f"--precision {QLORA} (QLoRA)",

@@ -26,6 +26,7 @@ SWEEPS = (
     "rank",
     "sequence",
     "batch",
+    "tokens_per_batch",
     "precision",
     "optimizer",
     "checkpointing",
@@ -231,9 +232,7 @@ def explain(
 
     size, blocks = run.tokens * model.hidden * run.width, len(model.blocks)
     inputs = sum(run.checkpointed(index) for index in range(blocks))
-    unit = (
-        f"{run.rows} × {run.sequence:,} × {model.hidden:,} × {run.width} B = {size / MIB:,.1f} MiB"
-    )
+    unit = f"{run.rows} × {run.length:,} × {model.hidden:,} × {run.width} B = {size / MIB:,.1f} MiB"
     if inputs == blocks:
         total = f"{blocks * size / GIB:.2f} GiB"
         saved = (

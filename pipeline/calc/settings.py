@@ -201,6 +201,11 @@ class TrainingConfig:
         least=1,
         automatic=True,
     )
+    tokens_per_batch: int = option(
+        0,
+        "Tokens of a batch that is packed with sequences, whatever --batch is; 0: none is packed.",
+        least=0,
+    )
     casts: str = option(
         "weights",
         "What an fp32 adapter on a 16-bit base casts: weights (ours) or inputs (PEFT).",
@@ -226,17 +231,26 @@ class TrainingConfig:
 
     @property
     def rows(self) -> int:
-        return self.batch * self.answers
+        return 1 if self.tokens_per_batch else self.batch * self.answers
 
     @property
     def size(self) -> str:
         """The batch in words."""
+        if self.tokens_per_batch:
+            return f"{self.tokens:,} tokens, packed with {self.sequence:,} each"
         pairs = f" pairs × {self.answers}" if self.answers > 1 else ""
         return f"{self.batch}{pairs} × {self.sequence:,} tokens"
 
     @property
     def tokens(self) -> int:
+        if self.tokens_per_batch:  # a longer example stands alone
+            return max(self.tokens_per_batch, self.answers * self.sequence)
         return self.rows * self.sequence
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row."""
+        return self.tokens // self.rows
 
     @property
     def attended(self) -> int:
@@ -246,7 +260,7 @@ class TrainingConfig:
     @property
     def virtual_places(self) -> int:
         """Number of sequences, each of which begins with the virtual tokens."""
-        return self.sequences or self.rows
+        return self.sequences or -(-self.tokens // self.sequence)
 
     @property
     def labels(self) -> int:

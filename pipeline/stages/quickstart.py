@@ -195,7 +195,10 @@ def start(request: Request, graph: StageGraph) -> Generator[Event, None, Started
         yield Note(f"memory is not predicted: {error}")
     device = device_for_size(model.total if model else LARGE)
     machine = Machine(
-        str(device_info(device)["name"]), available_memory(device), multiplies_bf16(device)
+        str(device_info(device)["name"]),
+        available_memory(device),
+        multiplies_bf16(device),
+        device.type == "cpu",
     )
     context = model.context if model else 0
     report = check(

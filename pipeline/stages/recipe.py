@@ -29,6 +29,10 @@ ROOM = 0.8
 RANKS = (1, 2, 4, 8)  # times the default
 RETENTION = {"retention_data": RETAIN, "retention_weight": 1.0, "retention_batch_size": 4}
 ANSWERS = 8  # held-out examples that are answered at each evaluation
+# Tokens per batch to begin with. On a core of a CPU, SmolLM2-135M takes 0.9 of the time in batches
+# of 1,000 tokens that it takes in those of 600. More tokens gain little and take memory: 9,213 are
+# as quick in nine batches as in two, which have 2.6 times the peak.
+ON_GPU, ON_CPU = 16_384, 2_048
 # sequences per step; steps per epoch, if there are enough examples
 LARGEST_BATCH, LEAST_STEPS = 16, 25
 EPOCHS = ((20_000, 1), (2_000, 2))  # examples at least → epochs; of fewer the default
@@ -41,6 +45,7 @@ class Machine:
     device: str
     memory: int  # bytes that training can use
     bf16: bool  # whether it multiplies in bf16
+    is_cpu: bool = False
 
 
 @dataclass
@@ -182,7 +187,7 @@ def _fit(
     stages: Sequence[Stage],
     data: DataReport,
 ) -> None:
-    """Length, batch, checkpointing and quantization: the cheapest combination that fits."""
+    """Length, batches, checkpointing and quantization: the cheapest combination that fits."""
     batch = 1
     trained = data.examples * (1 - (recipe.values.get(f"{TRAINING}.eval_share") or 0.0))
     while batch < LARGEST_BATCH and data.examples / (2 * batch) >= LEAST_STEPS:
@@ -202,15 +207,19 @@ def _fit(
     quantizations = ["none"]
     if len(adapters) == len(stages) and machine.bf16:
         quantizations.append("nf4-dq")
+    accumulated = recipe.set(f"{TRAINING}.gradient_accumulation_steps", 1)
+    examples = batch * accumulated
+    steps = f"{examples} examples a step: an epoch has {ceil(trained / examples):,} steps"
+    budgets = [ON_CPU if machine.is_cpu else ON_GPU]
+    while budgets[-1] > longest:
+        budgets.append(budgets[-1] // 2)
     room = round(ROOM * machine.memory)
-    ways = product(lengths, quantizations, ("none", "selective", "full"), range(batch.bit_length()))
-    for length, quantization, checkpointing, halved in ways:
+    ways = product(lengths, quantizations, ("none", "selective", "full"), budgets)
+    for length, quantization, checkpointing, budget in ways:
         recipe.set(f"{TRAINING}.max_length", length, lengths[length])
-        accumulated = recipe.given.get(f"{TRAINING}.gradient_accumulation_steps", 1 << halved)
-        examples = (batch >> halved) * accumulated
-        why = f"{examples} examples a step: an epoch has {ceil(trained / examples):,} steps"
-        recipe.set(f"{TRAINING}.batch_size", batch >> halved, why)
-        recipe.set(f"{TRAINING}.gradient_accumulation_steps", accumulated)
+        recipe.set(f"{TRAINING}.batch_size", batch, steps)
+        less = "" if budget == budgets[0] else "more at once does not fit"
+        recipe.set(f"{TRAINING}.tokens_per_batch", budget, less)
         saves = "" if checkpointing == "none" else "saves memory"
         recipe.set(f"{TRAINING}.gradient_checkpointing", checkpointing, saves)
         for name in adapters:
@@ -234,11 +243,14 @@ def _peak(recipe: Recipe, model: Architecture, stage: Stage, length: int) -> int
     settings = _settings(recipe, stage)
     method = COUNTED[stage.method].with_params(settings)
     quantization = getattr(settings, "quantization", "none")
-    sequences = settings.batch_size * method.answers
+    tokens = settings.batch_size * method.answers * length
+    if settings.tokens_per_batch:
+        of_step = tokens * settings.gradient_accumulation_steps
+        tokens = min(settings.tokens_per_batch, of_step)
     run = TrainingConfig(
-        sequence=sequences * length,
-        span=length,
-        sequences=sequences,
+        sequence=length,
+        tokens_per_batch=tokens,
+        answers=method.answers,
         precision=str(settings.precision) if quantization == "none" else quantization,
         adapter_precision=getattr(settings, "adapter_precision", str(settings.precision)),
         trainer="ours",

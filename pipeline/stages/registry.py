@@ -185,6 +185,7 @@ def options_of_stage(project: Project, stage: Stage) -> dict[str, Any]:
         "precision": settings.precision if quantization == "none" else quantization,
         "adapter_precision": getattr(settings, "adapter_precision", None),
         "batch": settings.batch_size,
+        "tokens_per_batch": settings.tokens_per_batch,
         "sequence": min(longest, default=None),  # None: the calculator's default for the model
         "checkpointing": settings.gradient_checkpointing,
         "optimizer": settings.optimizer,

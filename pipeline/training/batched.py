@@ -12,7 +12,7 @@ from pipeline.adapters.batched import AdapterRouting
 from pipeline.data.examples import IGNORED, Window
 from pipeline.data.windows import Dataset, InMemoryDataset
 from pipeline.models.base import CausalLM
-from pipeline.training.batches import Batch, Batches, collate
+from pipeline.training.batches import Batch, Batches, collate, pack
 from pipeline.training.losses import Head, cross_entropy, mean_loss
 from pipeline.training.retention import RetentionLoss
 from pipeline.training.step import LossPath, StepBatch
@@ -42,8 +42,13 @@ class ManyAdapters(LossPath):
 
     def batches(self, orders: Mapping[int, Batches], number: int) -> Iterator[StepBatch]:
         """One batch per micro-batch of the step; if the model does not pack, one per window."""
+        first = next(iter(orders.values()))
+        windows = first.dataset
+        if first.tokens_per_batch:
+            for rows in _pack_together(orders, number, first.tokens_per_batch):
+                yield from self._read(windows, rows)
+            return
         batches = {n: order.rows(number) for n, order in orders.items()}
-        windows = next(iter(orders.values())).dataset
         for index in range(max(map(len, batches.values()))):
             rows = {n: batch[index] for n, batch in batches.items() if index < len(batch)}
             yield from self._read(windows, rows)
@@ -123,6 +128,24 @@ class ManyAdapters(LossPath):
                 return self._model.logits(rows)
 
         return head
+
+
+def _pack_together(
+    orders: Mapping[int, Batches], number: int, most: int
+) -> Iterator[dict[int, list[int]]]:
+    """Learner → its windows in each batch of step `number`, of `most` tokens of all learners."""
+    pairs = list[tuple[int, int]]()
+    sizes = list[int]()
+    for n, order in orders.items():
+        for window in order.windows(number):
+            pairs.append((n, window))
+            sizes.append(order.dataset.tokens(window))
+    for places in pack(sizes, most):
+        rows: dict[int, list[int]] = {}
+        for place in places:
+            n, window = pairs[place]
+            rows.setdefault(n, []).append(window)
+        yield rows
 
 
 def _stack_windows(windows: Dataset) -> Tensor | None:

@@ -7,8 +7,7 @@ that resumes in the middle of an epoch sees the same batches as an uninterrupted
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -17,7 +16,11 @@ from pipeline.data.examples import IGNORED, Window
 from pipeline.data.windows import Dataset
 from pipeline.models.base import CausalLM
 from pipeline.models.device import to_device
-from pipeline.training.parallel.collectives import shard_for_rank
+from pipeline.project.params.sections import Training
+from pipeline.training.parallel.collectives import shard_for_rank, world_size
+
+# Held-out examples that are divided into batches together where a batch is filled with tokens.
+HELD_OUT = 512
 
 
 @dataclass(frozen=True)
@@ -116,8 +119,46 @@ def _batch_from(
     return Batch(ids, positions, flat[index], index, segments)
 
 
+def pack(sizes: Sequence[int], most: int, parts: int = 1) -> list[list[int]]:
+    """The indices of `sizes` in few bins that hold at most `most`; a larger size stands alone.
+
+    First-fit decreasing says how many bins there are, rounded up to a multiple of `parts`. Then
+    they are made as equal as it can (MULTIFIT, Coffman et al. 1978): equal batches need the least
+    memory, and no rank waits for another.
+    """
+    decreasing = sorted(range(len(sizes)), key=lambda n: -sizes[n])
+
+    def first_fit(capacity: int) -> list[list[int]]:
+        bins, room = list[list[int]](), list[int]()
+        for n in decreasing:
+            number = next((b for b, left in enumerate(room) if left >= sizes[n]), len(bins))
+            if number == len(bins):
+                bins.append([])
+                room.append(capacity)
+            bins[number].append(n)
+            room[number] -= sizes[n]
+        return bins
+
+    bins = first_fit(most)
+    count = -(-len(bins) // parts) * parts
+    fullest = max(sum(sizes[n] for n in numbers) for numbers in bins)
+    low, high = sum(sizes) // count, min(most, fullest)
+    while low < high:
+        middle = (low + high) // 2
+        equal = first_fit(middle)
+        if len(equal) > count:
+            low = middle + 1
+        else:
+            bins, high = equal, middle
+    return [sorted(numbers) for numbers in bins]
+
+
 class Batches:
-    """The batches of all epochs; a step has `gradient_accumulation_steps` of them."""
+    """The batches of all epochs.
+
+    A step has `gradient_accumulation_steps` of them; with `tokens_per_batch` the same sequences in
+    as few as hold at most so many tokens each.
+    """
 
     def __init__(
         self,
@@ -126,6 +167,7 @@ class Batches:
         seed: int | None,
         gradient_accumulation_steps: int = 1,
         first: int = 0,
+        tokens_per_batch: int = 0,
     ) -> None:
         """`seed`: of the order of each epoch; None keeps the order of the windows.
 
@@ -133,12 +175,31 @@ class Batches:
         """
         self.dataset, self._batch_size, self._seed = windows, batch_size, seed
         self._step_size = batch_size * gradient_accumulation_steps  # sequences
+        self.tokens_per_batch = tokens_per_batch  # on a device; 0: batch_size decides
         # of one epoch only: a data set may have millions of windows
         self._epoch, self._rows = 0, self._shuffle(0)
         self._last: int | None = None  # the step that was read last
         # the step whose batches were made ahead, and its batches
         self._ahead: tuple[int, list[Batch]] | None = None
         self.first = first
+
+    @classmethod
+    def of(cls, dataset: Dataset, settings: Training, first: int = 0) -> Self:
+        """The batches to train on, by a stage's settings."""
+        return cls(
+            dataset,
+            settings.batch_size,
+            settings.seed,
+            settings.gradient_accumulation_steps,
+            first,
+            settings.tokens_per_batch,
+        )
+
+    @classmethod
+    def held_out(cls, dataset: Dataset, settings: Training) -> Self:
+        """The batches to evaluate on, in their order."""
+        tokens, size = settings.tokens_per_batch, settings.batch_size
+        return cls(dataset, max(size, HELD_OUT) if tokens else size, None, tokens_per_batch=tokens)
 
     def __len__(self) -> int:
         """Steps per epoch; the last may have fewer sequences."""
@@ -157,16 +218,19 @@ class Batches:
             self._ahead = self._last + 1, self._read(self._last + 1)
 
     def _read(self, step: int) -> list[Batch]:
-        return [self._batch_for_rank(numbers) for numbers in self.rows(step)]
+        rows = self.rows(step)
+        if not self.tokens_per_batch:
+            return [self._batch_for_rank(shard_for_rank(numbers), numbers) for numbers in rows]
+        # every world_size-th of the batches
+        shards = shard_for_rank(rows)
+        rounds = -(-len(rows) // world_size())
+        shards += [[]] * (rounds - len(shards))
+        return [self._batch_for_rank(numbers, rows[-1]) for numbers in shards]
 
-    def _batch_for_rank(self, numbers: Sequence[int]) -> Batch:
-        """Every world_size-th of the windows `numbers`, all of them in a single process.
-
-        A rank that gets none runs the first window as an idle batch.
-        """
-        indices = shard_for_rank(numbers)
-        batch = self._collate(indices or numbers[:1])
-        return batch if indices else batch.as_idle()
+    def _batch_for_rank(self, numbers: Sequence[int], others: Sequence[int]) -> Batch:
+        """The windows `numbers`; a rank that gets none runs the first of `others` idly."""
+        batch = self._collate(numbers or others[:1])
+        return batch if numbers else batch.as_idle()
 
     def _collate(self, numbers: Sequence[int]) -> Batch:
         return collate([self.dataset[number] for number in numbers])
@@ -177,8 +241,7 @@ class Batches:
 
     def locations(self, step: int) -> list[str]:
         """`file:line` of each example in a step, without duplicates."""
-        rows = chain.from_iterable(self.rows(step))
-        return list(dict.fromkeys(map(self.dataset.location, rows)))
+        return list(dict.fromkeys(map(self.dataset.location, self.windows(step))))
 
     def largest_step(self, steps: Iterable[int]) -> int:
         """Of `steps`, the step whose largest batch has the most tokens; the first if several do."""
@@ -189,14 +252,22 @@ class Batches:
 
     def rows(self, step: int) -> list[list[int]]:
         """The indices of the windows in each batch of a step, on all ranks together."""
+        numbers = self.windows(step)
+        if self.tokens_per_batch:
+            sizes = [*map(self.dataset.tokens, numbers)]
+            bins = pack(sizes, self.tokens_per_batch, world_size())
+            return [[numbers[n] for n in places] for places in bins]
+        return [
+            numbers[start : start + self._batch_size]
+            for start in range(0, len(numbers), self._batch_size)
+        ]
+
+    def windows(self, step: int) -> list[int]:
+        """The indices of a step's windows, on all ranks, in the epoch's order."""
         epoch, index = divmod(self.first + step, len(self))
         if self._epoch != epoch:
             self._epoch, self._rows = epoch, self._shuffle(epoch)
-        rows = self._rows[index * self._step_size : (index + 1) * self._step_size]
-        return [
-            rows[start : start + self._batch_size]
-            for start in range(0, len(rows), self._batch_size)
-        ]
+        return self._rows[index * self._step_size : (index + 1) * self._step_size]
 
     def _shuffle(self, epoch: int) -> list[int]:
         """The windows of an epoch, in its order. Every epoch has equally many."""

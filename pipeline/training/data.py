@@ -61,13 +61,11 @@ def prepare_data(
     Raises UserError as `build_datasets` does.
     """
     training, held_out = yield from build_datasets(job, settings, base)
-    batches = Batches(
-        training, settings.batch_size, settings.seed, settings.gradient_accumulation_steps, first
-    )
+    batches = Batches.of(training, settings, first)
     refuse_long_warmup(settings, len(batches), job.stage.section)
     if held_out is None:
         return batches, None
-    in_order = Batches(held_out, settings.batch_size, seed=None)
+    in_order = Batches.held_out(held_out, settings)
     return batches, Evaluation.of(settings, in_order, len(batches))
 
 

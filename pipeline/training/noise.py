@@ -1,7 +1,8 @@
 """LoRA's dropout and NEFTune's noise: numbers that seed, step, rank, batch and layer determine.
 
 So a run that resumes, a step that is repeated and a block that is computed again in backward have
-the same numbers, and an adapter of a sweep has those of a run of its own.
+the same numbers, and an adapter of a sweep has those of a run of its own, unless tokens_per_batch
+divides their steps in different ways.
 """
 
 import hashlib

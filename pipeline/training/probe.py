@@ -1,7 +1,6 @@
 """The speed of training, measured on a few steps of the real run."""
 
 import time
-from itertools import chain
 from statistics import quantiles
 from typing import NamedTuple
 
@@ -58,8 +57,7 @@ def probe(task: TrainingTask) -> Probe:
     model, batches, total = task.model, task.batches, task.total
     step_tokens = []
     for number in range(len(batches)):
-        rows = chain.from_iterable(batches.rows(number))
-        step_tokens.append(sum(map(batches.dataset.tokens, rows)))
+        step_tokens.append(sum(map(batches.dataset.tokens, batches.windows(number))))
     with task.path.base():
         device = prepare_model(model, task.settings.gradient_checkpointing, task.settings.compile)
     model.to(device)

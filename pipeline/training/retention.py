@@ -35,6 +35,8 @@ class RetentionSettings(Protocol):
     @property
     def max_length(self) -> int: ...
     @property
+    def tokens_per_batch(self) -> int: ...
+    @property
     def templated(self) -> bool: ...
     @property
     def retention_data(self) -> str: ...
@@ -69,7 +71,8 @@ class RetentionLoss:
         first: int = 0,
     ) -> None:
         self.weight = settings.retention_weight
-        self.batches = Batches(texts, settings.retention_batch_size, settings.seed, first=first)
+        size, tokens = settings.retention_batch_size, settings.tokens_per_batch
+        self.batches = Batches(texts, size, settings.seed, 1, first, tokens)
         self._model, self._as_base = model, as_base or self._without_adapter
         self._originals: list[tuple[nn.Parameter, Tensor]] = []
         if as_base:

@@ -160,6 +160,7 @@ def params_of(result: Result, params: Params, trained: tuple[str, Architecture])
         raise UserError(f"{run.precision} weights are not trainable here yet. Choose {choices}.")
     values: dict[str, Any] = {
         "batch_size": run.batch,
+        "tokens_per_batch": run.tokens_per_batch,
         "precision": precision,
         "gradient_checkpointing": run.checkpointing,
         "optimizer": run.optimizer,

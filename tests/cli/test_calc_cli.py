@@ -215,6 +215,25 @@ def test_a_sweep_has_a_row_per_value(cli: Lora, tmp_path: Path) -> None:
     assert re.search(r"4096\s+7,667,712\s+0.0936\s+[\d.]+ GiB\s+RTX 4090", out)
 
 
+def test_a_batch_filled_with_tokens_is_predicted_whatever_the_batch_size(
+    cli: Lora, tmp_path: Path
+) -> None:
+    asked = (*QWEN, "--tokens-per-batch", "8192", "--seq", "512")
+    answers = [
+        json.loads(cli("calc", *asked, "--batch", batch, "--json", cwd=tmp_path)[1])["memory"]
+        for batch in ("1", "16")
+    ]
+    assert answers[0] == answers[1]
+    rows = json.loads(
+        cli("calc", *asked, "--sweep", "tokens_per_batch=2048,8192", "--json", cwd=tmp_path)[1]
+    )
+    assert rows[0]["peak"] < rows[1]["peak"] == answers[0]["peak"]
+    out = cli("calc", *asked, "--fit", "24", cwd=tmp_path)[1]
+    assert "8,192 tokens, packed with 512 each" in out
+    code, _, err = cli("calc", *QWEN, "--tokens-per-batch", "-1", cwd=tmp_path)
+    assert code == 1 and "tokens-per-batch must be a whole number from 0" in err
+
+
 @pytest.mark.slow
 def test_trace_prints_both_peaks(cli: Lora, tmp_path: Path) -> None:
     config = tmp_path / "config.json"

@@ -21,8 +21,9 @@ class Layers(Ops):
         self.eager = run.attention == "eager" or self.style.eager_only
         # weights per head that short attention saves
         self.scores = run.scores or self.n * run.attended
+        rows = min(run.batch, run.rows)
         # weights per head of its largest product; packed sequences shorter than a block share one
-        self.product = min(self.scores, run.batch * BLOCK * max(BLOCK, run.attended))
+        self.product = min(self.scores, rows * BLOCK * max(BLOCK, run.attended))
 
     def rank_of(self, linear: Linear) -> int:
         """Rank of a linear of the current block; 0 if it is not adapted."""

@@ -313,6 +313,13 @@ class Training(Section, frozen=True, kw_only=True):
         Steps, "number of steps, whatever epochs is (as in transformers); 0: epochs decide"
     ] = 0
     batch_size: Annotated[Count, "examples a batch"] = 4
+    tokens_per_batch: Annotated[
+        Steps,
+        "the batch_size × gradient_accumulation_steps examples of a step are computed in as few "
+        "batches of at most this many tokens as they need, on each device; 0: in batches of "
+        "batch_size. It changes memory and speed, not the loss (of kto its estimate of the "
+        "divergence, which is a batch's)",
+    ] = 0
     window: Annotated[
         Steps, "tokens per training window, at its position in the sentence; 0: whole examples"
     ] = 4
@@ -356,7 +363,9 @@ class Training(Section, frozen=True, kw_only=True):
         Share, "the same as a share of all steps, rounded up; 0 where warmup_steps is set"
     ] = 0.0
     max_grad_norm: Annotated[Weight, "gradients are clipped to this norm; 0: never"] = 0.0
-    gradient_accumulation_steps: Annotated[Count, "batches per optimizer step"] = 1
+    gradient_accumulation_steps: Annotated[
+        Count, "batches of batch_size examples per optimizer step"
+    ] = 1
     max_length: Annotated[Steps, "examples are truncated to this many tokens; 0: never"] = 0
     precision: Annotated[Precision, "dtype of the weights, trained or frozen"] = "fp32"
     gradient_checkpointing: Annotated[

@@ -130,12 +130,11 @@ def prepare(
     if settings.loss in WITH_REFERENCE:
         answers = yield from with_reference(job, base, answers, as_base)
     training, held_out = answers
-    size, accumulation = settings.batch_size, settings.gradient_accumulation_steps
-    batches = AnswerBatches(training, size, settings.seed, accumulation, first)
+    batches = AnswerBatches.of(training, settings, first)
     path = PreferencePath(base.model, settings)
     if held_out is None:
         return Prepared(batches, None, path)
-    in_order = AnswerBatches(held_out, size, None)
+    in_order = AnswerBatches.held_out(held_out, settings)
     evaluation = Evaluation.of(settings, in_order, len(batches))
     # KTO's answers are no pairs, and a trial saves no manifest
     if settings.loss == "kto" or not job.key:

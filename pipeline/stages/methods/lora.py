@@ -736,9 +736,8 @@ class Lora(FinetuningMethod):
         t, n, w, run, rank = ops.tape, ops.n, ops.w, ops.run, ranks[0]
         wanted = [rank] * len(block.attention) + [0] * len(block.feed_forward)
         alike = [*ranks] == wanted and w == ops.adapter == 4
-        more = (
-            self.dora or self.pissa or self.lora_dropout or (run.span and run.sequence > PACK_UP_TO)
-        )
+        is_long = run.length > max(run.attended, PACK_UP_TO)  # a packed row
+        more = self.dora or self.pissa or self.lora_dropout or is_long
         if not ops.style.ours or not rank or not alike or more:
             return None
         row, inner = n * ops.model.hidden, n * block.feed_forward[0].outputs

@@ -377,7 +377,7 @@ def _train_pass(
     routing, specs = yield from _attach_all(base, adapters, new_rows(folder))
     learners = []
     for name, (_, lora) in adapters.items():
-        batches = Batches(dataset, lora.batch_size, lora.seed, lora.gradient_accumulation_steps)
+        batches = Batches.of(dataset, lora)
         retain = None
         if texts is not None and lora.retains:
             retain = RetentionLoss(base.model, texts, lora, routing.base)
@@ -389,7 +389,7 @@ def _train_pass(
     evaluation = None
     if held_out is not None:
         steps = len(learners[0].batches)
-        in_order = Batches(held_out, settings.batch_size, seed=None)
+        in_order = Batches.held_out(held_out, settings)
         rungs = SEARCHES[sweep.search].rungs(sweep, len(learners), settings.total_steps(steps))
         evaluation = Evaluation(
             in_order,
@@ -401,7 +401,7 @@ def _train_pass(
         )
     less = (
         f"Train fewer adapters at once: shorten {job.stage.name}.grid, or lower "
-        "finetune_lora.batch_size."
+        "finetune_lora.tokens_per_batch, which they share, or batch_size."
     )
     path = ManyAdapters(base.model, routing)
     asked = asked_while_training(job, settings, base)
@@ -417,7 +417,8 @@ def _train_pass(
     if old is not None:
         divergence = RetentionLoss(base.model, old, of_old, routing.base)
         live = [n for n, learner in enumerate(learners) if not learner.diverged]
-        in_order = Batches(old, settings.retention_batch_size, seed=None)
+        size, tokens = settings.retention_batch_size, settings.tokens_per_batch
+        in_order = Batches(old, size, None, tokens_per_batch=tokens)
         loss = partial(path.divergences, retain=divergence)
         for n, mean in mean_losses(path, in_order, live, loss).items():
             measured[n]["divergence"] = mean

@@ -43,17 +43,15 @@ def suggest_less_memory(
 ) -> str:
     """A sentence with the predicted memory of a step on `batch` and of settings that need less.
 
-    Settings that do not change the result come first, quantization last. `smallest`: what a
-    batch_size of 1 leaves of `batch`.
+    Settings that do not change the result come first, quantization last. `smallest`: the longest
+    example of `batch`, alone.
     """
     options: dict[str, tuple[Training, Batch]] = {}
     if settings.gradient_checkpointing != "full":
         checkpointed = replace(settings, gradient_checkpointing="full")
         options[f"{stage}.gradient_checkpointing=full"] = checkpointed, batch
-    if settings.batch_size > 1:
-        sequences = settings.batch_size * settings.gradient_accumulation_steps
-        smaller = f"{stage}.batch_size=1 with gradient_accumulation_steps={sequences}"
-        options[smaller] = settings, smallest
+    if (longest := smallest.ids.numel()) < batch.ids.numel():
+        options[f"{stage}.tokens_per_batch={longest}"] = settings, smallest
     if isinstance(settings, AdapterTraining) and settings.quantization == "none":
         quantized = replace(settings, quantization="nf4-dq", precision="bf16")
         options[f"{stage}.quantization=nf4-dq"] = quantized, batch

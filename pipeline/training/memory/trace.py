@@ -165,7 +165,7 @@ def _training_step(
     if ours:
         narrow = DTYPES[run.precision] if run.keeps_copies else None
         flat = FlatOptimizer(model, rule=rule_of(run.optimizer), narrow=narrow)
-        ids, positions = torch.zeros(2, run.batch, run.sequence, dtype=torch.long)
+        ids, positions = torch.zeros(2, run.rows, run.length, dtype=torch.long)
         at = None if run.loss == "full" else torch.zeros(run.labels, dtype=torch.long)
         batch = Batch(ids, positions, torch.zeros(run.labels, dtype=torch.long), at)
 
@@ -174,7 +174,7 @@ def _training_step(
         )
 
         noisy = settings.neftune_alpha or settings.lora_dropout
-        lengths = [run.sequence] * run.batch if noisy else []
+        lengths = [run.length] * run.rows if noisy else []
 
         def our_step() -> None:
             with training_noise(model, [settings]) as noises, ExitStack() as stack:
@@ -192,7 +192,7 @@ def _training_step(
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(trainable, fused=True)
     else:
         optimizer = torch.optim.SGD(trainable)
-    ids, labels = torch.zeros(2, run.batch, run.sequence, dtype=torch.long)
+    ids, labels = torch.zeros(2, run.rows, run.length, dtype=torch.long)
     positions = torch.zeros(run.labels, dtype=torch.long)
 
     def library_step() -> None:

@@ -61,6 +61,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def world_size() -> int:
+    """The number of processes of the run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def is_distributed() -> bool:
     """Whether this process is one of a run's several."""
     return dist.is_initialized()
@@ -72,7 +77,7 @@ def is_main_process() -> bool:
 
 def shard_for_rank(items: Sequence[Item]) -> list[Item]:
     """Every world_size-th item, starting with this rank."""
-    return list(items[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else items)
+    return list(items[rank() :: world_size()])
 
 
 def all_reduce_numbers(*numbers: float) -> list[float]:

@@ -59,6 +59,8 @@ class AnswerBatch(Batch):
     answered: Tensor | None = None  # indices of the labels of an answer; None: all are
     owner: Tensor | None = None  # the sequence of each label of an answer
     of_each: Tensor | None = None  # how many labels each answer has
+    # of the mean over the labels of the first sequences, while batches count by their units
+    nll_weight: float = 1.0
     reference: Tensor | None = None  # per sequence
     # KTO
     desirable: Tensor | None = None  # (n,), 1 or 0
@@ -78,7 +80,26 @@ class AnswerBatch(Batch):
 
 
 class AnswerBatches(Batches):
-    """The batches of all epochs, of `batch_size` units of Answers each."""
+    """The batches of all epochs, of units of Answers; both answers of a unit are in one batch."""
+
+    def _read(self, step: int) -> list[Batch]:
+        batches = super()._read(step)
+        if not self.tokens_per_batch:
+            return batches
+        # however the units are divided, every label has the same weight in the step
+        units, weighted = self.windows(step), list[Batch]()
+        of_step = sum(map(self._first_labels, units)) / len(units)
+        for batch in batches:
+            assert isinstance(batch, AnswerBatch)
+            labels = sum(batch.counts[: batch.units])
+            weight = labels / max(batch.units, 1) / of_step
+            weighted.append(replace(batch, nll_weight=weight))
+        return weighted
+
+    def _first_labels(self, unit: int) -> int:
+        """The labels of a unit's first sequence in its batch."""
+        assert isinstance(self.dataset, Answers)
+        return _stop(self.dataset[unit]) if self.dataset.whole else _labels(self.dataset[unit])
 
     def _collate(self, numbers: Sequence[int]) -> AnswerBatch:
         assert isinstance(self.dataset, Answers)
@@ -115,7 +136,7 @@ def batch_of(answers: Answers, indices: Sequence[int], whole: int = 0) -> Answer
         marks = list[bool]()
         for n in range(whole):
             start, ids, labels = windows[n].start, windows[n].ids, windows[n].labels
-            stop = 1 + max(i for i, label in enumerate(labels) if label != IGNORED)
+            stop = _stop(windows[n])
             marks += [label != IGNORED for label in labels[:stop]]
             # what follows each token as its label
             windows[n] = Window(start, ids[:stop], (*ids[1:stop], labels[stop - 1]))
@@ -129,6 +150,11 @@ def batch_of(answers: Answers, indices: Sequence[int], whole: int = 0) -> Answer
         of_each=of_each,
         reference=None if answers.reference is None else answers.reference[[*indices]],
     )
+
+
+def _stop(window: Window) -> int:
+    """The tokens up to the last label."""
+    return 1 + max(i for i, label in enumerate(window.labels) if label != IGNORED)
 
 
 def _labels(window: Window) -> int:

@@ -165,7 +165,7 @@ def preference(model: CausalLM, batch: AnswerBatch, settings: PreferenceSettings
     chosen, rejected = scores.chunk(2)
     loss = PAIRED[settings.loss](chosen, rejected, settings).mean()
     if weight := 1.0 if settings.loss == "orpo" else settings.rpo_alpha:
-        loss = loss + weight * like.nll
+        loss = loss + weight * batch.nll_weight * like.nll
     return Preference(loss, rewards[: batch.units], rewards[batch.units :])
 
 

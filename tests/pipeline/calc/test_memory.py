@@ -401,6 +401,41 @@ def test_more_batch_or_sequence_never_needs_less(
     assert peaks[0] <= peaks[1]
 
 
+@pytest.mark.parametrize("method", ["lora", "full", "prompt", "prefix"])
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_a_batch_filled_with_tokens_is_one_row_of_its_sequences(
+    method: str, checkpointing: str
+) -> None:
+    shapes = built_in("smollm2-135m").shapes
+    plain = TrainingConfig(sequence=512, loss="chunked", checkpointing=checkpointing)
+    filled = replace(plain, batch=3, tokens_per_batch=4000)
+    row = replace(plain, sequence=4000, span=512, sequences=8)
+    peak = predict(shapes, COUNTED[method], filled).peak
+    assert peak == predict(shapes, COUNTED[method], row).peak
+    of_one = replace(plain, tokens_per_batch=100)  # a longer example stands alone
+    alone = predict(shapes, COUNTED[method], of_one).peak
+    assert alone == predict(shapes, COUNTED[method], plain).peak < peak
+    pairs = replace(plain, answers=2, tokens_per_batch=100)
+    assert pairs.tokens == 1024, "of a pair both answers"
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_a_batch_filled_with_tokens_is_within_three_percent_of_its_traced_step(
+    checkpointing: str,
+) -> None:
+    model = built_in("smollm2-135m")
+    assert model.config is not None
+    run = TrainingConfig(
+        sequence=100,
+        tokens_per_batch=700,
+        loss="chunked",
+        label_share=0.4,
+        checkpointing=checkpointing,
+    )
+    traced = traced_peak(model.config, COUNTED["lora"], run)
+    assert predict(model.shapes, COUNTED["lora"], run).peak == pytest.approx(traced, rel=0.03)
+
+
 @given(
     models,
     runs,

@@ -618,7 +618,7 @@ def test_training_out_of_memory_says_what_to_lower_and_goes_on_from_the_last_who
         said.startswith(f"{stage}: out of memory in step ") and "Tried to allocate 2.00 GiB" in said
     )
     assert "\n" not in said
-    assert f"{stage}.{'grid' if stage == 'finetune_sweep' else 'batch_size=1'}" in said
+    assert f"{stage}.{'grid' if stage == 'finetune_sweep' else 'tokens_per_batch=4'}" in said
     kept = checkpoints(open_project(project / "params.yaml").run_folder(stage))
     assert len(kept) == 1 and not kept[0].name.endswith("-000000000")
     make(project, [stage], BRIEF, force=True)
@@ -658,7 +658,7 @@ def test_the_advice_is_the_calculators() -> None:
         "finetune_lora.gradient_checkpointing=full": predict_peak_memory(
             model, method, replace(settings, gradient_checkpointing="full"), batch
         ),
-        "finetune_lora.batch_size=1 with gradient_accumulation_steps=8": predict_peak_memory(
+        "finetune_lora.tokens_per_batch=14": predict_peak_memory(
             model, method, settings, collate(windows_of((14,)))
         ),
     }

@@ -41,6 +41,7 @@ OTHER = {
     "compile": "true",
     "epochs": "3",
     "batch_size": "3",
+    "tokens_per_batch": "9",
     "window": "3",
     "learning_rate": "3e-3",
     "schedule": "cosine",

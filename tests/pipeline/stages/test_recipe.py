@@ -12,7 +12,7 @@ from pipeline.data.check import DataReport, check
 from pipeline.errors import UserError
 from pipeline.stages.methods.lora import FinetuneLora, rate_for
 from pipeline.stages.quickstart import _share
-from pipeline.stages.recipe import ROOM, Machine, Recipe, choose
+from pipeline.stages.recipe import ON_CPU, ROOM, Machine, Recipe, choose
 from pipeline.stages.registry import COUNTED, METHODS
 from tests.helpers.json_files import write_json
 from tests.helpers.projects import load
@@ -45,7 +45,7 @@ def test_a_bare_section_has_what_is_chosen_but_for_what_depends_on_data_and_memo
     write_json(tmp_path / "model/config.json", {"hidden_size": QWEN.hidden})
     bare = load(tmp_path / "params.yaml").section(stage.section)
     recipe = choose(QWEN, DATA, 0.1, Machine("a device", 64 * GIB, True), [stage], {})
-    by_data = {"batch_size", "gradient_accumulation_steps", "max_length", "eval_share", "samples"}
+    by_data = {"batch_size", "tokens_per_batch", "max_length", "eval_share", "samples"}
     # the texts are copied into the project
     by_data |= {"retention_data", "retention_weight", "retention_batch_size"}
     chosen_values = {key.partition(".")[2]: value for key, value in recipe.values.items()}
@@ -54,9 +54,9 @@ def test_a_bare_section_has_what_is_chosen_but_for_what_depends_on_data_and_memo
         assert getattr(bare, key) == chosen_values[key], key
 
 
-def test_less_memory_costs_accumulation_then_recomputation_then_bits_then_length() -> None:
+def test_less_memory_costs_smaller_batches_then_recomputation_then_bits_then_length() -> None:
     order = [
-        ("training.gradient_accumulation_steps", 1),
+        ("training.tokens_per_batch", 16_384),
         ("training.gradient_checkpointing", "none"),
         ("finetune_lora.quantization", "none"),
         ("training.max_length", 960),
@@ -68,14 +68,28 @@ def test_less_memory_costs_accumulation_then_recomputation_then_bits_then_length
         except UserError:
             break
         assert recipe.peak is not None and recipe.peak <= ROOM * gib * GIB
-        micro, accumulated = (
-            recipe.values[f"training.{k}"] for k in ("batch_size", "gradient_accumulation_steps")
-        )
-        assert micro * accumulated == 16, "the step has the same examples"
+        of_step = ("batch_size", "gradient_accumulation_steps")
+        assert [recipe.values[f"training.{key}"] for key in of_step] == [16, 1], "the same step"
         changed += [
             key for key, plain in order if recipe.values[key] != plain and key not in changed
         ]
     assert changed == [key for key, _ in order][: len(changed)] and len(changed) >= 3
+
+
+@pytest.mark.parametrize("gib", [6, 8, 10, 12, 16, 64])
+def test_batches_have_the_most_tokens_that_fit_without_recomputation(gib: float) -> None:
+    recipe = chosen(gib)
+    budget = recipe.values["training.tokens_per_batch"]
+    assert recipe.values["training.gradient_checkpointing"] == "none"
+    if budget < 16_384:
+        larger = chosen(gib, tokens_per_batch=2 * budget)
+        assert larger.values["training.gradient_checkpointing"] != "none"
+
+
+def test_a_cpu_begins_with_smaller_batches() -> None:
+    machine = Machine("a CPU", 64 * GIB, True, is_cpu=True)
+    recipe = choose(QWEN, DATA, 0.1, machine, STAGES, {})
+    assert recipe.values["training.tokens_per_batch"] == ON_CPU
 
 
 def test_where_nothing_fits_is_one_message() -> None:

@@ -136,6 +136,7 @@ def tensors(folder: Path) -> Mapping[str, torch.Tensor]:
         (3, [], {"batch_size": 1, "retention_batch_size": 1}),  # two of the three ranks are idle
         (2, [], {"quantization": "nf4-dq", "train_embeddings": "new_rows"}),
         (2, ["--shard"], {}),
+        (3, ["--shard"], {"tokens_per_batch": 12}),
         (
             3,
             ["--shard"],
@@ -148,6 +149,7 @@ def tensors(folder: Path) -> Mapping[str, torch.Tensor]:
         "some idle",
         "quantized",
         "sharded",
+        "sharded, filled with tokens",
         "sharded, checkpointed, idle",
         "sharded, quantized",
     ],
@@ -176,10 +178,16 @@ def test_a_sharded_base_gives_the_bits_of_a_whole_one(project: Path, quantizatio
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("loss", ["dpo", "kto"])
+@pytest.mark.parametrize(
+    ("loss", "changes"),
+    [("dpo", {}), ("kto", {}), ("orpo", {"tokens_per_batch": 30})],
+    ids=["dpo", "kto", "orpo, filled with tokens"],
+)
 @pytest.mark.sampled(2)
 @pytest.mark.slow
-def test_several_processes_learn_the_preferences_that_one_learns(project: Path, loss: str) -> None:
+def test_several_processes_learn_the_preferences_that_one_learns(
+    project: Path, loss: str, changes: dict[str, object]
+) -> None:
     words = " ".join(TEXTS).split()
     rows = [
         {
@@ -196,6 +204,7 @@ def test_several_processes_learn_the_preferences_that_one_learns(project: Path, 
         "epochs": 2,
         "batch_size": 3,
         "eval_share": 0.3,
+        **changes,
     }
     asked = [
         LORA,

@@ -151,6 +151,7 @@ def unbroken(root: Path, overrides: list[str]) -> tuple[dict[str, bytes], list[S
             "patience": 0,
             "epochs": 5,
         },
+        {"tokens_per_batch": 24, "patience": 0, "epochs": 4},
     ],
     ids=[
         "fp32 adapters",
@@ -161,6 +162,7 @@ def unbroken(root: Path, overrides: list[str]) -> tuple[dict[str, bytes], list[S
         "fp16",
         "refinements",
         "saved steps",
+        "batches filled with tokens",
     ],
 )
 @pytest.mark.sampled(7)

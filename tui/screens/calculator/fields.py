@@ -97,6 +97,7 @@ ALL_FIELDS = (
     _field("adapter_precision", STEP),
     _field("batch", STEP, step=counting),
     _field("sequence", STEP, step=doubling),
+    _field("tokens_per_batch", STEP, step=doubling),
     _field(
         "checkpointing",
         STEP,
@@ -132,6 +133,8 @@ def relevant(texts: Texts) -> list[str]:
         hidden.add("adapter_precision")
     if texts["embeddings"] != "new_rows":
         hidden.add("new_rows")
+    if texts["tokens_per_batch"] == "0":  # shown for a project whose batches are filled
+        hidden.add("tokens_per_batch")
     if texts["gpu"] != CUSTOM:
         hidden.add("gib")
     return [key for key in FIELDS if key not in hidden]
