@@ -64,7 +64,7 @@ KEYS = by_other_name(
         ),
         "batch_size": "per_device_train_batch_size micro_batch_size train_batch_size",
         # verl's and NeMo-RL's; fairseq's max_tokens sizes the step itself
-        "tokens_per_batch": "max_token_len_per_gpu ppo_max_token_len_per_gpu train_mb_tokens",
+        "tokens_per_batch": "max_token_len_per_gpu train_mb_tokens",
         "learning_rate": "lr learning_rate_max max_lr",
         "schedule": "lr_scheduler lr_scheduler_type lr_schedule scheduler",
         "min_lr_ratio": "min_lr_rate cosine_min_lr_ratio",
