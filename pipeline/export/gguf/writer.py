@@ -224,7 +224,8 @@ def quantized(rows: Tensor, kind: Type) -> np.ndarray[Any, Any]:
     if kind in DTYPES:
         return rows.to(DTYPES[kind]).view(torch.uint8).numpy()
     if kind != Type.Q8_0:
-        return gguf.quants.quantize(rows.numpy(), kind).view(np.uint8)
+        made: np.ndarray[Any, Any] = gguf.quants.quantize(rows.numpy(), kind)
+        return made.view(np.uint8)
     # blocks of 32 numbers: d = max|x| / 127 in fp16, then x / d, rounded with halves away from 0
     x = rows.view(-1, 32)
     d = x.abs().amax(1, keepdim=True) / 127
