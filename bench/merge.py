@@ -55,7 +55,7 @@ def merge() -> Iterator[Row]:
     )
     yield Row(what, 0, reference, peak / theirs_peak, "at most 0.4 ×", peak <= 0.4 * theirs_peak)
     for kind, times in zip((F16.kind, Q8.kind), columns[3:], strict=True):
-        made, most = median(times), 2.5
+        made, most = median(times), 4
         what, goal = f"the same as GGUF in {kind}, measured too", f"at most {most} ×"
         yield Row(what, made, copied, made / least, goal, made <= most * least)
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from pipeline.errors import UserError
 from pipeline.export.gguf.families import Layout, family_of
 from pipeline.files.safetensors_file import allocate, write_at
-from pipeline.models.device import keep_freed_memory
 from pipeline.models.load import skeleton
 from pipeline.project.runner import Event, Progress
 from pipeline.weights.blocks import Rows, blocks, map_in_threads, stored_name, tied_names
@@ -141,7 +140,6 @@ def write_files(
                     output.write(source.name, block)
             return source.name
 
-        keep_freed_memory()  # q8_0 takes half the time
         for number, name in enumerate(map_in_threads(fill, model.sources), start=1):
             yield Progress(number, len(model.sources), name)
         for name, tensor in model.extra.items():
