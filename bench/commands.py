@@ -9,9 +9,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench.measure import Row, in_turns
+from bench.real import base
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
+PIECE = 2**22  # bytes per read
+# what a script of transformers takes to the same token
+PLAIN = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print(model.generate(**tokenizer("The", return_tensors="pt"), max_new_tokens=1))
+"""
 HELLO = """
 import typer
 app = typer.Typer()
@@ -77,6 +87,36 @@ def commands() -> Iterator[Row]:
         "under 1 s",
         cached < 1,
     )
+    yield from _first_token()
+
+
+def _first_token() -> Iterator[Row]:
+    """`lora prompt` as a process against reading the model's files from disk."""
+    with base() as (folder, name):
+        prompt = ("prompt", "The", "--base", folder.resolve(), "--max-tokens", "1")
+        times = in_turns(
+            {
+                "prompt": lambda: _run(ROOT, BIN / "lora", *prompt),
+                "plain": lambda: _run(ROOT, sys.executable, "-c", PLAIN, folder.resolve()),
+                "read": lambda: _read(*folder.glob("*.safetensors")),
+            },
+            rounds=3,
+        )
+    mine, least, other = times["prompt"], times["read"], times["plain"]
+    what, reference = f"lora prompt, first token, {name}", f"reading its files, {least:.2f} s"
+    yield Row(what, mine, reference, mine / least, "at most 3 ×", mine <= 3 * least)
+    ratio = mine / other
+    yield Row("the same", mine, "a script of transformers", ratio, "at most 1.2 ×", ratio <= 1.2)
+
+
+def _read(*files: Path) -> None:
+    piece = bytearray(PIECE)
+    for file in files:
+        with file.open("rb", buffering=0) as opened:
+            if hasattr(os, "posix_fadvise"):  # not from the page cache
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while opened.readinto(piece):
+                pass
 
 
 def _run(folder: Path, *command: object) -> None:

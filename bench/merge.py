@@ -1,4 +1,6 @@
-"""A streaming merge against a copy of the same files and PEFT's merge, each in its own process."""
+"""A streaming merge, and the same as GGUF, against a copy of the same files and PEFT's merge, each
+in its own process.
+"""
 
 import shutil
 import subprocess
@@ -14,28 +16,37 @@ from bench.measure import Row
 from bench.real import ROUNDS, ask, side
 from bench.real_sides import resident, seconds
 from pipeline.weights.merge import Merging, merge_into
+from pipeline.weights.merge_check import check_merge
+from pipeline.weights.merge_plan import plan_merge
 
 SHARD, RANK = "400MB", 16
 BASE, ADAPTER = "base", "adapter"
 
 
 def merge() -> Iterator[Row]:
-    """In every turn, each of the three writes the files again from a base in the page cache."""
+    """In every turn, each of them writes the files again from a base in the page cache."""
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         _save_models(folder)
         files = sorted((folder / BASE).glob("*.safetensors"))
-        with side(Ours, folder) as ours, side(Copy, folder) as copy, side(Theirs, folder) as theirs:
-            sides = (ours, copy, theirs)
+        with (
+            side(Ours, folder) as ours,
+            side(Copy, folder) as copy,
+            side(Theirs, folder) as theirs,
+            side(F16, folder) as f16,
+            side(Q8, folder) as q8,
+        ):
+            sides = (ours, copy, theirs, f16, q8)
             turns = [[ask(pipe, "write") for pipe in sides] for _ in range(ROUNDS + 1)][1:]
-            mine, least, other = (median(times) for times in zip(*turns, strict=True))
+            columns = [[*column] for column in zip(*turns, strict=True)]
+            mine, least, other = (median(times) for times in columns[:3])
             peak, theirs_peak = ask(ours, "peak"), ask(theirs, "peak")
         what = (
             f"merge of {sum(file.stat().st_size for file in files) / 1e9:.2f} GB in {len(files)} "
             "files, measured too"
         )
-    reference, ratio = f"cp -r, {least:.2f} s", mine / least
-    yield Row(what, mine, reference, ratio, "at most 1.4 ×", ratio <= 1.4)
+    copied, goal = f"cp -r, {least:.2f} s", "at most 1.4 ×"
+    yield Row(what, mine, copied, mine / least, goal, mine <= 1.4 * least)
     reference = f"PEFT: open, merge_and_unload, save, {other:.2f} s"
     yield Row("the same", mine, reference, other / mine, "at least 1.5 ×", other >= 1.5 * mine)
     what, reference = (
@@ -43,6 +54,10 @@ def merge() -> Iterator[Row]:
         f"PEFT, {theirs_peak / 2**20:,.0f} MiB",
     )
     yield Row(what, 0, reference, peak / theirs_peak, "at most 0.4 ×", peak <= 0.4 * theirs_peak)
+    for kind, times in zip((F16.kind, Q8.kind), columns[3:], strict=True):
+        made, most = median(times), 4
+        what, goal = f"the same as GGUF in {kind}, measured too", f"at most {most} ×"
+        yield Row(what, made, copied, made / least, goal, made <= most * least)
 
 
 def _save_models(folder: Path) -> None:
@@ -106,6 +121,26 @@ class Ours(Writer):
     def fill(self) -> None:
         self.out.mkdir()
         list(merge_into(self.out, Merging(self.base, self.adapter)))
+
+
+class F16(Writer):
+    """As `lora export --format gguf`, without the vocabulary and the comparison with llama.cpp."""
+
+    kind = "f16"
+
+    def fill(self) -> None:
+        from pipeline.export.gguf.writer import describe_model, write_files, written_matrices
+
+        self.out.mkdir()
+        path = self.out / "model.gguf"
+        merge = plan_merge(self.base, self.adapter)
+        model = describe_model(merge)
+        list(write_files({path: self.kind}, model, {}))
+        list(check_merge(merge, written_matrices(path, model), ""))
+
+
+class Q8(F16):
+    kind = "q8_0"
 
 
 class Theirs(Writer):

@@ -164,12 +164,14 @@ def compare(
     from cli.console import print_json, print_note, print_table
     from cli.project.report import warn_outdated
     from pipeline.data.tokenizers.chat_template import render
-    from pipeline.inference.engine import continued, variants
+    from pipeline.inference.engine import continued, variant_folders
+    from pipeline.inference.model_pool import ModelPool
     from pipeline.views.stages import outdated
 
     project = project_of(params)
     answers: dict[str, dict[str, Any]] = {}
-    for loaded in variants(project):
+    folders, trusted = variant_folders(project), project.params.origin.trust_remote_code
+    for loaded in ModelPool().in_turn(folders, trusted):
         model_input = render(loaded.base, text) if chat else text
         if unknown := loaded.tokenizer.unknown_words(text):
             answers[loaded.name] = {"prompt": text, "unknown_words": unknown}
@@ -177,6 +179,7 @@ def compare(
             answers[loaded.name] = _answer(
                 loaded, text, model_input, top_k, continued(loaded, model_input, max_tokens)
             )
+    answers = {name: answers[name] for name in folders}
     if not answers:
         raise UserError(f"There is no model yet. Run {project.command('pretrain')}.")
     if all("unknown_words" in answer for answer in answers.values()):

@@ -29,7 +29,8 @@ from cli.options import (
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
-    from pipeline.evaluation.harness import Folders, HarnessOptions
+    from pipeline.evaluation.harness import HarnessOptions
+    from pipeline.inference.model_pool import Folders
     from pipeline.project.stage_graph import Project, Stage
 
 

@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.adapters.folder import base_of, quantization_of
+from pipeline.adapters.folder import base_of
 from pipeline.errors import UserError, first_line, is_out_of_memory, require
-from pipeline.inference.model_pool import ModelPool
+from pipeline.inference.model_pool import Folders, ModelPool
 from pipeline.project.params.aliases import suggest
 
 # lm-eval's own seeds: of `random`, and of numpy and the choice of few-shot examples
 SEEDS = 0, 1234
-Folders = Mapping[str, tuple[Path, Path | None]]  # name → base and adapter
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def run(
 ) -> dict[str, Any]:
     """The scores of all models, as the JSON that is printed; `note` tells the user what happens.
 
-    Each base is loaded once for itself and the adapters behind it. Raises UserError for everything
+    Each base is loaded once for itself and its adapters. Raises UserError for everything
     that goes wrong inside lm-eval, a task's own code included.
     """
     require("lora evaluate --harness")
@@ -64,9 +63,8 @@ def run(
     results, about = dict[str, Any](), dict[str, Any]()
     with redirect_stdout(sys.stderr):  # stdout is for the result
         tasks = _load_tasks(options)
-        for name, (base, adapter) in models.items():
-            _make_room(pool, base, adapter)
-            pool.load(name, base, adapter, trust_remote_code)
+        for loaded in pool.in_turn(models, trust_remote_code):
+            name = loaded.name
             note(f"{name}: {', '.join(tasks['tasks'])}")
             model = HarnessModel(pool, name)
             try:
@@ -90,16 +88,8 @@ def run(
         "limit": options.limit,
         "apply_chat_template": options.apply_chat_template,
         "tasks": about,
-        "results": results,
+        "results": {name: results[name] for name in models if name in results},
     }
-
-
-def _make_room(pool: ModelPool, base: Path, adapter: Path | None) -> None:
-    """Unload the models that share no memory with the next."""
-    for name in pool.names:
-        other = pool.loaded(name).loaded
-        if (other.base, quantization_of(other.adapter)) != (base, quantization_of(adapter)):
-            pool.unload(name)
 
 
 def _load_tasks(options: HarnessOptions) -> dict[str, dict[str, Any]]:

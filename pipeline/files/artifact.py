@@ -7,14 +7,20 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.errors import UserError
 
+Read = TypeVar("Read")
+
 MANIFEST = "manifest.json"
+# ns: a file that changed later may change again within one tick of the file system's clock
+SETTLED = 2 * 10**9
 # in a manifest: name → bytes of the files that a demo is shipped without
 NOT_SHIPPED = "not_shipped"
 MORE_TEMPLATES = "additional_chat_templates"  # transformers reads this folder in a model folder
@@ -303,6 +309,30 @@ def read_json(path: Path, hint: str, most: int | None = None) -> dict[str, Any]:
     return value
 
 
+def once_until_changed(read: Callable[..., Read]) -> Callable[..., Read]:
+    """`read` of some files, kept in this process while their states stay.
+
+    A run needs the digests of a base several times, and each takes 0.5 s per GB. No program can set
+    ctime: it reveals an edit that keeps the size and restores mtime.
+    """
+
+    @lru_cache(maxsize=1000)
+    def read_in_state(paths: tuple[Path, ...], _states: tuple[tuple[int, ...], ...]) -> Read:
+        return read(*paths)
+
+    @wraps(read)
+    def kept(*paths: Path) -> Read:
+        stats = [path.stat() for path in paths]
+        latest = max((stat.st_ctime_ns for stat in stats), default=0)
+        if time.time_ns() - latest <= SETTLED:
+            return read(*paths)
+        states = [(s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stats]
+        return read_in_state(paths, tuple(states))
+
+    return kept
+
+
+@once_until_changed
 def file_digest(path: Path) -> str:
     """sha256 of a file's bytes."""
     import hashlib  # with OpenSSL 3 ms, which the calculator does not need
@@ -313,8 +343,13 @@ def file_digest(path: Path) -> str:
 
 def contents(folder: Path) -> dict[str, str]:
     """Relative name → sha256 of every file below `folder` except the manifest."""
+    # 10 ms, which the calculator does not need
+    from concurrent.futures import ThreadPoolExecutor
+
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
+    names = [path.relative_to(folder).as_posix() for path in files]
+    with ThreadPoolExecutor() as pool:  # a large model has several files
+        return dict(zip(names, pool.map(file_digest, files), strict=True))
 
 
 def digest(path: Path) -> str:

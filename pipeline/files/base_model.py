@@ -17,6 +17,7 @@ from pipeline.files.artifact import (
     contents_digest,
     digest,
     file_digest,
+    once_until_changed,
     read_json,
     read_manifest,
     refuse_untrusted,
@@ -282,7 +283,13 @@ def base_fingerprint(folder: Path) -> dict[str, str]:
     tokenizer = folder / "tokenizer.json"
     if not tokenizer.is_file():
         raise UserError(f"{tokenizer} does not exist. Copy the tokenizer into the model folder.")
-    return {"tensors": fingerprint(weight_files(folder)), "tokenizer": file_digest(tokenizer)}
+    tensors = _fingerprint(*weight_files(folder))
+    return {"tensors": tensors, "tokenizer": file_digest(tokenizer)}
+
+
+@once_until_changed
+def _fingerprint(*files: Path) -> str:
+    return fingerprint(files)
 
 
 def refuse_other_folders(folder: Path) -> None:

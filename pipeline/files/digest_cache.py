@@ -1,7 +1,7 @@
 """Tells without reading files whether they may have changed, and keeps facts of them meanwhile.
 
-Only listings use kept facts: they would otherwise read every byte each time. Loading a model
-always hashes its files.
+Only listings use facts that earlier processes kept: they would otherwise read every byte each time.
+A process that loads a model hashes its files.
 """
 
 import hashlib
@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.files import artifact
+from pipeline.files.artifact import SETTLED
 from pipeline.files.base_model import base_fingerprint
 from pipeline.files.home import home_folder
 
 FORMAT = 1  # version of the files; others are ignored
 MAX_DIGESTS = 50_000  # in the file, about 5 MB
-# ns: a file that changed later may change again within one tick of the file system's clock
-SETTLED = 2 * 10**9
 Facts = dict[str, Any]
 Entry = tuple[str, Facts]  # a stamp, and what was valid for it
 

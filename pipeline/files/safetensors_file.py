@@ -233,12 +233,11 @@ def rewrite(
     header = raw if is_unchanged else _build_header(tensors, metadata)
     offset = len(header)
     with target.open("wb", buffering=0) as file:
-        _write(file.fileno(), header, 0)
+        write_at(file.fileno(), header, 0)
         # At its full size from the start, so that its parts can be written at their offsets in any
         # order.
         size = offset + sum(tensor.size for tensor in tensors)
-        _allocate(file.fileno(), size)
-        os.ftruncate(file.fileno(), size)
+        allocate(file.fileno(), size)
     for is_copy, group in groupby(tensors, key=lambda tensor: tensor.content is None):
         if is_copy:
             for start, stop in _merge_ranges(infos[tensor.name] for tensor in group):
@@ -251,21 +250,23 @@ def rewrite(
             offset += tensor.size
 
 
-def _allocate(target: int, size: int) -> None:
-    """Allocate the file's blocks, where possible: writing into them takes 0.6 × the CPU time.
+def allocate(target: int, size: int) -> None:
+    """Give an open file its size, all zeros, and its blocks where possible.
 
-    Not by `os.posix_fallocate`, which writes to every block where the file system cannot.
+    Writing into them takes 0.6 × the CPU time. Not by `os.posix_fallocate`, which writes to every
+    block where the file system cannot.
     """
     fallocate = getattr(ctypes.CDLL(None), "fallocate", None) if sys.platform == "linux" else None
     if fallocate is not None:
         # a full disk is reported by the writes
         fallocate(target, 0, ctypes.c_int64(0), ctypes.c_int64(size))
+    os.ftruncate(target, size)
 
 
 def _fill(target: Path, offset: int, content: Content) -> None:
     with target.open("rb+", buffering=0) as file:
         for piece in content():
-            offset = _write(file.fileno(), piece, offset)
+            offset = write_at(file.fileno(), piece, offset)
 
 
 def _copy(source: Path, target: Path, start: int, offset: int, count: int) -> None:
@@ -282,11 +283,11 @@ def _copy(source: Path, target: Path, start: int, offset: int, count: int) -> No
                         "A file of the base was truncated while it was read. Create or copy it "
                         "again."
                     )
-                copied = _write(writer.fileno(), piece, offset) - offset
+                copied = write_at(writer.fileno(), piece, offset) - offset
             start, offset, count = start + copied, offset + copied, count - copied
 
 
-def _write(target: int, data: Bytes, offset: int) -> int:
+def write_at(target: int, data: Bytes, offset: int) -> int:
     """Write `data` at `offset`; returns the offset after it."""
     view = memoryview(data)
     while view:

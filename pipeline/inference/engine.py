@@ -1,6 +1,6 @@
 """Loads models with or without an adapter and prompts them."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,15 +70,6 @@ def variant_folders(project: Project) -> dict[str, tuple[Path, Path | None]]:
         if all(folder is None or folder.is_dir() for folder in folders):
             variants[name] = folders
     return variants
-
-
-def variants(project: Project, without: Collection[str] = ()) -> Iterator[LoadedModel]:
-    """The models of `variant_folders`; each is freed before the next is loaded."""
-    for name, folders in variant_folders(project).items():
-        if name not in without:
-            loaded = load(*folders, name, project.params.origin.trust_remote_code)
-            yield loaded
-            free(loaded)
 
 
 def free(loaded: LoadedModel) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -27,6 +28,8 @@ from pipeline.inference.engine import LoadedModel
 from pipeline.models.base import CausalLM
 from pipeline.models.device import device_for
 from pipeline.project.params.sections import Quantization
+
+Folders = Mapping[str, tuple[Path, Path | None]]  # name → base and adapter
 
 
 def view(model: CausalLM) -> CausalLM:
@@ -155,19 +158,17 @@ class ModelPool:
         self, name: str, base: Path, adapter: Path | None, trust_remote_code: bool = False
     ) -> tuple[Resident, bool]:
         """The model, loaded as `name`, and whether its base was there already. Raises UserError."""
-        folder, quantization = base.resolve(), quantization_of(adapter)
-        shared = self._bases.get((folder, quantization))
-        if shared is not None and shared.signature != signature(folder):
-            # a base whose files changed is loaded beside the old one, which models that are still
-            # loaded keep; if none does, its memory may be needed
-            shared = None
+        quantization = quantization_of(adapter)
+        # a base whose files changed is loaded beside the old one, which models that are still
+        # loaded keep; if none does, its memory may be needed
+        shared = self._find_base(base, quantization)
         resident = shared is not None
         self._make_room(name, shared)  # before: two large models may not fit side by side
         if shared is None:
             shared = ResidentBase(
                 base, trust_remote_code, quantization, make_room=self._park_oldest
             )
-        self._bases[folder, quantization] = shared
+        self._bases[base.resolve(), quantization] = shared
         if adapter is None:
             model = Resident(replace(shared.loaded, name=name, base=base), shared, ())
         else:
@@ -186,9 +187,38 @@ class ModelPool:
             raise UserError(f"{shared.folder} changed while it was loaded. Load it again.")
         self._parked.pop(name, None)
         self._put(name, model)
-        # called for its side effect: sets the number of threads for this model
-        device_for(model.loaded.model)
+        # called for its side effect: sets the number of threads, as `engine.load` does
+        device_for(shared.loaded.model)
         return model, resident
+
+    def load_next(
+        self, name: str, base: Path, adapter: Path | None, trust_remote_code: bool = False
+    ) -> LoadedModel:
+        """`load` a model in place of all others: of these, only a base that it shares stays.
+
+        The rest is freed first as by `engine.free`, whoever holds it. Raises UserError.
+        """
+        shared = self._find_base(base, quantization_of(adapter))
+        for other in self._models.values():
+            if other.loaded.adapter is not None:
+                engine.free(other.loaded)
+            if other.base is not shared:
+                engine.free(other.base.loaded)
+        self._models.clear()
+        return self.load(name, base, adapter, trust_remote_code)[0].loaded
+
+    def in_turn(self, models: Folders, trust_remote_code: bool = False) -> Iterator[LoadedModel]:
+        """Each model by `load_next`; those on one base in a row, so that it is loaded once."""
+        by_base: dict[tuple[Path, Quantization], list[str]] = {}
+        for name, (base, adapter) in models.items():
+            by_base.setdefault((base.resolve(), quantization_of(adapter)), []).append(name)
+        for name in chain.from_iterable(by_base.values()):
+            yield self.load_next(name, *models[name], trust_remote_code)
+
+    def _find_base(self, base: Path, quantization: Quantization) -> ResidentBase | None:
+        """The base in memory, if its files are unchanged."""
+        shared = self._bases.get((base.resolve(), quantization))
+        return shared if shared and shared.signature == signature(base.resolve()) else None
 
     def add(self, loaded: LoadedModel) -> None:
         """Take a loaded model, never to be reloaded; with an adapter, both count as a base."""

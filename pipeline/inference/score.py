@@ -29,6 +29,7 @@ from pipeline.inference.engine import (
     top_tokens,
 )
 from pipeline.inference.engine import encode as encode_prompt
+from pipeline.inference.model_pool import ModelPool
 from pipeline.models.base import compute_in_fp32, packed_hidden_states
 from pipeline.models.device import to_device
 from pipeline.models.generate import finite
@@ -338,18 +339,16 @@ def quality(
     trust_remote_code: bool = False,
 ) -> dict[str, Quality]:
     """Quality of base, fine-tuned model and base + adapter, of which one is in memory at a time."""
-    scores = {}
     models = {"base": (base, None), "tuned": (tuned, None), "base + LoRA": (base, adapter)}
-    for name, folders in models.items():
-        loaded = load(*folders, trust_remote_code=trust_remote_code)
+    scores = {}
+    for loaded in ModelPool().in_turn(models, trust_remote_code):
         scored = score(loaded, examples)
-        free(loaded)
-        scores[name] = (scored.loss, scored.accuracy, scored.choices)
-    tuned_choices = scores["tuned"][2]
-    return {
-        name: Quality(loss, right, agreement(choices, tuned_choices))
-        for name, (loss, right, choices) in scores.items()
-    }
+        scores[loaded.name] = (scored.loss, scored.accuracy, scored.choices)
+    results = {}
+    for name in models:
+        loss, right, choices = scores[name]
+        results[name] = Quality(loss, right, agreement(choices, scores["tuned"][2]))
+    return results
 
 
 class Cost(NamedTuple):
@@ -372,10 +371,9 @@ def costs(
     """
     reference: EvalScores | None = None
     results = {}
-    for name, adapter in adapters.items():
-        loaded = load(base, adapter, trust_remote_code=trust_remote_code)
+    models = {name: (base, adapter) for name, adapter in adapters.items()}
+    for loaded in ModelPool().in_turn(models, trust_remote_code):
         scored = score(loaded, examples, reference)
-        free(loaded)
         reference = reference or scored
-        results[name] = Cost(scored.loss, scored.accuracy, scored.divergence)
-    return results
+        results[loaded.name] = Cost(scored.loss, scored.accuracy, scored.divergence)
+    return {name: results[name] for name in adapters}

@@ -6,10 +6,12 @@ import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
+from importlib.machinery import SourceFileLoader
 from importlib.util import find_spec
 from modulefinder import ModuleFinder
 from pathlib import Path
 from types import CodeType
+from typing import Any
 
 from pipeline import extensions
 
@@ -40,24 +42,25 @@ def code_files(*modules: str) -> list[Path]:
         path = next((candidate for candidate in candidates if candidate.is_file()), None)
         if path is not None and path not in files:
             files.add(path)
-            waiting += [package, *_imports(path.read_bytes())]
+            imported = _imports(path, path.read_bytes())
+            waiting += [package, *imported]
             # a package that finds its own modules runs all
-            if path.name == "__init__.py" and not FINDERS.isdisjoint(_imports(path.read_bytes())):
+            if path.name == "__init__.py" and not FINDERS.isdisjoint(imported):
                 waiting += [f"{name}.{module.stem}" for module in path.parent.glob("*.py")]
                 waiting += extensions.added_modules(name)
     return sorted(files)
 
 
 @cache  # by content: a process that runs several stages asks for the same files many times
-def _imports(source: bytes) -> tuple[str, ...]:
+def _imports(path: Path, _source: bytes) -> tuple[str, ...]:
     """The modules that a file imports, also inside functions.
 
-    Read from bytecode: in CPython 3.11, `ast.parse` raises SystemError if another thread parses at
-    the same time, as `inspect.signature` does.
+    Read from bytecode, which Python keeps beside the file: in CPython 3.11, `ast.parse` raises
+    SystemError if another thread parses at the same time, as `inspect.signature` does.
     """
     names, imports_in = list[str](), ModuleFinder().scan_opcodes
     try:
-        waiting = [compile(source, "<source>", "exec")]
+        waiting: list[Any] = [SourceFileLoader("module", str(path)).get_code("module")]
     # not Python, as an extension's file may be: what imports it fails, and says so
     except (SyntaxError, ValueError):
         return ()

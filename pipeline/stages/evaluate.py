@@ -20,9 +20,9 @@ from pipeline.evaluation.samples import count_answers, sample_answers
 from pipeline.evaluation.tasks import Task, read_tasks
 from pipeline.files import artifact
 from pipeline.files.artifact import write_json
-from pipeline.inference import engine
 from pipeline.inference.catalog import BASES, find_base
-from pipeline.inference.engine import LoadedModel
+from pipeline.inference.engine import LoadedModel, variant_folders
+from pipeline.inference.model_pool import ModelPool
 from pipeline.inference.score import (
     EvalScores,
     agreement,
@@ -63,8 +63,10 @@ def run(job: Job) -> Generator[Event, None, Facts]:
     answers, predictions, samples = measured.answers, measured.predictions, measured.samples
     metrics: dict[str, Any] = {}
     same = _certified(project)
-    total = len(project.variants) - len(same)
-    for done, loaded in enumerate(engine.variants(project, without=same)):
+    folders = variant_folders(project)
+    models = {name: folders[name] for name in folders if name not in same}
+    total, trusted = len(project.variants) - len(same), project.params.origin.trust_remote_code
+    for done, loaded in enumerate(ModelPool().in_turn(models, trusted)):
         yield Progress(done, total, loaded.name)
         metrics[loaded.name] = {**measured.add(loaded), **_cost(project, loaded.name)}
     yield Progress(total, total)
@@ -178,13 +180,14 @@ def measure(
     """
     project, settings = job.project, job.project.params.evaluate
     measured = _Measured(job)
-    reference = next(engine.variants(project), None)
-    if reference is None:
+    folders, trusted = variant_folders(project), project.params.origin.trust_remote_code
+    if not folders:
         raise UserError(
             "The pipeline has made no base yet, from which forgetting counts. Run `lora pretrain`."
         )
-    numbers = {**measured.add(reference, samples=False), **_cost(project, reference.name)}
-    engine.free(reference)
+    pool, first = ModelPool(), next(iter(folders))
+    reference = pool.load_next(first, *folders[first], trusted)
+    numbers = {**measured.add(reference, samples=False), **_cost(project, first)}
     facts = {"settings": job.key, "kind": "evaluation", "stage": MEASURED}
     earlier, inputs = _measured_before(job)
     metrics = {reference.name: numbers, **earlier}
@@ -197,14 +200,12 @@ def measure(
         try:
             # before it is loaded: the numbers are of these files
             digest = artifact.digest(adapter)
-            trusted = project.params.origin.trust_remote_code
             if (adapter / CONFIG).exists():
                 on = base or find_base(adapter, project.root)
-                loaded = engine.load(on, adapter, name, trusted)
+                loaded = pool.load_next(name, on, adapter, trusted)
             else:  # a whole model
-                loaded = engine.load(adapter, None, name, trusted)
+                loaded = pool.load_next(name, adapter, None, trusted)
             metrics[name] = {**measured.add(loaded), **_cost_of_adapter(adapter)}
-            engine.free(loaded)
             inputs[name] = digest
             named.append(name)
         except UserError as error:

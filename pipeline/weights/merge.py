@@ -24,7 +24,7 @@ from pipeline.files.base_model import INDEX
 from pipeline.files.safetensors_file import Bytes, NewTensor, in_file_order, rewrite
 from pipeline.files.text import in_units
 from pipeline.project.runner import Event, Progress
-from pipeline.weights.blocks import DTYPES, map_in_threads, single_torch_thread
+from pipeline.weights.blocks import DTYPES, map_in_threads
 from pipeline.weights.merge_check import check_merge, written_matrices
 from pipeline.weights.merge_plan import MergePlan, plan_merge
 
@@ -90,8 +90,7 @@ def merge_into(
     Raises UserError if a matrix did not receive its update exactly once, or if `verify` does.
     """
     dtype = STORED[merging.precision] if merging.precision else None
-    with single_torch_thread():
-        plan = plan_merge(merging.base, merging.adapter, merging.trust_remote_code, dtype)
+    plan = plan_merge(merging.base, merging.adapter, merging.trust_remote_code, dtype)
     files = weight_files(plan)
     for number, name in enumerate(write(plan, out), start=1):
         yield Progress(number, len(files), name)

@@ -35,6 +35,7 @@ from pipeline.weights.blocks import (
     find_location,
     read_blocks,
     read_matrix,
+    single_torch_thread,
     stored_name,
     tied_names,
 )
@@ -105,6 +106,7 @@ class MergePlan:
             yield edit(wide, rows) if edit else wide
 
 
+@single_torch_thread()
 def plan_merge(
     base: Path,
     adapter: Path,

@@ -54,8 +54,7 @@ def write_adapter(
     with closing(Output(path, facts, shapes)) as output:
         output.begin()
         for name, tensor in tensors.items():
-            output.write(name, tensor.contiguous().numpy())
-            output.end(name)
+            output.write(name, tensor)
 
 
 def adapter_ratios(path: Path, updates: Updates, model: CausalLM) -> dict[str, float | None]:

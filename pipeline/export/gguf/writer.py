@@ -16,15 +16,18 @@ from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.export.gguf.families import Layout, family_of
+from pipeline.files.safetensors_file import allocate, write_at
 from pipeline.models.load import skeleton
 from pipeline.project.runner import Event, Progress
-from pipeline.weights.blocks import Rows, blocks, stored_name, tied_names
+from pipeline.weights.blocks import Rows, blocks, map_in_threads, stored_name, tied_names
 from pipeline.weights.merge import refuse_full_disk
 from pipeline.weights.merge_check import SAMPLES, Written
 from pipeline.weights.merge_plan import MergePlan
 
 # relative rounding of each type; of all others 2^-3
 EPS = {Type.F32: 2.0**-23, Type.F16: 2.0**-10, Type.BF16: 2.0**-7, Type.Q8_0: 2.0**-7}
+DTYPES = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
+OVERFLOW = 65520.0  # from here on a number rounds to infinity in fp16
 POSITIONS = "position_embd.weight"  # llama.cpp adds it in fp32
 EMBEDDING_AND_HEAD = ("token_embd.weight", "output.weight")
 
@@ -114,8 +117,8 @@ def write_files(
 ) -> Generator[Event, None, None]:
     """Write the merged model to every file, in its kind, such as q8_0; each tensor is merged once.
 
-    Values are summed in fp32 and rounded once. Raises UserError for values that overflow fp16, and
-    if the disk is full.
+    Values are summed in fp32 and rounded once, of several tensors at a time. Raises UserError for
+    values that overflow fp16, and if the disk is full.
     """
     with ExitStack() as stack:
         outputs = []
@@ -130,18 +133,18 @@ def write_files(
         refuse_full_disk(next(iter(files)).parent, sum(output.size for output in outputs))
         for output in outputs:
             output.begin()
-        for number, source in enumerate(model.sources, start=1):
+
+        def fill(source: Source) -> str:
             for block in source.layout.of(_matrix_rows(model.merge, source)):
-                values = block.contiguous().numpy()
                 for output in outputs:
-                    output.write(source.name, values)
-            for output in outputs:
-                output.end(source.name)
-            yield Progress(number, len(model.sources), source.name)
+                    output.write(source.name, block)
+            return source.name
+
+        for number, name in enumerate(map_in_threads(fill, model.sources), start=1):
+            yield Progress(number, len(model.sources), name)
         for name, tensor in model.extra.items():
             for output in outputs:
-                output.write(name, tensor.numpy())
-                output.end(name)
+                output.write(name, tensor)
 
 
 def _matrix_rows(merge: MergePlan, source: Source) -> Iterator[Tensor]:
@@ -151,7 +154,10 @@ def _matrix_rows(merge: MergePlan, source: Source) -> Iterator[Tensor]:
 
 
 class Output:
-    """A GGUF file, written tensor by tensor in the order of `shapes`: name, shape, type."""
+    """A GGUF file of the tensors `shapes`: name, shape, type.
+
+    They are written in any order, several at a time, each from its first row to its last.
+    """
 
     def __init__(
         self,
@@ -171,7 +177,7 @@ class Output:
             if key != "general.architecture":
                 add[type(value)](key, value)
         self._types = {name: kind for name, _, kind in shapes}
-        self._sizes = {}
+        self._sizes, self._offsets = dict[str, int](), dict[str, int]()
         for name, shape, kind in shapes:
             block, width = gguf.GGML_QUANT_SIZES[kind]
             self._sizes[name] = prod(shape) // block * width
@@ -189,24 +195,42 @@ class Output:
         assert self._writer.fout is not None
         (self._file,) = self._writer.fout
         self._writer.write_padding(self._file, self._file.tell())
+        self._file.flush()
+        offset = self._file.tell()
+        for name, size in self._sizes.items():
+            self._offsets[name] = offset
+            offset += gguf.GGUFWriter.ggml_pad(size, self._writer.data_alignment)
+        allocate(self._file.fileno(), offset)
 
-    def write(self, name: str, rows: np.ndarray[Any, Any]) -> None:
-        """Rows in fp32 of the tensor `name`."""
+    def write(self, name: str, rows: Tensor) -> None:
+        """The next rows in fp32 of the tensor `name`."""
         kind = self._types[name]
-        with np.errstate(over="ignore"):
-            quantized = gguf.quants.quantize(rows, kind)
-        if kind == Type.F16 and not np.isfinite(quantized).all():
+        if kind == Type.F16 and not rows.abs().max() < OVERFLOW:  # refuses NaN too
             raise UserError(
-                f"{name} has the value {np.abs(rows).max():.3g}, which overflows fp16. Use "
+                f"{name} has the value {rows.abs().max():.3g}, which overflows fp16. Use "
                 "--quantize bf16."
             )
-        self._file.write(quantized.tobytes())
-
-    def end(self, name: str) -> None:
-        self._writer.write_padding(self._file, self._sizes[name])
+        data = quantized(rows.contiguous(), kind).reshape(-1).data
+        self._offsets[name] = write_at(self._file.fileno(), data, self._offsets[name])
 
     def close(self) -> None:
         self._writer.close()
+
+
+def quantized(rows: Tensor, kind: Type) -> np.ndarray[Any, Any]:
+    """The bytes of rows in fp32 as the gguf package makes them; what is usual, sooner."""
+    if kind in DTYPES:
+        return rows.to(DTYPES[kind]).view(torch.uint8).numpy()
+    if kind != Type.Q8_0:
+        made: np.ndarray[Any, Any] = gguf.quants.quantize(rows.numpy(), kind)
+        return made.view(np.uint8)
+    # blocks of 32 numbers: d = max|x| / 127 in fp16, then x / d, rounded with halves away from 0
+    x = rows.view(-1, 32)
+    d = x.abs().amax(1, keepdim=True) / 127
+    scaled = x * torch.where(d == 0, 0, 1 / d)
+    whole = scaled.trunc()
+    q = scaled.sub_(whole).mul_(2).trunc_().add_(whole).to(torch.int8)
+    return torch.cat([d.half().view(torch.uint8), q.view(torch.uint8)], 1).numpy()
 
 
 def type_of(source: Source, kind: str) -> Type:

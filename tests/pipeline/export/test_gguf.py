@@ -22,6 +22,7 @@ from pipeline.adapters.config import AdapterSpec
 from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.errors import UserError
 from pipeline.export import llama_cpp
+from pipeline.export.formats.gguf import KINDS
 from pipeline.export.gguf.modelfile import Turns, go_template, read_turns
 from pipeline.export.gguf.vocabulary import read_vocabulary
 from pipeline.files.artifact import write_json
@@ -207,6 +208,22 @@ def test_a_merged_matrix_is_rounded_once_to_the_kind_of_the_file(
     )
     assert stored.tensor_type.name == kind.upper()
     assert np.array_equal(stored.data.view(np.uint8), expected.view(np.uint8))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "f32"])
+def test_numbers_become_the_bytes_that_the_gguf_package_makes_of_them(kind: str) -> None:
+    from pipeline.export.gguf.writer import quantized
+
+    rows = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+    rows *= torch.logspace(-9, 3, 40)[:, None]  # with numbers too small for fp16
+    rows[0], rows[1, :32] = 0.0, 0.0
+    # d is 1: each of these is on the edge of two whole numbers, or next to it
+    below = torch.nextafter(torch.tensor(0.5), torch.tensor(0.0)).item()
+    rows[2, :8] = torch.tensor([127.0, 0.5, -0.5, 1.5, -2.5, below, -below, 126.5])
+    rows[2, 8:] = 0.25
+    which = gguf.GGMLQuantizationType[kind.upper()]
+    expected = gguf.quants.quantize(rows.numpy(), which)
+    assert quantized(rows, which).tobytes() == expected.tobytes()
 
 
 def test_several_kinds_are_the_files_that_each_would_be_alone(cli: Lora, tmp_path: Path) -> None:

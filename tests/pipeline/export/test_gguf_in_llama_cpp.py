@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -120,8 +119,7 @@ def vocabulary_file(folder: Path) -> tuple[SubwordTokenizer, Path]:
     )
     output.begin()
     for name, shape in shapes.items():
-        output.write(name, np.zeros(shape, np.float32))
-        output.end(name)
+        output.write(name, torch.zeros(shape))
     output.close()
     return tokenizer, path
 

@@ -9,9 +9,11 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -738,3 +740,39 @@ for turn in range(60):
     cache.store("s", "k", source)
     assert cache.restore("s", "k", tmp_path / "last")
     assert folder_bytes(tmp_path / "last") == folder_bytes(source)
+
+
+def test_a_file_that_stays_is_hashed_once_and_an_edit_that_restores_size_and_mtime_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifact, "SETTLED", -1)  # as if every file were old
+    hashed, plain = list[str](), hashlib.file_digest
+
+    def counting(file: Any, name: str) -> Any:
+        hashed.append(Path(file.name).name)
+        return plain(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", counting)
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    before = [artifact.contents(tmp_path) for _ in range(3)]
+    assert sorted(hashed) == ["a", "b"] and before[0] == before[2]
+    assert before[0]["a"] == hashlib.sha256(b"a").hexdigest()
+    stat = (tmp_path / "a").stat()
+    time.sleep(0.05)  # several ticks of the file system's clock
+    (tmp_path / "a").write_text("c")
+    os.utime(tmp_path / "a", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert artifact.contents(tmp_path) == {**before[0], "a": hashlib.sha256(b"c").hexdigest()}
+
+
+def test_a_file_that_just_changed_is_hashed_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifact, "SETTLED", 3600 * 10**9)
+    (tmp_path / "a").write_text("a")
+    state = (tmp_path / "a").stat()
+    # within one tick: the state stays
+    monkeypatch.setattr(Path, "stat", lambda _path, **_options: state)
+    assert artifact.file_digest(tmp_path / "a") == hashlib.sha256(b"a").hexdigest()
+    (tmp_path / "a").write_text("b")
+    assert artifact.file_digest(tmp_path / "a") == hashlib.sha256(b"b").hexdigest()

@@ -101,6 +101,37 @@ def test_strength_0_is_the_base_and_1_the_adapter_to_the_last_bit(
         model.at(0.3)
 
 
+def test_models_in_turn_answer_as_those_that_are_loaded_alone_to_the_last_bit(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base, changes = folders
+    other = checkpoint(tmp_path / "other", seed=5)
+    models = {"first": (base, changes), "other": (other, None), "plain": (base, None)}
+    models["again"] = base, changes
+    names = []
+    for loaded in ModelPool().in_turn(models):
+        names.append(loaded.name)
+        assert torch.equal(logits(loaded.model, IDS), logits(ours(*models[loaded.name]), IDS))
+    assert names == ["first", "plain", "again", "other"]
+
+
+def test_the_next_model_leaves_the_base_that_it_shares_and_no_adapter(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base")
+    changes = adapter(tmp_path / "a", base, KINDS["all"])
+    pool = ModelPool()
+    plain = pool.load_next("base", base, None)
+    adapted = pool.load_next("a", base, changes)
+    shared = {p.data_ptr() for p in plain.model.blocks.parameters()}
+    assert shared & {p.data_ptr() for p in adapted.model.blocks.parameters()}
+    last = pool.load_next("b", base, changes)
+    assert pool.names == ["b"] and not [*adapted.model.blocks.parameters()]
+    assert shared & {p.data_ptr() for p in last.model.blocks.parameters()}
+    checkpoint(base, seed=7)  # now it is another one
+    fresh = pool.load_next("a", base, changes)
+    assert not [*plain.model.blocks.parameters()]
+    assert torch.equal(logits(fresh.model, IDS), logits(ours(base, changes), IDS))
+
+
 @pytest.mark.parametrize("s", [0.25, 0.5, 1.5, 2.0])
 def test_any_other_strength_is_w_plus_s_times_the_change_of_w(
     folders: tuple[Path, Path], s: float

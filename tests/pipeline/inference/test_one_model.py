@@ -1,7 +1,8 @@
-"""Where models are loaded one after the other, a model's blocks are out of memory before the next
-one is loaded.
+"""Where models are used one after the other, a base is loaded once for all adapters on it, and its
+blocks are out of memory before the next one is loaded.
 """
 
+import json
 import shutil
 import weakref
 from collections.abc import Callable
@@ -62,22 +63,40 @@ def _costs(project: Path) -> None:
     costs(project / "artifacts/expanded", {"base": None, **adapters}, _examples(project))
 
 
+def _folders_of_variants(project: Path) -> int:
+    """How many folders hold the variants that are no adapters, without the certified merge."""
+    variants = open_project(project / "params.yaml", BRIEF).variants
+    return len({base for name, (base, _) in variants.items() if name != "merged"})
+
+
 @pytest.mark.parametrize(
-    "compute",
-    [lambda project: make(project, ["evaluate"], BRIEF, force=True), _measure, _quality, _costs],
+    ("compute", "loads"),
+    [
+        (lambda project: make(project, ["evaluate"], BRIEF, force=True), _folders_of_variants),
+        (_measure, lambda _: 2),  # of the pretrained base, and of the adapters' base
+        (_quality, lambda _: 2),
+        (_costs, lambda _: 1),
+    ],
     ids=["evaluate", "measure", "quality", "costs"],
 )
-def test_evaluation_has_one_model_in_memory(
-    project: Path, others: list[int], compute: Callable[[Path], None]
+def test_evaluation_loads_a_base_once_and_has_one_in_memory(
+    project: Path,
+    others: list[int],
+    compute: Callable[[Path], None],
+    loads: Callable[[Path], int],
 ) -> None:
     shutil.copytree(project / ADAPTERS[0], project / ADAPTERS[1])
     compute(project)
-    assert len(others) >= 3 and not any(others)
+    assert others == [0] * loads(project)
 
 
-def test_lora_compare_has_one_model_in_memory(project: Path, others: list[int], cli: Lora) -> None:
-    assert cli("compare", "der wind", "--max-tokens", "2", cwd=project)[0] == 0
+def test_lora_compare_has_one_base_in_memory(project: Path, others: list[int], cli: Lora) -> None:
+    code, out, _ = cli("compare", "der wind", "--max-tokens", "2", "--json", cwd=project)
+    assert code == 0
     assert len(others) >= 3 and not any(others)
+    # in the project's order, in whichever they were loaded
+    variants = open_project(project / "params.yaml", BRIEF).variants
+    assert [*json.loads(out)] == [name for name in variants if name in json.loads(out)]
 
 
 def test_a_merge_is_compared_with_two_models_in_memory(project: Path, others: list[int]) -> None:

@@ -271,11 +271,13 @@ SILENT = """
 import sys
 from pathlib import Path
 from pipeline.inference import engine
+from pipeline.inference.model_pool import ModelPool
 from pipeline.stages.registry import open_project
 from tests.helpers.projects import PIPELINE, make
 root = Path(sys.argv[1])
 make(root, PIPELINE)
-for loaded in engine.variants(open_project(root / "params.yaml")):
+folders = engine.variant_folders(open_project(root / "params.yaml"))
+for loaded in ModelPool().in_turn(folders):
     engine.complete(loaded, "The currency of Bulgaria is the")
 """
 
