@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pipeline.models import pages as pages_module
 from pipeline.models.kernels import accelerator_attention
@@ -147,6 +149,44 @@ def test_pages_grow_and_do_not_move() -> None:
     assert sequence.pages == before and pool.used == 13
     assert_holds(sequence, [1] * SIZE)
     assert_holds(others[-1], [5] * 3 * SIZE)
+
+
+class BytesMade(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of new tensors: of what is copied or computed."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(self, function: Any, _: Any, given: Any = (), named: Any = None) -> Any:
+        out = function(*given, **(named or {}))
+        leaves = tree_leaves((given, named))
+        old = {x.untyped_storage()._cdata for x in leaves if isinstance(x, Tensor)}
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in old:
+                self.total += x.nbytes
+        return out
+
+
+@pytest.mark.skipif(not accelerator_attention._has_varlen(), reason="an older torch")
+def test_a_token_of_16_long_sequences_copies_no_old_key_on_a_gpu() -> None:
+    """On `meta`, which takes a GPU's path. All keys and values would be 268 MB for each block."""
+    pool, lengths = PagePool(), [4095] * 16
+    sequences = [SequenceCache(pool, 8192) for _ in lengths]
+
+    def empty(heads: int, tokens: int) -> Tensor:
+        return torch.empty(1, heads, tokens, 128, dtype=torch.bfloat16, device="meta")
+
+    cache = PackedCache(sequences, lengths)
+    cache.append(0, empty(8, sum(lengths)), empty(8, sum(lengths)))
+    cache.advance()
+    q, k, v = empty(32, 16), empty(8, 16), empty(8, 16)
+    with BytesMade() as made:
+        cache = PackedCache(sequences, [1] * 16)
+        pages = cache.append(0, k, v)
+        out = attend_on_accelerator(q, k, v, [1] * 16, cache.spans, Rule(0.1), pages)
+    assert out.shape == (1, 16, 32, 128)
+    assert made.total < 4 * (q.nbytes + k.nbytes + v.nbytes)
 
 
 @pytest.fixture
