@@ -367,6 +367,7 @@ class BatchedGenerator:
         batched, loaded = self._batched[base], resident.loaded
         together = batched.takes(resident)
         model = loaded.model if together else resident.at(generation.strength).model
+        adapter = batched.adapter(resident, generation.strength) if together else None
         prefix, known = None, 0
         if together:
             batched.pool.limit = self.max_tokens // PAGE
@@ -377,7 +378,7 @@ class BatchedGenerator:
             ticket,
             resident,
             batched if together else None,
-            batched.adapter(resident, generation.strength) if together else None,
+            adapter,
             cache if together else model.new_cache(),
             [*generation.ids],
             [*generation.ids[known:]],
@@ -483,11 +484,14 @@ def _choices(
     """
     if not all(run.takes_likeliest for run in runs):
         logits = logits.float().cpu()
-    choices: list[Likeliest | Tensor | None] = []
-    for run, count, row, found in zip(runs, counts, logits, likeliest(logits), strict=True):
-        is_read = len(run.unread) == count
-        choice = found if run.takes_likeliest else row
-        choices.append(choice if is_read else None)
+    choices: list[Likeliest | Tensor | None] = [*logits]
+    if any(run.takes_likeliest for run in runs):
+        for n, found in enumerate(likeliest(logits)):
+            if runs[n].takes_likeliest:
+                choices[n] = found
+    for n, (run, count) in enumerate(zip(runs, counts, strict=True)):
+        if len(run.unread) > count:
+            choices[n] = None
     return choices
 
 

@@ -100,13 +100,16 @@ class PagePool:
 
     def remember(self, parent: Prefix, page: int, tokens: Sequence[int]) -> Prefix:
         """The prefix of a page's tokens after those of `parent`: this page's, or one like it."""
-        for prefix in parent.longer:
-            if prefix.page == page or prefix.tokens == tuple(tokens):
-                break
-        else:
-            prefix = Prefix(page, parent=parent)
+        prefix = self._prefixes.get(page)
+        if prefix is None or prefix.parent is not parent:
+            alike = (other for other in parent.longer if other.tokens == tuple(tokens))
+            other = next(alike, None)
+            if other is not None:
+                return other
+            # of a parent that was dropped
+            self._detach(prefix)
+            prefix = self._prefixes[page] = Prefix(page, parent=parent)
             parent.longer.append(prefix)
-            self._prefixes[page] = prefix
         if len(tokens) > len(prefix.tokens):
             prefix.tokens = (*tokens,)
         return prefix
@@ -154,11 +157,13 @@ class PagePool:
         """Forget a page's prefix if no sequence reads it. What follows it is not found any more."""
         if page in self._users:
             return False
-        prefix = self._prefixes.pop(page)
-        assert prefix.parent is not None
-        prefix.parent.longer.remove(prefix)
+        self._detach(self._prefixes.pop(page))
         self._free.add(page)
         return True
+
+    def _detach(self, prefix: Prefix | None) -> None:
+        if prefix is not None and prefix.parent is not None:
+            prefix.parent.longer.remove(prefix)
 
 
 class SequenceCache:
