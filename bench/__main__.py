@@ -12,6 +12,7 @@ from bench.calculator import calculator
 from bench.commands import commands
 from bench.curves import curves
 from bench.data import data
+from bench.decoding import decoding
 from bench.engine import engine
 from bench.gpu import gpu
 from bench.keyboard import keyboard
@@ -46,7 +47,19 @@ BENCHMARKS = (
         methods,
         sweep,
     ),
-    *(real, packing, methods_real, preferences, quantized, merge, several, serve, gpu, recipe),
+    *(
+        real,
+        packing,
+        methods_real,
+        preferences,
+        quantized,
+        merge,
+        several,
+        serve,
+        decoding,
+        gpu,
+        recipe,
+    ),
 )
 
 

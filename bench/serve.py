@@ -105,6 +105,8 @@ def _models() -> Iterator[tuple[Path, str]]:
 class Requests:
     """A side that answers the requests; each method returns the seconds for that many adapters."""
 
+    new_tokens = NEW_TOKENS
+
     def __init__(self, folder: Path) -> None:
         self.prompts = [ids[: 4 * n + 7] for n, (ids, _) in enumerate(examples(64, 5)[:REQUESTS])]
         self.prompts = [(ids * 6)[: 4 * n + 7] for n, ids in enumerate(self.prompts)]
@@ -135,7 +137,7 @@ class Batch(Requests):
         self.generator = BatchedGenerator(self.pool)
 
     def answer(self, adapters: Sequence[int]) -> None:
-        done, lengths = threading.Semaphore(0), [0] * REQUESTS
+        done, lengths = threading.Semaphore(0), [0] * len(adapters)
 
         def submit(_: ModelPool) -> None:
             for n, adapter in enumerate(adapters):
@@ -143,13 +145,13 @@ class Batch(Requests):
                 def count(_: GeneratedToken, n: int = n) -> None:
                     lengths[n] += 1
 
-                request = Generation(str(adapter), tuple(self.prompts[n]), NEW_TOKENS)
+                request = Generation(str(adapter), tuple(self.prompts[n]), self.new_tokens)
                 self.generator.submit(request, count, lambda _: done.release())
 
         self.generator.call(submit)
         for _ in adapters:
             done.acquire()
-        assert lengths == [NEW_TOKENS] * REQUESTS
+        assert lengths == [self.new_tokens] * len(adapters)
 
 
 class OneAfterAnother(Requests):
@@ -252,9 +254,10 @@ class LlamaCpp(Requests):
 
     def answer(self, adapters: Sequence[int]) -> None:
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
-        unread, past = [[*ids] for ids in self.prompts], [0] * len(adapters)
+        unread = [[*ids] for ids in self.prompts[: len(adapters)]]
+        past = [0] * len(adapters)
         batch = self.lib.llama_batch_init(sum(map(len, unread)), 0, 1)
-        for _ in range(NEW_TOKENS):
+        for _ in range(self.new_tokens):
             last, batch.n_tokens = [], 0
             for sequence, ids in enumerate(unread):
                 for id_ in ids:

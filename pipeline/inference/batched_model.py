@@ -16,9 +16,10 @@ from pipeline.adapters.mixed import (
     is_low_rank,
 )
 from pipeline.inference.model_pool import Resident, ResidentBase, view
-from pipeline.models.base import CausalLM, PackedCache, SequenceCache
+from pipeline.models.base import CausalLM
 from pipeline.models.generate import agrees, last_states
 from pipeline.models.kernels.decode import fast_decoding
+from pipeline.models.pages import PackedCache, PagePool, Prefix, SequenceCache
 
 
 class Part(NamedTuple):
@@ -34,6 +35,9 @@ class BatchedModel:
 
     def __init__(self, base: ResidentBase) -> None:
         self.model = view(base.loaded.model).eval()
+        self.pool = PagePool()
+        # what sequences have read, by model and the strength of its adapter
+        self._prefixes: WeakKeyDictionary[nn.Module, dict[float, Prefix]] = WeakKeyDictionary()
         self._routing, self._fast = RowRouting(), ExitStack()
         # by the adapter's model; None if its rows cannot be computed beside others
         self._layers: WeakKeyDictionary[nn.Module, dict[str, nn.Module] | None] = (
@@ -82,6 +86,13 @@ class BatchedModel:
             by_strength[strength] = adapter
         return adapter
 
+    def prefixes(self, resident: Resident, strength: float) -> Prefix:
+        """Where the prefixes begin that a model has read at this strength."""
+        adapted = resident.loaded.adapter is not None and strength != 0
+        model = (resident if adapted else resident.base).loaded.model
+        by_strength = self._prefixes.setdefault(model, {})
+        return by_strength.setdefault(strength if adapted else 0.0, Prefix())
+
     @torch.no_grad()
     def logits(self, parts: Sequence[Part]) -> Tensor:
         """After the last token of each part, (N, V). Parts of one adapter must stand side by side.
@@ -90,12 +101,12 @@ class BatchedModel:
         """
         lengths = [len(part.ids) for part in parts]
         adapters = [part.adapter for part in parts]
-        cache = PackedCache([part.cache for part in parts])
+        cache = PackedCache([part.cache for part in parts], lengths)
         self._routing.route(adapters, lengths)
         states = last_states(self.model, cache, [part.ids for part in parts])
         self._routing.route(adapters, [1] * len(parts))
         logits = self.model.logits(states)
-        cache.advance(lengths)
+        cache.advance()
         return logits
 
     def forget(self) -> None:

@@ -24,10 +24,21 @@ from pipeline.errors import UserError, first_line, is_out_of_memory
 from pipeline.inference.batched_model import BatchedModel, Part
 from pipeline.inference.model_pool import ModelPool, Resident, ResidentBase
 from pipeline.inference.requests import FieldError
-from pipeline.models.base import CausalLM, SequenceCache
+from pipeline.models.base import CausalLM
 from pipeline.models.device import available_memory
-from pipeline.models.generate import GREEDY, Sampling, bytes_per_token, draw, finite
+from pipeline.models.generate import (
+    COLDEST,
+    GREEDY,
+    Likeliest,
+    Sampling,
+    bytes_per_token,
+    draw,
+    finite,
+    finite_id,
+    likeliest,
+)
 from pipeline.models.kernels.decode import fast_decoding
+from pipeline.models.pages import PAGE, Prefix, SequenceCache
 
 PROMPT_TOKENS = 512  # read per step, at most
 # tokens whose keys and values all running requests may need, where nothing else is said
@@ -121,10 +132,12 @@ class Running:
     batched: BatchedModel | None
     adapter: MixedAdapter | None
     cache: Any
-    unread: list[int]  # ids that are not in the cache yet: the prompt, then the last token
+    ids: list[int]  # prompt and answer
+    unread: list[int]  # those that are not in the cache yet: of the prompt, then the last token
     left: int  # tokens to sample
     generator: torch.Generator
     ends: frozenset[int]
+    prefix: Prefix | None = None  # where the prefixes of its model begin
     matcher: Matcher | None = None
     started: bool = False  # has a token
 
@@ -132,6 +145,18 @@ class Running:
     def tokens_read(self) -> int:
         """Tokens in the cache."""
         return int(self.cache.length if self.batched else self.cache.get_seq_length())
+
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether its next token is the likeliest, and nothing is asked of the others."""
+        generation = self.ticket.generation
+        plain = self.matcher is None and not generation.top_logprobs
+        return plain and generation.sampling.temperature < COLDEST
+
+    def remember(self) -> None:
+        """Let later requests take over what this one has read."""
+        if self.prefix is not None:
+            self.cache.remember(self.prefix, self.ids)
 
     def logits_alone(self) -> Tensor:
         """Of the next token, (1, V); reads the unread tokens."""
@@ -265,6 +290,8 @@ class BatchedGenerator:
 
         On the generator's thread, after models came or went: what runs keeps its share.
         """
+        for batched in self._batched.values():
+            batched.pool.forget()
         held = sum(run.tokens_read for run in self._running)
         self.max_tokens = held + min(
             (cache_room(base.loaded.model) for base in self._pool.bases), default=MAX_TOKENS
@@ -340,16 +367,25 @@ class BatchedGenerator:
         batched, loaded = self._batched[base], resident.loaded
         together = batched.takes(resident)
         model = loaded.model if together else resident.at(generation.strength).model
+        adapter = batched.adapter(resident, generation.strength) if together else None
+        prefix, known = None, 0
+        if together:
+            batched.pool.limit = self.max_tokens // PAGE
+            cache = SequenceCache(batched.pool, ticket.capacity)
+            prefix = batched.prefixes(resident, generation.strength)
+            known = cache.begin(prefix, generation.ids)
         return Running(
             ticket,
             resident,
             batched if together else None,
-            batched.adapter(resident, generation.strength) if together else None,
-            SequenceCache(ticket.capacity) if together else model.new_cache(),
+            adapter,
+            cache if together else model.new_cache(),
             [*generation.ids],
+            [*generation.ids[known:]],
             min(generation.limit, model.max_length - len(generation.ids)),
             torch.Generator().manual_seed(generation.sampling.seed),
             loaded.tokenizer.end_ids,
+            prefix,
             generation.grammar and generation.grammar.copy(),
         )
 
@@ -390,38 +426,37 @@ class BatchedGenerator:
     ) -> None:
         """Sample a token for each request whose unread tokens `forward` reads to the end."""
         try:
-            # (N, V); sampled on the CPU, so that a seed means the same everywhere
-            logits = forward().float().cpu()
+            tokens = _choices(runs, counts, forward())
         except Exception as error:
             for run in runs:
                 self._end(run, _reported(error))
             return
         self.batch_sizes[len(runs)] += 1
-        for run, count, row in zip(runs, counts, logits, strict=True):
+        for run, count, choice in zip(runs, counts, tokens, strict=True):
             del run.unread[:count]
-            if not run.unread:
-                self._sample(run, row)
+            if choice is not None:
+                self._sample(run, choice)
 
-    def _sample(self, run: Running, logits: Tensor) -> None:
-        """Hand on the next token, of logits (V,), and end the request if it was the last."""
-        generation = run.ticket.generation
+    def _sample(self, run: Running, choice: Likeliest | Tensor) -> None:
+        """Hand on the next token, and end the request if it was the last."""
         try:
-            allowed = finite(logits)
-            if run.matcher:
-                allowed = run.matcher.mask(allowed)
-            id_ = draw(allowed, generation.sampling, run.generator)
+            if isinstance(choice, Likeliest):
+                token = GeneratedToken(finite_id(choice.id), choice.logprob, ())
+            else:
+                token = _draw_token(run, choice)
+            id_ = token.id
             if id_ in run.ends:
                 self._end(run, "stop")
                 return
-            logprobs = logits.log_softmax(0)
-            top = logprobs.topk(min(generation.top_logprobs, len(logprobs)))
-            pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
             self.tokens += 1
-            run.ticket.on_token(GeneratedToken(id_, float(logprobs[id_]), (*pairs,)))
+            run.ticket.on_token(token)
         except Exception as error:  # also the callback's: it concerns this request alone
             self._end(run, _reported(error))
             return
+        if not run.started:
+            run.remember()
         run.started = True
+        run.ids.append(id_)
         run.unread = [id_]
         run.left -= 1
         if run.matcher:
@@ -431,7 +466,46 @@ class BatchedGenerator:
 
     def _end(self, run: Running, reason: str | Exception) -> None:
         self._running.remove(run)
+        if run.batched is not None:
+            # an error's numbers are not taken over
+            if not isinstance(reason, Exception):
+                run.remember()
+            run.cache.close()
         _notify_end(run.ticket, reason)
+
+
+def _choices(
+    runs: Sequence[Running], counts: Sequence[int], logits: Tensor
+) -> list[Likeliest | Tensor | None]:
+    """What decides each request's next token, of logits (N, V); None where some are left to read.
+
+    The likeliest token; or where that is not enough the logits (V,) on the CPU, as a seed then
+    draws the same token everywhere. The device is read once.
+    """
+    if not all(run.takes_likeliest for run in runs):
+        logits = logits.float().cpu()
+    choices: list[Likeliest | Tensor | None] = [*logits]
+    if any(run.takes_likeliest for run in runs):
+        for n, found in enumerate(likeliest(logits)):
+            if runs[n].takes_likeliest:
+                choices[n] = found
+    for n, (run, count) in enumerate(zip(runs, counts, strict=True)):
+        if len(run.unread) > count:
+            choices[n] = None
+    return choices
+
+
+def _draw_token(run: Running, logits: Tensor) -> GeneratedToken:
+    """The next token by logits (V,). Raises UserError if they are not finite, and FieldError."""
+    generation = run.ticket.generation
+    allowed = finite(logits)
+    if run.matcher:
+        allowed = run.matcher.mask(allowed)
+    id_ = draw(allowed, generation.sampling, run.generator)
+    logprobs = logits.log_softmax(0)
+    top = logprobs.topk(min(generation.top_logprobs, len(logprobs)))
+    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return GeneratedToken(id_, float(logprobs[id_]), (*pairs,))
 
 
 def _notify_end(ticket: Ticket, reason: str | Exception) -> None:

@@ -306,62 +306,6 @@ class VirtualTokens(nn.Module):
         raise NotImplementedError
 
 
-class SequenceCache:
-    """Keys and values of one sequence of at most `capacity` tokens.
-
-    They stand side by side, (1, G, S, 2K) in every block. Their memory grows with the sequence;
-    what is appended is written in place.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity, self.length = capacity, 0
-        self._buffers: dict[int, Tensor] = {}
-
-    def append(self, block: int, new: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """All keys and values (1, G, S, K = size), after appending `new` (1, G, T, 2K)."""
-        stop = self.length + new.shape[2]
-        buffer = self._buffers.get(block)
-        if buffer is None or buffer.shape[2] < stop:
-            room = min(self.capacity, max(64, 2 * stop))
-            grown = new.new_empty(*new.shape[:2], room, new.shape[3])
-            if buffer is not None:
-                grown[:, :, : self.length] = buffer[:, :, : self.length]
-            buffer = self._buffers[block] = grown
-        buffer.narrow(2, self.length, new.shape[2]).copy_(new)
-        seen = buffer.narrow(2, 0, stop)
-        return seen.narrow(3, 0, size), seen.narrow(3, size, seen.shape[3] - size)
-
-
-class PackedCache:
-    """The caches of sequences whose next tokens are packed end to end in one row.
-
-    `hidden_states(cache=…)` then needs `positions` and `segments`. Every sequence attends to its
-    own keys only.
-    """
-
-    def __init__(self, sequences: Sequence[SequenceCache]) -> None:
-        self.sequences = sequences
-
-    def update(
-        self, block: int, keys: Tensor, values: Tensor, lengths: Sequence[int]
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Append keys and values (1, G, T, K) of sequences of `lengths`.
-
-        Returns all keys and values (1, G, S, K) of each sequence.
-        """
-        new = torch.cat((keys, values), 3).split_with_sizes(list(lengths), 2)
-        pairs = zip(self.sequences, new, strict=True)
-        return [cache.append(block, tokens, keys.shape[3]) for cache, tokens in pairs]
-
-    def advance(self, lengths: Sequence[int]) -> None:
-        """Count the new tokens, once every block has them.
-
-        A forward that raised then leaves the caches as they were.
-        """
-        for cache, length in zip(self.sequences, lengths, strict=True):
-            cache.length += length
-
-
 class UpdatedLinear(nn.Module):
     """A linear `base`, and what is added to its outputs."""
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from pipeline.errors import UserError
-from pipeline.models.base import CausalLM, PackedCache, SequenceCache
+from pipeline.models.base import CausalLM
 from pipeline.models.device import to_device
-from pipeline.models.kernels.decode import fast_decoding
+from pipeline.models.kernels.decode import fast_decoding, reads_pages
+from pipeline.models.pages import PackedCache, PagePool, SequenceCache
 from pipeline.project.probes import computes
 
 if TYPE_CHECKING:
@@ -48,6 +49,10 @@ GREEDY = Sampling()
 PROBES = ((1, 2, 3, 4, 5), (2, 3, 4))
 # most tokens of prompts and answers side by side: their keys and values are in memory
 GROUP_TOKENS = 4096
+NOT_FINITE = (
+    "The model's outputs are not finite: its weights or its adapter's scale are too large. "
+    "Train it again with a lower learning_rate."
+)
 # at lower temperatures the division overflows, and the likeliest token is sampled anyway
 COLDEST = 1e-6
 
@@ -110,19 +115,37 @@ def stream(
     (`fast_decoding`). Raises UserError if the logits are not finite.
     """
     generator = torch.Generator().manual_seed(sampling.seed)
-    cache = model.new_cache()
-    # (1, T): first the prompt, then one token per step
-    new = to_device(torch.tensor([list(prompt)]), model.device)
+    new = [*prompt]  # first the prompt, then one token per step
     with fast_decoding(model) if packed else nullcontext():
+        read = _reader(model)
         for _ in range(min(limit, model.max_length - len(prompt))):
-            hidden = model.hidden_states(new, cache=cache)[0, -1]  # (D,)
-            # on the CPU, where a seed draws the same token whatever the device
-            logits = model.logits(hidden).float().cpu()  # (V,)
-            token = draw(finite(logits), sampling, generator)
-            yield SampledToken(token, float(logits.softmax(0)[token]))
-            if token in ends:
+            logits = read(new)  # (V,)
+            if sampling.temperature < COLDEST:
+                ((token, logprob),) = likeliest(logits[None])
+                sampled = SampledToken(finite_id(token), math.exp(logprob))
+            else:
+                # on the CPU, where a seed draws the same token whatever the device
+                logits = finite(logits.float().cpu())
+                token = draw(logits, sampling, generator)
+                sampled = SampledToken(token, float(logits.softmax(0)[token]))
+            yield sampled
+            if sampled.id in ends:
                 return
-            new = to_device(torch.tensor([[token]]), model.device)
+            new = [sampled.id]
+
+
+def _reader(model: CausalLM) -> Callable[[list[int]], Tensor]:
+    """Reads the next tokens of one sequence: logits (V,) after the last."""
+    if reads_pages(model) and model.virtual is None:
+        sequence = SequenceCache(PagePool(), model.max_length)
+        return lambda ids: read_side_by_side(model, [sequence], [ids])[0]
+    cache = model.new_cache()
+
+    def read(ids: list[int]) -> Tensor:
+        new = to_device(torch.tensor([ids]), model.device)  # (1, T)
+        return model.logits(model.hidden_states(new, cache=cache)[0, -1])
+
+    return read
 
 
 def generate_all(
@@ -152,17 +175,21 @@ def _generate_group(
     model: CausalLM, prompts: Sequence[Sequence[int]], ends: Container[int], limits: Sequence[int]
 ) -> list[list[int]]:
     answers: list[list[int]] = [[] for _ in prompts]
-    rooms, caches, logits = list[int](), list[SequenceCache](), dict[int, Tensor]()
-    for n, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-        rooms.append(min(limit, model.max_length - len(prompt)))
-        caches.append(SequenceCache(len(prompt) + rooms[n]))
+    pairs = zip(prompts, limits, strict=True)
+    rooms = [min(limit, model.max_length - len(prompt)) for prompt, limit in pairs]
+    capacities = [len(prompt) + room for prompt, room in zip(prompts, rooms, strict=True)]
+    # a page for each sequence
+    pool = PagePool(max(capacities, default=0))
+    caches = [SequenceCache(pool, capacity) for capacity in capacities]
+    likely = dict[int, Likeliest]()
+    for n, prompt in enumerate(prompts):
         # prompts one after the other: together they may be longer than any batch of the training
         if rooms[n] > 0:
-            logits[n] = read_side_by_side(model, [caches[n]], [prompt])[0]
-    while logits:
+            (likely[n],) = likeliest(read_side_by_side(model, [caches[n]], [prompt]))
+    while likely:
         running = dict[int, int]()
-        for n, row in logits.items():
-            token = int(finite(row.float().cpu()).argmax())
+        for n, row in likely.items():
+            token = finite_id(row.id)
             if token in ends:
                 continue
             answers[n].append(token)
@@ -171,8 +198,8 @@ def _generate_group(
         if not running:
             break
         tokens = [[token] for token in running.values()]
-        rows = read_side_by_side(model, [caches[n] for n in running], tokens)
-        logits = dict(zip(running, rows, strict=True))
+        rows = likeliest(read_side_by_side(model, [caches[n] for n in running], tokens))
+        likely = dict(zip(running, rows, strict=True))
     return answers
 
 
@@ -180,24 +207,26 @@ def read_side_by_side(
     model: CausalLM, caches: Sequence[SequenceCache], parts: Sequence[Sequence[int]]
 ) -> Tensor:
     """(N, V): the logits after each sequence's new tokens, which the caches get."""
-    cache = PackedCache(caches)
+    cache = PackedCache(caches, [len(part) for part in parts])
     logits = model.logits(last_states(model, cache, parts))
-    cache.advance([len(part) for part in parts])
+    cache.advance()
     return logits
 
 
 def last_states(model: CausalLM, cache: PackedCache, parts: Sequence[Sequence[int]]) -> Tensor:
     """(N, D): the hidden states of the last of each sequence's new tokens, packed into one row."""
-    lengths = [len(part) for part in parts]
     ids, positions = list[int](), list[int]()
-    for sequence, part in zip(cache.sequences, parts, strict=True):
+    for part, past, span in zip(parts, cache.past, cache.spans, strict=True):
         ids += part
-        positions += range(sequence.length, sequence.length + len(part))
-    last = [stop - 1 for stop in accumulate(lengths)]
-    # one copy for all three
-    table = to_device(torch.tensor([*ids, *positions, *last]), model.device)
-    ids_, positions_, last_ = table.split_with_sizes([len(ids), len(ids), len(last)])
-    return model.hidden_states(ids_[None], positions_[None], lengths, cache)[0][last_]
+        positions += range(past, span)
+    last = [stop - 1 for stop in accumulate(cache.lengths)]
+    # one copy for all
+    pages = cache.indices()
+    table = to_device(torch.tensor([*ids, *positions, *last, *pages]), model.device)
+    sizes = [len(ids), len(ids), len(last), len(pages)]
+    ids_, positions_, last_, pages_ = table.split_with_sizes(sizes)
+    cache.put(pages_)
+    return model.hidden_states(ids_[None], positions_[None], cache.lengths, cache)[0][last_]
 
 
 def _reads_side_by_side(model: CausalLM) -> bool:
@@ -216,7 +245,8 @@ def agrees(
     first, second = ([id_ % alone.shape.rows for id_ in probe] for probe in PROBES)
 
     def side_by_side() -> Tensor:
-        caches = [SequenceCache(len(ids)) for ids in (first, second)]
+        pool = PagePool(len(first) + len(second))
+        caches = [SequenceCache(pool, len(ids)) for ids in (first, second)]
         all_but_last = read(caches, [first[:-1], second[:-1]])
         return torch.stack([all_but_last[0], read(caches, [first[-1:], second[-1:]])[0]])
 
@@ -248,14 +278,37 @@ def bytes_per_token(model: CausalLM) -> int:
     return sizes[1] - sizes[0]
 
 
+class Likeliest(NamedTuple):
+    """The likeliest token of a row of logits, -1 if they are not finite; its log-probability."""
+
+    id: int
+    logprob: float
+
+
+def likeliest(logits: Tensor) -> list[Likeliest]:
+    """Of each row (N, V). They are found on the device, and read once."""
+    logits = logits.float()
+    least, most = logits.aminmax(dim=-1)  # a fifth of the time of isfinite on all of them
+    is_finite = least.isfinite() & most.isfinite()
+    # argmax finds a token among NaNs too
+    ids = torch.where(is_finite, logits.argmax(-1), -1)
+    # doubles hold every id
+    table = torch.stack([ids.double(), (most - logits.logsumexp(-1)).double()]).cpu()
+    return [Likeliest(int(id_), logprob) for id_, logprob in table.T.tolist()]
+
+
+def finite_id(id_: int) -> int:
+    """Returns the id of a `Likeliest`. Raises UserError for that of logits that are not finite."""
+    if id_ < 0:
+        raise UserError(NOT_FINITE)
+    return id_
+
+
 def finite(numbers: Tensor) -> Tensor:
-    """Returns `numbers`. Raises UserError for NaNs, among which argmax finds a token too."""
+    """Returns `numbers`. Raises UserError if they are not finite."""
     # a fifth of the time of isfinite on all of them
     if not torch.stack(numbers.aminmax()).isfinite().all():
-        raise UserError(
-            "The model's outputs are not finite: its weights or its adapter's scale are too large. "
-            "Train it again with a lower learning_rate."
-        )
+        raise UserError(NOT_FINITE)
     return numbers
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,6 @@ from pipeline.files.text import abbreviate_repr
 from pipeline.models.base import (
     CausalLM,
     Checkpointing,
-    PackedCache,
     Prefix,
     Shape,
     checkpointed,
@@ -43,6 +42,9 @@ from pipeline.models.kernels.plain_attention import (
     split_sequences,
 )
 from pipeline.models.save import CONFIG, WEIGHTS, save_tensors
+
+if TYPE_CHECKING:
+    from pipeline.models.pages import PackedCache
 
 OPT_OFFSET = 2  # rows of OPT's position table that no position uses
 EMBEDDING_STD = 0.3
@@ -162,7 +164,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        cache: KVCache | PackedCache | None,
+        cache: "KVCache | PackedCache | None",
         segments: Sequence[int] | None,
         prefix: Prefix | None = None,
     ) -> Tensor:
@@ -172,28 +174,29 @@ class Attention(nn.Module):
         q, k, v = (y.view(B, T, H, K).transpose(1, 2) for y in projected)  # (B, H, T, K) each
         lengths = [*(segments or [T])]
         rule = Rule(K**-0.5)
-        pairs = None  # of a PackedCache
+        pages = None  # of a PackedCache
         if isinstance(cache, KVCache):
             k, v = cache.update(k, v, self.layer)  # (B, H, S, K)
         if prefix is not None:
             k, v = prefix(self.layer, k, v, lengths)  # (B, H, S, K), before each sequence's own
         spans = [length + (k.shape[2] - T) // len(lengths) for length in lengths]
-        if isinstance(cache, PackedCache):
-            pairs = cache.update(self.layer, k, v, lengths)
-            spans = [keys.shape[2] for keys, _ in pairs]
+        if cache is not None and not isinstance(cache, KVCache):
+            pages = cache.append(self.layer, k, v)
+            spans = cache.spans
 
         if not uses_cpu_kernels(x.device):
             # a run on a CPU does not load it
             from pipeline.models.kernels.accelerator_attention import attend_on_accelerator
 
-            y = attend_on_accelerator(q, k, v, lengths, spans, rule, pairs)
+            y = attend_on_accelerator(q, k, v, lengths, spans, rule, pages)
         elif segments is None:
             y = attend_row(q, k, v, rule).transpose(1, 2)
-        elif pairs is None and k.shape[2] == T <= PACK_UP_TO:
+        elif pages is None and k.shape[2] == T <= PACK_UP_TO:
             mask = _segment_mask(tuple(segments), x.dtype)
             y = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
         else:
-            y = attend_each(q, pairs or split_sequences(k, v, spans), lengths, rule)
+            pairs = split_sequences(k, v, spans) if pages is None else pages.pairs()
+            y = attend_each(q, pairs, lengths, rule)
         out: Tensor = self.out_proj(y.reshape(B, T, D))  # (B, T, H, K) → (B, T, D)
         return out
 
@@ -221,7 +224,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        cache: KVCache | PackedCache | None,
+        cache: "KVCache | PackedCache | None",
         segments: Sequence[int] | None = None,
         prefix: Prefix | None = None,
     ) -> Tensor:
@@ -281,7 +284,7 @@ class Decoder(nn.Module):
         self,
         inputs: Tensor,
         positions: Tensor,
-        cache: KVCache | PackedCache | None,
+        cache: "KVCache | PackedCache | None",
         segments: Sequence[int] | None = None,
         prefix: Prefix | None = None,
     ) -> Tensor:

@@ -14,7 +14,6 @@ from pipeline.errors import UserError
 from pipeline.models.base import (
     CausalLM,
     Checkpointing,
-    PackedCache,
     Prefix,
     Shape,
     checkpointed,
@@ -26,6 +25,7 @@ from pipeline.models.experts import mixture
 from pipeline.models.kernels import packed_attention, short_attention, uses_cpu_kernels
 from pipeline.models.kernels.llama_block import TrainingBlock, fuse_llama_blocks
 from pipeline.models.kernels.rms_norm import fuse_rms_norms
+from pipeline.models.pages import PackedCache
 from pipeline.models.save import generation_of, load_strict, quiet, reported, save_checkpoint
 
 AGREEMENT = 1e-3  # of the largest logit, in fp32

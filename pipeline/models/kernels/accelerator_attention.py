@@ -18,7 +18,6 @@ from pipeline.models.device import to_device
 from pipeline.models.kernels import random_tensors, suits_flash_attention, writes_scores
 from pipeline.models.kernels.flash import flash_attention, supports_flash
 from pipeline.models.kernels.plain_attention import (
-    Pairs,
     Rule,
     attend_each,
     attend_explicit,
@@ -27,6 +26,7 @@ from pipeline.models.kernels.plain_attention import (
     split_sequences,
 )
 from pipeline.models.kernels.repeatable import repeatable
+from pipeline.models.pages import PAGE, BlockPages, PackedCache, PagePool, SequenceCache
 from pipeline.project.probes import attempt, record
 
 BLOCK = 256  # queries whose scores are in memory at once
@@ -43,13 +43,16 @@ def attend_on_accelerator(
     lengths: list[int],
     spans: list[int],
     rule: Rule,
-    pairs: Pairs | None = None,
+    pages: BlockPages | None = None,
 ) -> Tensor:
     """(B, T, H, K) for q (B, H, T, K), k and v (B, G, S, K); no scores of a row are kept.
 
     Sequences of `lengths` are packed in the row, those of `spans` in the row of keys; query t of T
-    sees key S - T + t. `pairs`: the keys and values of each, from a cache, instead of k and v.
+    sees key S - T + t. `pages`: keys and values in a cache, the new ones included, instead of k and v.
     """
+    if pages is not None and _supports_pages(q, v, rule, pages):
+        return _paged(q, pages, lengths, rule)
+    pairs = None if pages is None else pages.pairs()
     varlen = _supports_varlen(q, v, rule, cached=lengths != spans)
     flash = not varlen and rule.sinks is None and supports_flash(q, v)
     packed = varlen or flash
@@ -87,6 +90,90 @@ def _has_varlen() -> bool:
         return False
     arguments = signature(varlen_attn).parameters.keys()
     return {"scale", "window_size", "enable_gqa", "return_aux"} <= arguments
+
+
+def _supports_pages(q: Tensor, v: Tensor, rule: Rule, pages: BlockPages) -> bool:
+    """Whether flash attention reads keys and values by a table of pages."""
+    if pages.cache.pool.size % PAGE or torch.version.hip is not None:
+        return False
+    if not _supports_varlen(q, v, rule, cached=True) or not _has_pages():
+        return False
+    has_numbers = type(q) is Tensor and not q.is_meta
+    return not has_numbers or _pages_agree(
+        q.device, q.dtype, rule.window is not None, rule.sinks is not None
+    )
+
+
+@cache
+def _has_pages() -> bool:
+    """Whether this torch's `varlen_attn` takes tables of pages: it came after 2.11."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"seqused_k", "block_table"} <= signature(varlen_attn).parameters.keys()
+
+
+def _paged(q: Tensor, pages: BlockPages, lengths: list[int], rule: Rule) -> Tensor:
+    """(1, T, H, K) for q (1, H, T, K); no key and no value is copied."""
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+    cache = pages.cache
+    rows = q[0].transpose(0, 1)  # (T, H, K)
+    out, lse = varlen_attn(
+        rows,
+        pages.keys,
+        pages.values,
+        sequence_starts((*lengths,), q.device),
+        None,
+        max(lengths),
+        max(cache.spans),
+        scale=rule.scale,
+        window_size=(-1 if rule.window is None else rule.window - 1, 0),
+        enable_gqa=q.shape[1] != pages.keys.shape[2],
+        return_aux=AuxRequest(lse=True),
+        **cache.arguments(q.device),
+        # of a split row the sums depend on the longest sequence beside it
+        num_splits=1,
+    )  # (T, H, K) and (H, T)
+    return _with_sinks(out, lse, rule.sinks)[None]
+
+
+def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
+    """`out` (T, H, K) with the weights that a sink leaves of those with `lse` (H, T)."""
+    if sinks is None:
+        return out
+    share = (lse - sinks.float()[:, None]).sigmoid()  # (H, T)
+    return out * share.mT[..., None].to(out.dtype)
+
+
+@cache
+@torch.no_grad()
+def _pages_agree(device: torch.device, dtype: torch.dtype, window: bool, sinks: bool) -> bool:
+    """Whether flash attention reads pages as it reads what is copied out of them."""
+    tried = f"flash attention of pages in {dtype} on {device}"
+    slower = "keys and values are copied for each token"
+    lengths, spans = [1, 3], [PAGE + 5, 40]
+    rule = Rule(0.125, 8 if window else None, None, None)
+    if sinks:
+        rule = replace(rule, sinks=torch.linspace(-1, 1, 4).to(device, dtype))
+    pool = PagePool()
+    sequences = [SequenceCache(pool, span) for span in spans]
+    # the second's page stands between those of the first
+    for n, length in ((0, 5), (1, 5), (0, spans[0])):
+        sequences[n].reserve(length)
+    cache = PackedCache(sequences, spans)
+    shapes = ((1, 4, 4, 64), *[(1, 2, sum(spans), 64)] * 2)
+    q, k, v = (x.to(device, dtype) for x in random_tensors(*shapes))
+    pages = cache.append(0, k, v)
+
+    def largest_error() -> float:
+        fast = _paged(q, pages, lengths, rule).float()
+        plain = _blockwise(q, k, v, lengths, spans, rule).float()
+        return float(torch.dist(fast, plain) / plain.norm())
+
+    error = attempt(tried, slower, largest_error)
+    if error is not None and error >= AGREEMENT:
+        record(tried, f"its numbers are off by {error:.0%}", slower)
+    return error is not None and error < AGREEMENT
 
 
 def _varlen(
@@ -144,9 +231,7 @@ class _FlashAttention(torch.autograd.Function):
             enable_gqa=q.shape[1] != k.shape[1],
             return_aux=AuxRequest(lse=True),
         )  # (T, H, K) and (H, T)
-        if sinks is not None:
-            share = (lse - sinks.float()[:, None]).sigmoid()  # (H, T), of the weights without sink
-            out = out * share.mT[..., None].to(out.dtype)
+        out = _with_sinks(out, lse, sinks)
         ctx.save_for_backward(q, k, v, out, lse, q_starts, k_starts, sinks)
         ctx.longest, ctx.scale, ctx.window = longest, scale, window
         return out

@@ -1,28 +1,39 @@
-"""Fast generation of one token at a time on the CPU.
+"""Fast generation on the CPU: Llama's blocks in one call per token, linears without their calls.
 
-Weights are packed beforehand, and blocks of Llama's shape take fewer calls.
-
-A CPU multiplies a single row by weights in torch's layout at less than half of its memory's
-bandwidth, and then spends its time on calls. SmolLM2-135M in bf16, 128 tokens, CPU seconds of one
-thread in turns with transformers' `generate`: 2.0 × the tokens a second; before the body, the norms
-and the cache had fewer calls, 1.7 ×. The packed products take two thirds of the time, at 25 to 29
-GB of weights a second, where torch.sum reads 18 to 21.
+One token of each of several sequences goes through all blocks in native.c, which reads the weights
+as torch has them and the keys where their pages are. SmolLM2-135M in bf16, CPU seconds of one
+thread in turns with transformers' `generate`: 2.6 × the tokens a second for one sequence and 2.0 ×
+for eight; before, with a call of torch for each operation, 1.6 × and 1.0 ×. With AMX, products read
+weights in torch's layout at 13 to 14 GB a second for one row and for eight, where oneDNN reads its
+own layout at 10 to 11, and torch's at 6 to 9. So there is no copy of the weights. A CPU without AMX
+gets one for its prompts.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
-from itertools import chain
 from types import MethodType
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.base import CausalLM, PackedCache, UpdatedLinear
+from pipeline.models.base import CausalLM, UpdatedLinear
 from pipeline.models.kernels import random_tensors, uses_cpu_kernels
+from pipeline.models.kernels.native import (
+    COLUMNS,
+    LANES,
+    LlamaBlock,
+    LlamaStep,
+    Part,
+    call,
+    native,
+    uses_tiles,
+)
+from pipeline.models.pages import PackedCache, PagePool, SequenceCache
 from pipeline.project.probes import attempt
 
 Forwards = dict[nn.Module, Callable[..., Any]]
@@ -32,25 +43,43 @@ NORMS = {"input_layernorm", "post_attention_layernorm"}
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 BODY = {"embed_tokens", "layers", "norm", "rotary_emb"}
 FEED_FORWARD = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+SCRATCH = 1024  # floats of a thread's tiles in native.c
+NO_WINDOW = 2**62
+# of a block's seven linears, those whose products one step of native.c computes
+STEPS = (slice(0, 3), slice(3, 4), slice(4, 6), slice(6, 7))
+
+
+class NativeLinear:
+    """y = Wx + b, W as torch has it. A row's numbers do not depend on the rows beside it."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        self.linear = linear
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weight, bias = self.linear.weight, self.linear.bias
+        if x.dtype != weight.dtype or not x.numel():
+            return F.linear(x, weight, bias)
+        rows, inputs = x.numel() // x.shape[-1], x.shape[-1]
+        threads = torch.get_num_threads()
+        out = x.new_empty(*x.shape[:-1], len(weight))
+        room = x.new_empty(-(-rows // LANES) * LANES * inputs + 2 * SCRATCH * threads)
+        sizes = (rows, inputs, len(weight), threads)
+        call("linear_forward", weight, bias, x.contiguous(), out, room, *sizes)
+        return out
 
 
 class PackedLinear:
-    """y = Wx + b of a linear, or of several with the same x, concatenated.
+    """y = Wx + b. W is a copy in oneDNN's own layout.
 
-    W is a copy in oneDNN's own layout.
-
-    A row's numbers do not depend on the rows beside it: oneDNN sums a lone row in another order
+    A row's numbers do not depend on the few rows beside it: oneDNN sums a lone row in another order
     where it has more than SHORT inputs, so it is computed as two rows, which takes 1.1 × the time.
     """
 
-    def __init__(self, linears: Sequence[nn.Linear]) -> None:
-        self.versions = _weight_versions(linears)
-        self.inputs = linears[0].in_features
-        weight = torch.cat([linear.weight.detach() for linear in linears])  # (ΣO, I)
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
-        self.bias: Tensor | None = None
-        if linears[0].bias is not None:
-            self.bias = torch.cat([linear.bias.detach() for linear in linears])
+    def __init__(self, linear: nn.Linear) -> None:
+        self.version = _weight_version(linear)
+        self.inputs = linear.in_features
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)
+        self.bias = None if linear.bias is None else linear.bias.detach()
         self.multiply = torch.ops.mkldnn._linear_pointwise.default
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -60,137 +89,122 @@ class PackedLinear:
         return out[:1].view(*x.shape[:-1], -1) if is_lone else out
 
 
-class Rotation:
-    """cos and signed sin (N, GR + 2G, K) that rotate the queries and keys of all heads.
+class Sizes(NamedTuple):
+    """What all blocks of a body have in common: widths, and G groups of R heads of K numbers."""
 
-    They leave the values as they are. All blocks of a forward share them.
-    """
-
-    def __init__(self) -> None:
-        self.source: Any = None
-
-    def of(self, embeddings: Any, values: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """cos and sin for heads of `shape` (N, GR + 2G, K), the last `values` of them of values.
-
-        `embeddings`: cos and sin (1, N, K) of positions.
-        """
-        if self.source is not embeddings:
-            cos, sin = (part[0, :, None] for part in embeddings)  # (N, 1, K) each
-            half = shape[-1] // 2
-            self.source, self.cos, self.sin = embeddings, cos.new_ones(shape), sin.new_zeros(shape)
-            self.cos[:, :-values] = cos
-            self.sin[:, :-values] = torch.cat((-sin[..., :half], sin[..., half:]), -1)
-        return self.cos, self.sin
+    D: int
+    F: int
+    G: int
+    R: int
+    K: int
 
 
-class OneTokenBlock:
-    """Replaces the forward of `block` for one token of each of N sequences, (1, N, D).
+class Update(NamedTuple):
+    """What a module computes or adds after one of native.c's steps."""
 
-    Without a PackedCache N is 1. Other inputs go to the block's own forward.
-
-    `packed` are the linears that it has packed. K is the head size; G groups of R query heads share
-    a key and a value head.
-    """
-
-    def __init__(self, block: Any, rotation: Rotation) -> None:
-        attention, mlp = block.self_attn, block.mlp
-        self.layer, self.scale, self.K = attention.layer_idx, attention.scaling, attention.head_dim
-        self.R = attention.num_key_value_groups
-        self.window = window_of(attention)
-        self.rotation, self.act = rotation, mlp.act_fn
-        self.norm = fewer_calls(block.input_layernorm)
-        self.feed_norm = fewer_calls(block.post_attention_layernorm)
-        self.head_norms = None
-        if hasattr(attention, "q_norm"):
-            self.head_norms = attention.q_norm, attention.k_norm
-        self.packed = list[nn.Module]()
-        self.qkv = self._concatenate(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.out, self.down = self._concatenate(attention.o_proj), self._concatenate(mlp.down_proj)
-        self.gate_up = self._concatenate(mlp.gate_proj, mlp.up_proj)
-
-    def _concatenate(self, *modules: nn.Module) -> Callable[[Tensor], Tensor]:
-        """The outputs (N, ΣO) of modules with the same x (N, I), side by side.
-
-        One packed product computes them, unless a module has an adapter that cannot be added to it.
-        """
-        bases = [module.base if isinstance(module, UpdatedLinear) else module for module in modules]
-        linears = [base for base in bases if _can_pack(base)]
-        biased = {linear.bias is not None for linear in linears}
-        if len(linears) < len(modules) or len(biased) > 1:
-            return lambda x: torch.cat([module(x[None])[0] for module in modules], -1)
-        self.packed += linears
-        product, sizes = _packed_linear(linears), [linear.out_features for linear in linears]
-        if not any(isinstance(module, UpdatedLinear) for module in modules):
-            return product
-
-        def updated(x: Tensor) -> Tensor:
-            out = product(x)
-            for module, part in zip(modules, out.split_with_sizes(sizes, -1), strict=True):
-                if isinstance(module, UpdatedLinear):
-                    module.add_updates(x, part)
-            return out
-
-        return updated
-
-    def __call__(
-        self, block: nn.Module, x: Tensor, *others: Any, cache: Any = None, **options: Any
-    ) -> Tensor:
-        past: PackedCache | None = options.get("past")
-        N = x.shape[1]
-        if not fits(x, cache, past):
-            out: Tensor = type(block).forward(block, x, *others, cache=cache, **options)
-            return out
-        x = x[0]  # (N, D)
-        heads = self.qkv(self.norm(x)).view(N, -1, self.K)  # (N, (GR + 2G)·K) → (N, GR + 2G, K)
-        G = heads.shape[1] // (self.R + 2)
-        if self.head_norms is not None:
-            q, k, v = heads.split_with_sizes([G * self.R, G, G], 1)
-            heads = torch.cat([self.head_norms[0](q), self.head_norms[1](k), v], 1)
-        cos, sin = self.rotation.of(options["position_embeddings"], G, heads.shape)
-        # Su et al. 2021, section 3.4.2, with pairs (i, i + K/2)
-        heads = heads * cos + heads.roll(self.K // 2, -1) * sin
-        q = heads[:, : -2 * G].view(N, G, self.R, self.K)  # a group's R heads stand where tokens do
-        if past is None:
-            # (1, G, R, K)
-            attended = self._attend(q, *_append(cache, self.layer, heads[:, -2 * G :]))
-        else:
-            # (1, G, N, K) each
-            keys, values = (part.transpose(0, 1)[None] for part in heads[:, -2 * G :].chunk(2, 1))
-            pairs = past.update(self.layer, keys, values, [1] * N)
-            attended = torch.cat([self._attend(q[n : n + 1], *pairs[n]) for n in range(N)])
-        x = x + self.out(attended.view(N, -1))  # (N, D)
-        gate, up = self.gate_up(self.feed_norm(x)).chunk(2, -1)  # (N, F) each
-        return (x + self.down(self.act(gate) * up))[None]
-
-    def _attend(self, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        if self.window is not None:
-            keys, values = keys[:, :, -self.window :], values[:, :, -self.window :]
-        return F.scaled_dot_product_attention(q, keys, values, scale=self.scale)  # (1, G, R, K)
+    stop: int  # the number of the next step
+    module: Any
+    columns: slice  # of the step's outputs
+    adds: bool  # to the product of its base; else it computes all
 
 
 class OneTokenBody:
-    """Replaces the forward of a body of Llama's parts where all `blocks` take a token.
+    """Replaces the forward of a body of Llama's parts for one token of each sequence of a cache.
 
-    It makes no masks, which they do not read, and calls no module per block.
+    Other inputs go to the body's own forward.
     """
 
-    def __init__(self, blocks: Mapping[nn.Module, OneTokenBlock]) -> None:
-        self.blocks = blocks
+    def __init__(self, body: Any, sizes: Sizes) -> None:
+        self.sizes, self.layers = sizes, len(body.layers)
+        self.updates = list[Update]()
+        self.blocks = (LlamaBlock * (self.layers + 1))()
+        for number, block in enumerate(body.layers):
+            self._describe(self.blocks[number], block, number)
+        last = self.blocks[self.layers]
+        last.norm, last.eps = body.norm.weight.data_ptr(), body.norm.variance_epsilon
+        # whose pages the blocks point to
+        self._pool, self._version = PagePool(), -1
+
+    def _describe(self, to: LlamaBlock, block: Any, number: int) -> None:
+        attention = block.self_attn
+        first, second = block.input_layernorm, block.post_attention_layernorm
+        to.norm, to.eps = first.weight.data_ptr(), first.variance_epsilon
+        to.feed_norm, to.feed_eps = second.weight.data_ptr(), second.variance_epsilon
+        if hasattr(attention, "q_norm"):
+            to.q_norm, to.k_norm = (
+                norm.weight.data_ptr() for norm in (attention.q_norm, attention.k_norm)
+            )
+            to.head_eps = attention.q_norm.variance_epsilon
+        to.scale, to.window = attention.scaling, window_of(attention) or NO_WINDOW
+        modules = linears_of(block)
+        for step, group in enumerate(STEPS):
+            column = 0
+            for index in range(group.start, group.stop):
+                module = modules[index]
+                linear: Any = module.base if isinstance(module, UpdatedLinear) else module
+                outputs = _innermost(module).out_features
+                to.parts[index] = Part(None, None, outputs)
+                has_product = _is_bf16_linear(linear) and linear.weight.is_contiguous()
+                if has_product:
+                    to.parts[index].weight = linear.weight.data_ptr()
+                    if linear.bias is not None:
+                        to.parts[index].bias = linear.bias.data_ptr()
+                if linear is not module or not has_product:
+                    columns = slice(column, column + outputs)
+                    self.updates.append(Update(4 * number + step + 1, module, columns, has_product))
+                column += outputs
 
     def __call__(
-        self, body: Any, input_ids: Tensor | None = None, cache: Any = None, **options: Any
+        self, body: Any, input_ids: Tensor | None = None, past: Any = None, **options: Any
     ) -> Any:
-        if input_ids is None or not fits(input_ids, cache, options.get("past")):
-            return type(body).forward(body, input_ids=input_ids, cache=cache, **options)
-        past = options.get("past")
-        # Calls cost 5% less in inference mode. Caches of several sequences outlive it, and may then
-        # not be written to.
-        with torch.inference_mode() if past is None else nullcontext():
-            x = body.embed_tokens(input_ids)  # (1, N, D)
-            rotation = body.rotary_emb(x, position_ids=options["position_ids"])
-            for block, forward in self.blocks.items():
-                x = forward(block, x, cache=cache, past=past, position_embeddings=rotation)
-            return BodyOutput(body.norm(x))
+        if input_ids is None or past is None or input_ids.shape[1] != len(past.sequences):
+            if past is not None:
+                options["past"] = past
+            return type(body).forward(body, input_ids=input_ids, **options)
+        x = body.embed_tokens(input_ids)  # (1, N, D)
+        cos, sin = body.rotary_emb(x, position_ids=options["position_ids"])  # (1, N, K) each
+        x, cos, sin = (part[0].contiguous() for part in (x, cos, sin))
+        normed = torch.empty_like(x)
+        self._point_to(past.pool, x)
+        D, width, G, R, K = self.sizes
+        heads = G * R * K
+        widths = [heads + 2 * G * K, heads, D, 2 * width, width, D]
+        buffers = [x.new_empty(len(x), size) for size in widths]
+        threads = torch.get_num_threads()
+        packed = x.new_empty(-(-len(x) // LANES) * LANES * max(D, heads, width))
+        longest = max(past.spans) + LANES
+        room = x.new_empty(threads, SCRATCH + R * longest, dtype=torch.float32)
+        tables = torch.tensor(past.tables, dtype=torch.int32)
+        lengths = torch.tensor(past.past)
+        tensors = (tables, lengths, cos, sin, x, normed, *buffers, packed, room)
+        step = LlamaStep(
+            *(len(x), *self.sizes, past.pool.size, tables.shape[1], room.shape[1], threads),
+            ctypes.addressof(self.blocks),
+            *(tensor.data_ptr() for tensor in tensors),
+        )
+        qkv, attended, projected, gate_up, hidden, down = buffers
+        inputs, outputs = (normed, attended, normed, hidden), (qkv, projected, gate_up, down)
+        done = 0
+        for stop, module, columns, adds in self.updates:
+            if stop > done:
+                call("llama_steps", ctypes.addressof(step), done, stop)
+                done = stop
+            rows, out = inputs[(stop - 1) % 4], outputs[(stop - 1) % 4][:, columns]
+            if adds:
+                module.add_updates(rows, out)
+            else:
+                out.copy_(module(rows[None])[0])
+        call("llama_steps", ctypes.addressof(step), done, 4 * self.layers + 1)
+        return BodyOutput(normed[None])
+
+    def _point_to(self, pool: PagePool, like: Tensor) -> None:
+        if pool is self._pool and pool.version == self._version:
+            return
+        heads = like.new_empty(self.sizes.G, self.sizes.K)
+        for number, block in enumerate(self.blocks[: self.layers]):
+            keys, values = pool.block(number, heads, self.sizes.K, self.sizes.K)
+            block.keys, block.values = keys.data_ptr(), values.data_ptr()
+        self._pool, self._version = pool, pool.version
 
 
 class BodyOutput(NamedTuple):
@@ -199,94 +213,114 @@ class BodyOutput(NamedTuple):
     last_hidden_state: Tensor
 
 
-def fits(x: Tensor, cache: Any, past: PackedCache | None) -> bool:
-    """Whether x (1, N, …) is one token after a cache, or one for each sequence of `past`."""
-    if past is not None:
-        return x.shape[1] == len(past.sequences)
-    return cache is not None and x.shape[:2] == (1, 1)
-
-
-def _append(cache: Any, block: int, new: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values (1, G, S, K) of a transformers cache, after appending `new` (1, 2G, K).
-
-    A DynamicLayer copies all that it has for each token. Its tensors become views of a buffer with
-    room for more, which its other methods read as any tensors.
-    """
-    layer = cache.layers[block]
-    if type(layer).__name__ != "DynamicLayer" or not layer.get_seq_length():
-        pair: tuple[Tensor, Tensor] = cache.update(*new[:, :, None].chunk(2, 1), block)
-        return pair
-    _, G, S, K = layer.keys.shape
-    buffer = getattr(layer, "buffer", None)  # (1, 2G, capacity, K)
-    if buffer is None or buffer.shape[2] == S or buffer.data_ptr() != layer.keys.data_ptr():
-        buffer = layer.buffer = new.new_empty(1, 2 * G, max(64, 2 * S), K)
-        buffer[:, :G, :S], buffer[:, G:, :S] = layer.keys, layer.values
-    buffer[:, :, S] = new
-    seen = buffer[:, :, : S + 1]
-    layer.keys, layer.values = seen[:, :G], seen[:, G:]
-    return layer.keys, layer.values
-
-
-def fewer_calls(norm: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The norm by torch's own RMS norm, if that gives the same bits; else `norm` itself."""
-    weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
-    if not isinstance(weight, nn.Parameter) or not isinstance(eps, float):
-        return norm
-
-    def short(x: Tensor) -> Tensor:
-        return F.rms_norm(x, weight.shape, None, eps) * weight
-
-    probe = random_tensors((16, *weight.shape))[0].to(weight)
-    return short if torch.equal(short(probe), norm(probe)) else norm
-
-
-_packed: WeakKeyDictionary[nn.Module, PackedLinear] = WeakKeyDictionary()  # by the first linear
-# how many forwards of a model passed _check_agreement together
-_agrees: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_packed: WeakKeyDictionary[nn.Module, PackedLinear] = WeakKeyDictionary()
+# whether a model's body passed _check_agreement
+_agrees: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @contextmanager
 def fast_decoding(model: nn.Module) -> Iterator[int]:
-    """Inside the block `model` is faster where one token follows a cache.
+    """Inside the block `model` is faster, above all where one token follows a PackedCache.
 
     Yields the number of replaced forwards.
 
-    Only bf16 on the CPU, and only inference. The packed weights are kept for the next time, as long
-    as the model lives.
+    Only bf16 on the CPU, and only inference. Packed weights are kept for the next time, as long as
+    the model lives.
     """
     forwards: Forwards = {}
-    if _is_available():
-        packed = set[nn.Module]()
-        if isinstance(model, CausalLM) and _is_bf16_on_cpu(next(model.blocks.parameters())):
-            forwards, packed = _fused_forwards(model)
-        for module in model.modules():
-            if _can_pack(module) and module not in packed:
-                forwards[module] = _packed_linear([module])
+    for module in model.modules():
+        linear = _fast_linear(module) if type(module) is nn.Linear else None
+        if linear is not None:
+            forwards[module] = linear
+    if isinstance(model, CausalLM):
+        forwards |= _fast_body(model)
     with _replaced_forwards(forwards):
         yield len(forwards)
 
 
-def _fused_forwards(model: CausalLM) -> tuple[Forwards, set[nn.Module]]:
-    """Forwards of body and blocks of Llama's shape that agree, and the linears that they pack."""
-    if not _agrees.get(model, True):  # joined weights would be packed for nothing
-        return {}, set()
-    rotation = Rotation()
-    blocks = {
-        block: OneTokenBlock(block, rotation) for block in model.blocks if has_llama_parts(block)
-    }
-    of_blocks: Forwards = {block: MethodType(fast, block) for block, fast in blocks.items()}
-    choices = [of_blocks] if blocks else []
-    parts = {name for name, _ in model.body.named_children()}
-    if len(blocks) == len(model.blocks) and parts == BODY:
-        of_body = MethodType(OneTokenBody(blocks), model.body)
-        choices.insert(0, {**of_blocks, model.body: of_body})
+def reads_pages(model: CausalLM) -> bool:
+    """Whether its next token is fast from a PackedCache."""
+    forward = model.body.__dict__.get("forward")
+    return isinstance(getattr(forward, "__func__", None), OneTokenBody)
+
+
+def _fast_linear(linear: nn.Linear) -> Callable[[Tensor], Tensor] | None:
+    if not _is_bf16_linear(linear):
+        return None
+    rows = linear.weight.shape[0] % LANES == 0 and linear.weight.is_contiguous()
+    if uses_tiles() and rows and linear.in_features % COLUMNS == 0:
+        return NativeLinear(linear)
+    return _packed_linear(linear) if _is_available() else None
+
+
+def _fast_body(model: CausalLM) -> Forwards:
+    """The forward of a body of Llama's shape, if it gives the same hidden states."""
+    body: Any = model.body
+    sizes = _sizes_of(body) if native() is not None and _agrees.get(model, True) else None
+    if sizes is None:
+        return {}
+    forwards: Forwards = {body: MethodType(OneTokenBody(body, sizes), body)}
     if model not in _agrees:  # once a model: a few short forwards
-        agreeing = (len(choice) for choice in choices if _check_agreement(model, choice))
-        _agrees[model] = next(agreeing, 0)
-    for choice in choices:
-        if len(choice) == _agrees[model]:
-            return choice, {*chain.from_iterable(fast.packed for fast in blocks.values())}
-    return {}, set()
+        _agrees[model] = _check_agreement(model, forwards)
+    return forwards if _agrees[model] else {}
+
+
+def _sizes_of(body: Any) -> Sizes | None:
+    """The sizes of a body whose blocks native.c computes; else None."""
+    if {name for name, _ in body.named_children()} != BODY:
+        return None
+    sizes = {_block_sizes(block) for block in body.layers}
+    size = sizes.pop()
+    if sizes or size is None or not _is_llama_norm(body.norm):
+        return None
+    widths = (size.D, size.F, size.K, size.G * size.R * size.K)
+    return None if any(width % COLUMNS for width in widths) or size.R > LANES else size
+
+
+def _block_sizes(block: Any) -> Sizes | None:
+    if not has_llama_parts(block):
+        return None
+    attention, mlp = block.self_attn, block.mlp
+    norms = [block.input_layernorm, block.post_attention_layernorm]
+    if hasattr(attention, "q_norm"):
+        norms += [attention.q_norm, attention.k_norm]
+    # norms of whole projections are wider than a head
+    if not all(map(_is_llama_norm, norms)) or len({n.weight.numel() for n in norms[2:]}) > 1:
+        return None
+    (x,) = random_tensors((1, 64))
+    if not torch.allclose(mlp.act_fn(x), F.silu(x), 1e-4, 1e-4):
+        return None
+    R, K = attention.num_key_value_groups, attention.head_dim
+    if norms[2:] and norms[2].weight.numel() != K:
+        return None
+    G = _innermost(attention.k_proj).out_features // K
+    D, width = norms[0].weight.numel(), _innermost(mlp.gate_proj).out_features
+    return Sizes(D, width, G, R, K)
+
+
+def linears_of(block: Any) -> list[Any]:
+    """The seven linears of Llama's block, in the order in which native.c takes them."""
+    attention, mlp = block.self_attn, block.mlp
+    projections = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    return [*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+
+
+def _innermost(module: Any) -> Any:
+    """The linear under adapters."""
+    while hasattr(module, "base"):
+        module = module.base
+    return module
+
+
+def _is_llama_norm(norm: nn.Module) -> bool:
+    """Whether it is w·x/rms(x) in bf16, with w not counted from 1."""
+    weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
+    if not isinstance(weight, nn.Parameter) or not isinstance(eps, float):
+        return False
+    if not _is_bf16_on_cpu(weight):
+        return False
+    probe = random_tensors((16, *weight.shape))[0].to(weight)
+    return torch.equal(F.rms_norm(probe, weight.shape, None, eps) * weight, norm(probe))
 
 
 def has_llama_parts(block: Any) -> bool:
@@ -321,14 +355,18 @@ def window_of(attention: Any) -> int | None:
 
 @torch.no_grad()
 def _check_agreement(model: CausalLM, forwards: Forwards) -> bool:
-    """Whether the model gives the same hidden states with these forwards."""
+    """Whether a token after a cache has the hidden state that it has in a row."""
+    ids = torch.arange(5)[None]
+    expected = model.run_body(ids)[0, -1].float()
 
     def probe() -> Tensor:
-        cache = model.new_cache()
-        model.hidden_states(torch.arange(4)[None], cache=cache)
-        return model.hidden_states(torch.tensor([[4]]), cache=cache).float()
+        sequence = SequenceCache(PagePool(LANES), 5)
+        for start, stop in ((0, 4), (4, 5)):
+            cache, part = PackedCache([sequence], [stop - start]), ids[:, start:stop]
+            hidden = model.run_body(part, part, [stop - start], cache)
+            cache.advance()
+        return hidden[0, -1].float()
 
-    expected = probe()
     with _replaced_forwards(forwards):
         actual = attempt("the fused forward of one token", "answers take longer", probe)
     return actual is not None and bool((actual - expected).norm() <= AGREEMENT * expected.norm())
@@ -347,7 +385,7 @@ def _replaced_forwards(forwards: Forwards) -> Iterator[None]:
             module.__dict__.pop("forward", None)
 
 
-def _can_pack(module: nn.Module) -> TypeGuard[nn.Linear]:
+def _is_bf16_linear(module: Any) -> bool:
     return type(module) is nn.Linear and _is_bf16_on_cpu(module.weight)
 
 
@@ -355,18 +393,17 @@ def _is_bf16_on_cpu(weight: Tensor) -> bool:
     return weight.dtype == torch.bfloat16 and uses_cpu_kernels(weight.device)
 
 
-def _packed_linear(linears: Sequence[nn.Linear]) -> PackedLinear:
-    """The linears as one, from the cache unless a weight has changed."""
-    packed = _packed.get(linears[0])
-    if packed is None or packed.versions != _weight_versions(linears):
-        packed = _packed[linears[0]] = PackedLinear(linears)
+def _packed_linear(linear: nn.Linear) -> PackedLinear:
+    """The packed linear, from the cache unless a weight has changed."""
+    packed = _packed.get(linear)
+    if packed is None or packed.version != _weight_version(linear):
+        packed = _packed[linear] = PackedLinear(linear)
     return packed
 
 
-def _weight_versions(linears: Sequence[nn.Linear]) -> list[tuple[int, int]]:
+def _weight_version(linear: nn.Linear) -> list[tuple[int, int]]:
     """Differs as soon as a weight is replaced or written to."""
-    parameters = chain.from_iterable(linear.parameters() for linear in linears)
-    return [(p.data_ptr(), p._version) for p in parameters]
+    return [(p.data_ptr(), p._version) for p in linear.parameters()]
 
 
 @cache
@@ -376,6 +413,6 @@ def _is_available() -> bool:
     x = torch.ones(1, 32, dtype=torch.bfloat16)
     try:
         with torch.no_grad():
-            return torch.allclose(PackedLinear([linear])(x), F.linear(x, linear.weight), 0.02, 0.02)
+            return torch.allclose(PackedLinear(linear)(x), F.linear(x, linear.weight), 0.02, 0.02)
     except (AttributeError, NotImplementedError, RuntimeError):
         return False

@@ -1,5 +1,5 @@
-/* What a training step in bf16 computes beside its matrix products, each in one pass over memory; and MiniGPT's block
-   with many adapters, whole, in fp32. native.py compiles it.
+/* What a training step in bf16 computes beside its matrix products, each in one pass over memory; MiniGPT's block with
+   many adapters, whole, in fp32; and the next token of sequences through Llama's blocks. native.py compiles it.
 
    bf16 in and out, fp32 inside. A row, or a sequence's head group, is computed by one thread in a fixed order, so that
    the numbers depend neither on the number of threads nor on the run. Vectors are GCC's and Clang's own: the compiler
@@ -11,6 +11,16 @@
 #include <string.h>
 #ifdef __AVX512BW__
 #include <immintrin.h>
+#endif
+#if defined(__AMX_BF16__) && defined(__linux__)
+#define AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_thread_num(void) { return 0; }
 #endif
 
 #define W 16 /* numbers of a vector */
@@ -761,4 +771,314 @@ void low_rank_backward(const Block *s, const float *g, const float *x, float *ke
   block_attention_backward(s, d_rows, k.qkv, d_qkv, panels);
   updated_backward(s, 0, 3, d_qkv, k.n1, k.low, k.low_step, d_x ? d_rows : 0, d_factors, panels);
   if (d_x) norm_backward(d_rows, d_attended, x, s->norms[0][0], k.stats[0], d_x, n, D);
+}
+
+/* ---- Linears in bf16, and Llama's blocks for the next token of each of some sequences (decode.py).
+
+   Weights stay in torch's layout (outputs, inputs), and are read once for every 32 rows of x. A row's numbers depend
+   neither on the rows beside it nor on the number of threads: each is summed in one order. With AMX, 16 rows of weights
+   are the left tile as they are; the right one has the words of up to 16 rows of x as columns. */
+
+static int tiles = 0;
+
+/* Whether products use AMX from now on: if `wanted` and the kernel of the system allows it */
+int use_tiles(int wanted) {
+#ifdef AMX
+  enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
+  tiles = wanted && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#endif
+  return tiles;
+}
+
+/* What a thread does before products with `columns` rows of x at a time, 0: with none any more */
+static void set_tiles(long columns) {
+#ifdef AMX
+  if (!tiles) return;
+  if (!columns) {
+    _tile_release();
+    return;
+  }
+  struct __attribute__((packed)) {
+    uint8_t palette, start, unused[14];
+    uint16_t bytes[16]; /* of a row of each tile */
+    uint8_t rows[16];
+  } config = {1};
+  for (int t = 0; t < 8; t++) config.rows[t] = 16, config.bytes[t] = t == 4 || t == 5 ? 64 : 4 * columns;
+  _tile_loadconfig(&config);
+#endif
+}
+
+/* c (16, columns) = w · x for `rows` (1 to 4) of x from m on; a row of w is `step` bytes from the next */
+static inline __attribute__((always_inline)) void dots(const char *w, long step, const word *x, const int rows, long m,
+                                                       long columns, long words, float *c) {
+  for (int o = 0; o < 16; o += 4) {
+    vec totals[4][4] = {0};
+    for (long d = 0; d < words; d += W)
+      for (int i = 0; i < 4; i++) {
+        bits b = *(const bits *)(w + (o + i) * step + 4 * d);
+        for (int j = 0; j < rows; j++) totals[i][j] = add_products(totals[i][j], b, *(const bits *)(x + (m + j) * words + d));
+      }
+    for (int i = 0; i < 4; i++)
+      for (int j = 0; j < rows; j++) c[(o + i) * columns + m + j] = fold(totals[i][j]);
+  }
+}
+
+#define TILE 256 /* floats */
+
+/* Tile 2·i + j of c is (16, columns): rows 16·i of w times group j of x, which `pack` wrote; `high` and `wide` are 1 or 2 */
+static void panel(const bf16 *weight, long step, int high, const word *x, long columns, int wide, long words, float *c) {
+  const char *w = (const char *)weight;
+  step *= sizeof(bf16);
+#ifdef AMX
+  if (tiles) {
+    const char *lower = w + 16 * step;
+    const word *next = x + columns * words;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (long d = 0; d < words; d += W) {
+      _tile_loadd(6, x + d * columns, 4 * columns);
+      _tile_loadd(4, w + 4 * d, step);
+      _tile_dpbf16ps(0, 4, 6);
+      if (wide > 1) {
+        _tile_loadd(7, next + d * columns, 4 * columns);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      if (high > 1) {
+        _tile_loadd(5, lower + 4 * d, step);
+        _tile_dpbf16ps(2, 5, 6);
+        if (wide > 1) _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+    _tile_stored(0, c, 4 * columns);
+    if (wide > 1) _tile_stored(1, c + TILE, 4 * columns);
+    if (high > 1) _tile_stored(2, c + 2 * TILE, 4 * columns);
+    if (high > 1 && wide > 1) _tile_stored(3, c + 3 * TILE, 4 * columns);
+    return;
+  }
+#endif
+  for (int i = 0; i < high; i++)
+    for (int j = 0; j < wide; j++) {
+      const char *from = w + 16 * i * step;
+      const word *group = x + j * columns * words;
+      float *to = c + (2 * i + j) * TILE;
+      long m = 0;
+      for (; m + 4 <= columns; m += 4) dots(from, step, group, 4, m, columns, words, to);
+      for (; m < columns; m++) dots(from, step, group, 1, m, columns, words, to);
+    }
+}
+
+/* Groups of `columns` rows of x (rows, 2·words), in the order in which `panel` reads them; what is after the last is 0 */
+static void pack(const bf16 *x, word *out, long rows, long columns, long words) {
+#pragma omp for schedule(static)
+  for (long first = 0; first < rows; first += columns) {
+    long count = rows - first < columns ? rows - first : columns;
+    const bf16 *from = x + first * 2 * words;
+    word *to = out + first * words;
+    if (!tiles)
+      copy(from, 2 * words, to, count, columns, 2 * words);
+    else if (columns == W)
+      transpose(from, 2 * words, to, count, W, 2 * words);
+    else
+      for (long n = 0; n < count; n++)
+        for (long d = 0; d < words; d++) memcpy(to + d * columns + n, from + 2 * (n * words + d), sizeof(word));
+  }
+}
+
+typedef struct {
+  const bf16 *weight, *bias; /* (outputs, inputs) and (outputs,), which may be 0; without weights nothing is computed */
+  long outputs;
+} Part;
+
+/* out (rows, Σ outputs) = x Wᵀ + b of parts side by side, for x (rows, inputs). `room`: of all threads; `scratch`: of this one */
+static void linears(const Part *parts, long count, const bf16 *x, bf16 *out, long rows, long inputs, word *room, float *scratch) {
+  long words = inputs / 2, columns = rows < W ? rows : W, groups = (rows + columns - 1) / columns, wide = 0;
+  pack(x, room, rows, columns, words);
+  set_tiles(columns);
+  for (long i = 0; i < count; i++) wide += parts[i].outputs;
+#pragma omp for schedule(static)
+  for (long at = 0; at < wide; at += 2 * W) {
+    for (long o = at, next; o < wide && o < at + 2 * W; o = next) {
+      const Part *part = parts;
+      long first = o;
+      for (; first >= part->outputs; part++) first -= part->outputs;
+      int high = first + W < part->outputs && o == at ? 2 : 1;
+      next = o + high * W;
+      if (!part->weight) continue;
+      for (long g = 0; g < groups; g += 2) {
+        int pair = g + 1 < groups ? 2 : 1;
+        panel(part->weight + first * inputs, inputs, high, room + g * columns * words, columns, pair, words, scratch);
+        for (int i = 0; i < high; i++) {
+          vec bias = part->bias ? load(part->bias + first + i * W) : (vec){0};
+          for (int j = 0; j < pair; j++) {
+            const float *tile = scratch + (2 * i + j) * TILE;
+            bf16 *to = out + (g + j) * columns * wide + o + i * W;
+            for (long n = 0; n < columns && (g + j) * columns + n < rows; n++) {
+              vec y;
+              for (int k = 0; k < W; k++) y[k] = tile[k * columns + n];
+              store(to + n * wide, y + bias);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+/* `room` takes inputs/2 words for each row, as a multiple of 16, and for each thread 4 tiles of floats */
+void linear_forward(const bf16 *weight, const bf16 *bias, const bf16 *x, bf16 *out, word *room, long rows, long inputs,
+                    long outputs, long threads) {
+  Part part = {weight, bias, outputs};
+  float *scratch = (float *)(room + UP(rows, W) * inputs / 2);
+#pragma omp parallel num_threads(threads)
+  {
+    linears(&part, 1, x, out, rows, inputs, room, scratch + omp_get_thread_num() * 4 * TILE);
+    set_tiles(0);
+  }
+}
+
+typedef struct {
+  const bf16 *norm, *feed_norm, *q_norm, *k_norm; /* weights; those of heads may be 0 */
+  Part parts[7];                                  /* q, k, v, o, gate, up, down */
+  bf16 *keys, *values;                            /* (pages, page, G, K) each */
+  float eps, feed_eps, head_eps, scale;
+  long window; /* keys that a token sees, its own included */
+} LlamaBlock;
+
+typedef struct {
+  long rows, D, F, G, R, K, page, pages; /* tokens of a page, and pages of a table */
+  long room_step, threads;
+  const LlamaBlock *blocks;           /* and one more, of which there is the norm alone */
+  const int32_t *tables; const int64_t *lengths;    /* (rows, pages): the sequences' pages; (rows,): tokens in them */
+  const bf16 *cos, *sin;              /* (rows, K) */
+  bf16 *x, *normed, *qkv, *attended, *projected, *gate_up, *hidden, *down; /* (rows, …) */
+  word *packed;                       /* room for a product's x */
+  float *room;                        /* of each thread: 4 tiles and the scores of R heads */
+} LlamaStep;
+
+/* out = rms_norm(x)·weight; `added`, unless 0, is added to x before */
+static void norm_rows(const LlamaStep *s, const bf16 *added, const bf16 *weight, float eps) {
+#pragma omp for schedule(static)
+  for (long n = 0; n < s->rows; n++) {
+    bf16 *x = s->x + n * s->D, *out = s->normed + n * s->D;
+    vec squares = {0};
+    for (long i = 0; i < s->D; i += W) {
+      if (added) store(x + i, load(x + i) + load(added + n * s->D + i));
+      squares += load(x + i) * load(x + i);
+    }
+    float r = 1 / sqrtf(fold(squares) / s->D + eps);
+    for (long i = 0; i < s->D; i += W) store(out + i, load(x + i) * r * load(weight + i));
+  }
+}
+
+/* A head's numbers (K,) in fp32, after its norm unless that is 0, turned by its token's angles */
+static void turn_head(const bf16 *head, const bf16 *weight, float eps, const bf16 *cos, const bf16 *sin, bf16 *out, long K) {
+  vec squares = {0};
+  float r = 1;
+  if (weight) {
+    for (long i = 0; i < K; i += W) squares += load(head + i) * load(head + i);
+    r = 1 / sqrtf(fold(squares) / K + eps);
+  }
+  for (long i = 0; i < K / 2; i += W) {
+    vec a = load(head + i), b = load(head + K / 2 + i);
+    if (weight) a *= r * load(weight + i), b *= r * load(weight + K / 2 + i);
+    store(out + i, a * load(cos + i) - b * load(sin + i));
+    store(out + K / 2 + i, b * load(cos + K / 2 + i) + a * load(sin + K / 2 + i));
+  }
+}
+
+/* out (rows, K) = weights (rows, ·) · values of the keys from `first` to `last` */
+static inline __attribute__((always_inline)) void weigh(const LlamaStep *s, const int32_t *table, const bf16 *values,
+                                                        const float *weights, long step, const int rows, long first,
+                                                        long last, const float *masses, bf16 *out) {
+  for (long i = 0; i < s->K; i += W) {
+    vec totals[4] = {0};
+    for (long t = first; t < last;) {
+      const bf16 *value = values + (table[t / s->page] * s->page + t % s->page) * s->G * s->K + i;
+      long stop = (t / s->page + 1) * s->page < last ? (t / s->page + 1) * s->page : last;
+      for (; t < stop; t++, value += s->G * s->K)
+        for (int r = 0; r < rows; r++) totals[r] += weights[r * step + t - first] * load(value);
+    }
+    for (int r = 0; r < rows; r++) store(out + r * s->K + i, totals[r] * (1 / masses[r]));
+  }
+}
+
+/* Append the keys and values of group g of token n, and attend */
+static void attend_group(const LlamaStep *s, const LlamaBlock *b, long n, long g, float *room) {
+  long K = s->K, R = s->R, heads = s->G * R, now = s->lengths[n], seen = now + 1, row = s->G * K;
+  const int32_t *table = s->tables + n * s->pages;
+  bf16 *qkv = s->qkv + n * (heads + 2 * s->G) * K, *q = qkv + g * R * K, *k = qkv + (heads + g) * K;
+  const bf16 *cos = s->cos + n * K, *sin = s->sin + n * K;
+  long at = (table[now / s->page] * s->page + now % s->page) * row + g * K;
+  turn_head(k, b->k_norm, b->head_eps, cos, sin, b->keys + at, K);
+  memcpy(b->values + at, k + row, K * sizeof(bf16));
+  bf16 turned[R * K];
+  word queries[R * K / 2];
+  for (long r = 0; r < R; r++) turn_head(q + r * K, b->q_norm, b->head_eps, cos, sin, turned + r * K, K);
+  for (long r = 0; r < R; r++)
+    for (long d = 0; d < K / 2; d++) memcpy(queries + (tiles ? d * R + r : r * K / 2 + d), turned + r * K + 2 * d, sizeof(word));
+  long first = seen > b->window ? seen - b->window : 0, from = first / W * W, step = UP(seen - from, W);
+  float *scores = room + 4 * TILE, masses[R];
+  for (long t = from; t < seen; t += W) {
+    const bf16 *keys = b->keys + (table[t / s->page] * s->page + t % s->page) * row + g * K;
+    panel(keys, row, 1, queries, R, 1, K / 2, room);
+    for (long r = 0; r < R; r++)
+      for (long j = 0; j < W; j++) {
+        int hidden = t + j < first || t + j >= seen;
+        scores[r * step + t - from + j] = hidden ? -INFINITY : room[j * R + r] * b->scale;
+      }
+  }
+  for (long r = 0; r < R; r++) {
+    float *x = scores + r * step;
+    vec top = *(vec *)x, total = {0};
+    for (long j = W; j < step; j += W) top = larger(*(vec *)(x + j), top);
+    float peak = largest(top);
+    for (long j = 0; j < step; j += W) total += *(vec *)(x + j) = exponential(*(vec *)(x + j) - peak);
+    masses[r] = sum(total);
+  }
+  bf16 *out = s->attended + (n * heads + g * R) * K;
+  const float *weights = scores + first - from;
+  long r = 0;
+  for (; r + 4 <= R; r += 4)
+    weigh(s, table, b->values + g * K, weights + r * step, step, 4, first, seen, masses + r, out + r * K);
+  for (; r < R; r++)
+    weigh(s, table, b->values + g * K, weights + r * step, step, 1, first, seen, masses + r, out + r * K);
+}
+
+/* Four steps a block, each up to one of its products: of queries, keys and values; out; gate and up; down. After the last
+   block one more, which leaves the hidden states in `normed`. From step `first` to `last`. */
+void llama_steps(const LlamaStep *s, long first, long last) {
+  long heads = s->G * s->R * s->K, F = s->F;
+#pragma omp parallel num_threads(s->threads)
+  {
+    float *room = s->room + omp_get_thread_num() * s->room_step;
+    for (long step = first; step < last; step++) {
+      const LlamaBlock *b = s->blocks + step / 4;
+      const Part *parts = b->parts;
+      if (step % 4 == 0) {
+        norm_rows(s, step ? s->down : 0, b->norm, b->eps);
+        if (parts[0].outputs) linears(parts, 3, s->normed, s->qkv, s->rows, s->D, s->packed, room);
+      } else if (step % 4 == 1) {
+        set_tiles(s->R);
+#pragma omp for schedule(dynamic) collapse(2)
+        for (long n = 0; n < s->rows; n++)
+          for (long g = 0; g < s->G; g++) attend_group(s, b, n, g, room);
+        linears(parts + 3, 1, s->attended, s->projected, s->rows, heads, s->packed, room);
+      } else if (step % 4 == 2) {
+        norm_rows(s, s->projected, b->feed_norm, b->feed_eps);
+        linears(parts + 4, 2, s->normed, s->gate_up, s->rows, s->D, s->packed, room);
+      } else {
+#pragma omp for schedule(static) collapse(2)
+        for (long n = 0; n < s->rows; n++)
+          for (long i = 0; i < F; i += W) {
+            const bf16 *gate = s->gate_up + n * 2 * F + i;
+            vec x = load(gate);
+            store(s->hidden + n * F + i, x / (1 + exponential(-x)) * load(gate + F));
+          }
+        linears(parts + 6, 1, s->hidden, s->down, s->rows, F, s->packed, room);
+      }
+    }
+    set_tiles(0);
+  }
 }

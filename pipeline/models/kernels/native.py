@@ -60,6 +60,36 @@ class BlockShape(ctypes.Structure):
     ]
 
 
+class Part(ctypes.Structure):
+    """`Part` of native.c."""
+
+    _fields_ = [("weight", _P), ("bias", _P), ("outputs", _L)]
+
+
+class LlamaBlock(ctypes.Structure):
+    """`LlamaBlock` of native.c."""
+
+    _fields_ = [
+        *((name, _P) for name in ("norm", "feed_norm", "q_norm", "k_norm")),
+        ("parts", Part * 7),
+        *((name, _P) for name in ("keys", "values")),
+        *((name, _F) for name in ("eps", "feed_eps", "head_eps", "scale")),
+        ("window", _L),
+    ]
+
+
+class LlamaStep(ctypes.Structure):
+    """`LlamaStep` of native.c."""
+
+    _fields_ = [
+        *((name, _L) for name in ("rows", "D", "F", "G", "R", "K", "page", "pages")),
+        *((name, _L) for name in ("room_step", "threads")),
+        *((name, _P) for name in ("blocks", "tables", "lengths", "cos", "sin", "x", "normed")),
+        *((name, _P) for name in ("qkv", "attended", "projected", "gate_up", "hidden", "down")),
+        *((name, _P) for name in ("packed", "room")),
+    ]
+
+
 _ARGUMENTS: dict[str, list[Any]] = {
     "rms_norm_forward": [_P] * 6 + [_L, _L, _F, _F],
     "rms_norm_backward": [_P] * 6 + [_L, _L, _F],
@@ -71,6 +101,9 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "attention_backward": [_P] * 11,
     "low_rank_forward": [_P] * 5,
     "low_rank_backward": [_P] * 7,
+    "use_tiles": [ctypes.c_int],
+    "linear_forward": [_P] * 5 + [_L] * 4,
+    "llama_steps": [_P, _L, _L],
 }
 
 
@@ -87,6 +120,13 @@ def native() -> Any:
         record("the kernels of native.c", error, PLAIN)
         return None
     return library
+
+
+@cache
+def uses_tiles() -> bool:
+    """Whether the library multiplies by AMX."""
+    library = native()
+    return library is not None and bool(library.use_tiles(1))
 
 
 def call(function: str, *arguments: Any) -> Any:

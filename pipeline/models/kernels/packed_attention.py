@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pipeline.models.base import PackedCache, Prefix
+from pipeline.models.base import Prefix
 from pipeline.models.kernels import uses_cpu_kernels
 from pipeline.models.kernels.plain_attention import (
     Rule,
@@ -18,6 +18,7 @@ from pipeline.models.kernels.plain_attention import (
     split_sequences,
 )
 from pipeline.models.kernels.short_attention import LONGEST, short_attention
+from pipeline.models.pages import PackedCache
 
 NAME = "lora_segments"
 
@@ -68,15 +69,15 @@ def attend(
             f"segments {list(segments)} do not add up to one row of {query.shape[2]} tokens"
         )
     T = query.shape[2]
-    pairs = None  # of the cache
+    pages = None  # of the cache
     lengths = [T] if segments is None else list(segments)
     if prefix is not None:
         key, value = prefix(module.layer_idx, key, value, lengths)  # type: ignore[arg-type]
     # each sequence's number of keys
     spans = [length + (key.shape[2] - T) // len(lengths) for length in lengths]
     if past is not None:
-        pairs = past.update(module.layer_idx, key, value, lengths)  # type: ignore[arg-type]
-        spans = [keys.shape[2] for keys, _ in pairs]
+        pages = past.append(module.layer_idx, key, value)  # type: ignore[arg-type]
+        spans = past.spans
     if sliding_window is not None and sliding_window >= max(spans):
         sliding_window = None  # it hides no key, and most kernels have only a causal mask
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
@@ -85,13 +86,14 @@ def attend(
         # not loaded on a CPU
         from pipeline.models.kernels.accelerator_attention import attend_on_accelerator
 
-        out = attend_on_accelerator(query, key, value, lengths, spans, rule, pairs)
+        out = attend_on_accelerator(query, key, value, lengths, spans, rule, pages)
     # In training also without gradients: a model whose adapter is off then gives the bits of its
     # base.
     elif module.training and rule.plain and lengths == spans and max(lengths) <= LONGEST:
         out = short_attention(query, key, value, lengths, rule.scale)
-    elif len(lengths) == 1 and pairs is None:
+    elif len(lengths) == 1 and pages is None:
         out = attend_row(query, key, value, rule).transpose(1, 2)
     else:
-        out = attend_each(query, pairs or split_sequences(key, value, spans), lengths, rule)
+        pairs = split_sequences(key, value, spans) if pages is None else pages.pairs()
+        out = attend_each(query, pairs, lengths, rule)
     return out.contiguous(), None

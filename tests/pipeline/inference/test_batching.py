@@ -23,14 +23,15 @@ from pipeline.adapters.mixed import MixedAdapter
 from pipeline.adapters.peft import save_adapter
 from pipeline.adapters.virtual import attach_virtual_tokens, save_virtual
 from pipeline.errors import UserError
-from pipeline.inference import batching, completions
+from pipeline.inference import batched_model, batching, completions
 from pipeline.inference.batched_model import BatchedModel, Part
 from pipeline.inference.batching import BatchedGenerator, Busy, GeneratedToken, Generation
 from pipeline.inference.completions import complete_all
 from pipeline.inference.model_pool import ModelPool, Resident, ResidentBase
-from pipeline.models.base import SequenceCache
+from pipeline.models import pages
 from pipeline.models.generate import GREEDY, Sampling, bytes_per_token, generate
 from pipeline.models.load import load_base
+from pipeline.models.pages import PagePool, SequenceCache
 from pipeline.models.transformers_model import from_config
 from pipeline.stages.methods import ia3
 from tests.helpers.checkpoints import adapter, checkpoint
@@ -313,7 +314,10 @@ def test_logits_in_bf16_do_not_depend_on_the_neighbours(tmp_path: Path) -> None:
         """Each sequence's logits after its prompt of another length, and after each of 3 more
         tokens.
         """
-        sequences = [(adapters[row], SequenceCache(32), [*range(2, 5 + 3 * row)]) for row in rows]
+        pool = PagePool(32)
+        sequences = [
+            (adapters[row], SequenceCache(pool, 32), [*range(2, 5 + 3 * row)]) for row in rows
+        ]
         steps = [batched.logits([Part(*sequence) for sequence in sequences])]
         steps += [
             batched.logits([Part(a, cache, [token]) for a, cache, _ in sequences])
@@ -672,6 +676,83 @@ def test_out_of_memory_ends_all_with_a_message_and_later_requests_are_answered(
                 and str(reason).startswith("out of memory (")
             )
     assert texts(generator, wanted) == [alone(references, request) for request in wanted]
+
+
+@pytest.fixture
+def short_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of 16 tokens, of which a few in common are copied."""
+    monkeypatch.setattr(batched_model, "PagePool", partial(PagePool, 16))
+    monkeypatch.setattr(pages, "LEAST_COPY", 3)
+
+
+def pages_in_use(generator: BatchedGenerator) -> list[int]:
+    return generator.call(
+        lambda _: [batched.pool.used for batched in generator._batched.values()]
+    ).result()
+
+
+@pytest.mark.usefixtures("short_pages")
+def test_prompts_that_begin_alike_are_read_once_and_answered_as_alone(
+    start: Start, references: ModelPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = (*range(3, 22),)
+    wanted = [
+        Generation(model, (*common, 40 + n, 50 + n), 4, strength=strength)
+        for n, (model, strength) in enumerate(
+            [("base", 1.0), ("lora", 1.0), ("lora", 0.5), ("dora", 1.0), ("lora", 0.0)]
+        )
+    ]
+    generator, read = start(), Counter[MixedAdapter | None]()
+    logits = BatchedModel.logits
+
+    def count(model: BatchedModel, parts: Sequence[Part]) -> Tensor:
+        for part in parts:
+            read[part.adapter] += len(part.ids)
+        return logits(model, parts)
+
+    first = texts(generator, wanted)
+    monkeypatch.setattr(BatchedModel, "logits", count)
+    # other last tokens, and a prompt that goes on after an answer
+    more = [replace(request, ids=(*common, 60, 61)) for request in wanted]
+    more.append(replace(wanted[1], ids=(*wanted[1].ids, *first[1], 62, 63)))
+    assert first == [alone(references, request) for request in wanted]
+    assert texts(generator, more) == [alone(references, request) for request in more]
+    # two tokens of each prompt, then those of the answers but the last; one more of the longest
+    assert read.total() == 6 * (2 + 3) + 1
+    assert pages_in_use(generator) == [0]
+
+
+@pytest.mark.usefixtures("short_pages")
+def test_whatever_ends_a_request_gives_its_pages_back(
+    start: Start, references: ModelPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = start()
+    request, tokens = Generation("lora", (*range(3, 22),), 9), list[int]()
+    assert len(texts(generator, [request])[0]) == 9
+
+    def stop(token: GeneratedToken) -> None:
+        tokens.append(token.id)
+        generator._running[0].ticket.cancel()
+
+    ended = threading.Event()
+    generator.submit(request, stop, partial(_set, ended))
+    assert ended.wait(60) and len(tokens) < 9
+    with monkeypatch.context() as patch:
+
+        def fail(_: BatchedModel, parts: Sequence[Part]) -> Tensor:
+            for part in parts:
+                part.cache.reserve(part.cache.length + len(part.ids))
+            raise RuntimeError("the device is gone")
+
+        patch.setattr(BatchedModel, "logits", fail)
+        ((_, reason),) = answers(generator, [request])
+        assert str(reason) == "the device is gone"
+    assert pages_in_use(generator) == [0]
+    assert texts(generator, [request]) == [alone(references, request)]
+    generator.call(lambda _: generator.fit_to_memory()).result()
+    assert generator.call(
+        lambda _: [batched.pool.count for batched in generator._batched.values()]
+    ).result() == [0]
 
 
 def test_models_come_and_go_while_requests_run(

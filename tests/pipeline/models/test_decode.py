@@ -1,5 +1,6 @@
 """Generation's one token at a time against the model's own forward."""
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,27 +11,44 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from pipeline.adapters.attach import adapter_layers, attach
 from pipeline.adapters.config import AdapterSpec
-from pipeline.models.base import PackedCache, SequenceCache
 from pipeline.models.generate import generate, last_states
-from pipeline.models.kernels.decode import SHORT, fast_decoding, fewer_calls
+from pipeline.models.kernels import decode, native
+from pipeline.models.kernels.decode import SHORT, fast_decoding, reads_pages
+from pipeline.models.pages import PackedCache, PagePool, SequenceCache
 from pipeline.models.transformers_model import TransformersModel, from_config
 from tests.helpers.families import FAMILIES, OTHERS
 
-COMMON = {  # hidden 64: oneDNN packs these shapes as it packs large ones
+COMMON = {  # multiples of 32, as native.c and oneDNN take them
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 16,
+    "head_dim": 32,
 }
 SHAPED: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},  # biases of q, k, v alone
     "qwen3": {},  # norms of the heads
-    "gemma": {},  # norms that count from 1, one group of heads
     "mistral": {"sliding_window": 6},
+    "biased": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "alone": {"model_type": "llama", "num_key_value_heads": 4},  # a head for each group
 }
+needs_native = pytest.mark.skipif(native.native() is None, reason="no compiler here")
+
+
+@pytest.fixture(params=["tiles", "vectors"])
+def products(request: pytest.FixtureRequest) -> Iterator[str]:
+    """With AMX, if this CPU has it, and without."""
+    wanted = request.param == "tiles"
+    library = native.native()
+    if wanted and not native.uses_tiles():
+        pytest.skip("this CPU has no AMX")
+    if library is not None:
+        library.use_tiles(int(wanted))
+    yield request.param
+    if library is not None:
+        library.use_tiles(1)
 
 
 def model_of(kind: str, **settings: Any) -> TransformersModel:
@@ -40,31 +58,62 @@ def model_of(kind: str, **settings: Any) -> TransformersModel:
         {"model_type": kind, "vocab_size": 120, "pad_token_id": 0, **common, **settings},
         torch.bfloat16,
     ).eval()
-    for p in model.parameters():
-        nn.init.normal_(p, 0.3 if p.dim() == 1 else 0.15)
+    for name, p in model.named_parameters():
+        # sums that bf16 rounds alike, whatever their order
+        is_norm = p.dim() == 1 and "norm" in name
+        nn.init.normal_(p, float(is_norm), 0.1)
     return model
 
 
 @torch.no_grad()
+def together(model: TransformersModel, rows: list[list[int]], prompts: list[int]) -> list[Tensor]:
+    """Hidden states (T, D) of each row after its prompt, of one token of each row at a time."""
+    pool = PagePool(16)
+    sequences = [SequenceCache(pool, len(row)) for row in rows]
+    states: list[list[Tensor]] = [[] for _ in rows]
+    done = [0] * len(rows)
+    while True:
+        live = [n for n, row in enumerate(rows) if done[n] < len(row)]
+        if not live:
+            return [torch.stack(read).float() for read in states]
+        stops = {n: done[n] + 1 if done[n] else prompts[n] for n in live}
+        parts = [rows[n][done[n] : stops[n]] for n in live]
+        cache = PackedCache([sequences[n] for n in live], [len(part) for part in parts])
+        for n, state in zip(live, last_states(model, cache, parts), strict=True):
+            states[n].append(state.clone())
+            done[n] = stops[n]
+        cache.advance()
+
+
 def step_by_step(model: TransformersModel, ids: list[int], prompt: int) -> Tensor:
-    """Hidden states of ids after `prompt` of them, one at a time."""
-    cache = model.new_cache()
-    parts = [ids[:prompt], *([one] for one in ids[prompt:])]
-    return torch.cat(
-        [model.hidden_states(torch.tensor([part]), cache=cache) for part in parts], 1
-    ).float()
+    """Hidden states of ids from the last of `prompt` on, one at a time."""
+    return together(model, [ids], [prompt])[0]
 
 
-def both(model: TransformersModel) -> tuple[Tensor, Tensor, int]:
+def some_ids(count: int, seed: int = 1) -> list[int]:
+    return torch.randint(1, 100, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def by_transformers(model: TransformersModel, ids: list[int], prompt: int) -> Tensor:
+    """`step_by_step` with transformers' cache."""
+    cache, parts = model.new_cache(), [ids[:prompt], *([id_] for id_ in ids[prompt:])]
+    states = [model.hidden_states(torch.tensor([part]), cache=cache)[0, -1] for part in parts]
+    return torch.stack(states).float()
+
+
+@torch.no_grad()
+def both(
+    model: TransformersModel,
+    read: Callable[[TransformersModel, list[int], int], Tensor] = step_by_step,
+) -> tuple[Tensor, Tensor, int]:
     """With and without; how many modules were changed."""
-    ids = torch.randint(1, 100, (24,), generator=torch.Generator().manual_seed(1)).tolist()
-    wanted = step_by_step(model, ids, 5)
+    ids = some_ids(24)
+    wanted = by_transformers(model, ids, 5)
     with fast_decoding(model) as count:
         if not count:
             pytest.skip("this build of torch packs no weights")
-        found = step_by_step(model, ids, 5)
+        found = read(model, ids, 5)
     assert not any("forward" in module.__dict__ for module in model.modules())
-    assert_close(step_by_step(model, ids, 5), wanted, rtol=0, atol=0)
     return found, wanted, count
 
 
@@ -72,12 +121,42 @@ def assert_alike(found: Tensor, wanted: Tensor) -> None:
     assert (found - wanted).norm() < 0.02 * wanted.norm()
 
 
+def shaped(kind: str) -> TransformersModel:
+    settings = {**SHAPED[kind]}
+    return model_of(settings.pop("model_type", kind), **settings)
+
+
+@needs_native
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("kind", SHAPED)
-def test_a_block_for_one_token_is_the_same_block(kind: str) -> None:
-    found, wanted, count = both(model_of(kind, **SHAPED[kind]))
+def test_blocks_for_one_token_are_the_same_blocks(kind: str) -> None:
+    model = shaped(kind)
+    found, wanted, count = both(model)
     assert_alike(found, wanted)
-    # the blocks, the body and the head: what is joined is not packed a second time
-    assert count == 3 + 2
+    assert count == 3 * 7 + 2
+    with fast_decoding(model):
+        assert reads_pages(model)
+
+
+@needs_native
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize("kind", ["llama", "mistral", "alone"])
+def test_a_sequence_gets_the_bits_beside_others_that_it_gets_alone(kind: str) -> None:
+    """Ragged: rows and prompts differ in length, and there are more rows than a tile has."""
+    model = shaped(kind)
+    rows = [some_ids(8 + 3 * n, n) for n in range(19)]
+    prompts = [2 + n % 7 for n in range(19)]
+    with fast_decoding(model):
+        beside = together(model, rows, prompts)
+        before = torch.get_num_threads()
+        try:
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                for n in (0, 5, 18):
+                    alone = step_by_step(model, rows[n], prompts[n])
+                    assert_close(beside[n], alone, rtol=0, atol=0)
+        finally:
+            torch.set_num_threads(before)
 
 
 ROPE = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}
@@ -103,22 +182,18 @@ def test_several_sequences_at_once_are_read_as_each_alone(
     kind: str, settings: dict[str, Any]
 ) -> None:
     model = model_of(kind, **settings)
-    rows = [torch.randint(1, 100, (24,)).tolist() for _ in range(2)]
-    wanted = [step_by_step(model, row, 1)[0] for row in rows]
-    cache = PackedCache([SequenceCache(24), SequenceCache(24)])
-    found = []
+    rows = [some_ids(24, seed) for seed in range(2)]
+    wanted = [model.hidden_states(torch.tensor([row]))[0].float() for row in rows]
     with fast_decoding(model):
-        for tokens in zip(*rows, strict=True):
-            found.append(last_states(model, cache, [[token] for token in tokens]).float())
-            cache.advance([1, 1])
-    for number, alone in enumerate(wanted):
-        assert_alike(torch.stack([read[number] for read in found]), alone)
+        found = together(model, rows, [1, 1])
+    for read, alone in zip(found, wanted, strict=True):
+        assert_alike(read, alone)
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *OTHERS])
 def test_every_family_reads_on_as_it_did(name: str) -> None:
     family = (FAMILIES | OTHERS)[name]
-    found, wanted, _ = both(model_of(family.kind, **family.config))
+    found, wanted, _ = both(model_of(family.kind, **family.config), by_transformers)
     assert_alike(found, wanted)
 
 
@@ -186,10 +261,15 @@ def test_packed_linears_multiply_as_the_plain_ones(bias: bool) -> None:
             assert_close(model(x), wanted, atol=0.02, rtol=0.02)
 
 
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("inputs", [64, SHORT, SHORT + 32, 2048])
-def test_a_row_is_summed_alone_as_beside_others(inputs: int) -> None:
+def test_a_row_is_summed_alone_as_beside_others(
+    inputs: int, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # sums that cancel: what is left of them is the rounding of their order
     half, rows = torch.randn(96, inputs // 2).bfloat16(), torch.randn(5, inputs // 2).bfloat16()
+    if packed:
+        monkeypatch.setattr(decode, "uses_tiles", lambda: False)
     linear = nn.Linear(inputs, 96, bias=False, dtype=torch.bfloat16)
     linear.weight.data = torch.cat([half, -half.flip(1)], 1)
     x = torch.cat([rows, rows.flip(1)], 1)
@@ -199,47 +279,6 @@ def test_a_row_is_summed_alone_as_beside_others(inputs: int) -> None:
         together = linear(x)
         assert together.abs().max() > 0
         assert_close(torch.cat([linear(x[n : n + 1]) for n in range(5)]), together, rtol=0, atol=0)
-
-
-def test_the_norm_in_fewer_calls_gives_the_bits_of_the_norm_that_it_stands_for() -> None:
-    llama, gemma = (
-        model_of(kind).get_submodule("model.layers.0.input_layernorm")
-        for kind in ("llama", "gemma")
-    )
-    x = torch.randn(300, 64).bfloat16()
-    with torch.no_grad():
-        assert fewer_calls(llama) is not llama
-        assert_close(fewer_calls(llama)(x), llama(x), rtol=0, atol=0)
-        assert fewer_calls(gemma) is gemma
-
-
-@torch.no_grad()
-def test_a_cache_grows_in_place_and_others_read_it() -> None:
-    model = model_of("llama")
-    ids = torch.randint(1, 100, (140,), generator=torch.Generator().manual_seed(2)).tolist()
-    cache, plain, wanted = model.new_cache(), model.new_cache(), step_by_step(model, ids, 5)
-    model.hidden_states(torch.tensor([ids]), cache=plain)
-    found = [model.hidden_states(torch.tensor([ids[:5]]), cache=cache)]
-    # 64 fast tokens, past the buffer's first size, then three at once and three alone
-    for start in (5, 75):
-        with fast_decoding(model) as count:
-            if not count:
-                pytest.skip("this build of torch packs no weights")
-            assert count == 3 + 2
-            found += [
-                model.hidden_states(torch.tensor([[id_]]), cache=cache)
-                for id_ in ids[start : start + 64]
-            ]
-        more = ids[start + 64 : start + 70]
-        found += [
-            model.hidden_states(torch.tensor([part]), cache=cache)
-            for part in (more[:3], *([one] for one in more[3:]))
-        ]
-    together = torch.cat(found, 1).float()
-    assert_alike(together, wanted)
-    for layer, other in zip(cache.layers, plain.layers, strict=True):
-        assert_alike(layer.keys.float(), other.keys.float())
-        assert_alike(layer.values.float(), other.values.float())
 
 
 def test_linears_in_fp32_are_not_packed() -> None:
