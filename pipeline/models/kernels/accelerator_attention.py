@@ -7,12 +7,14 @@ plain_attention.py.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, lru_cache
+from importlib.util import find_spec
 from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import attention
 
 from pipeline.models.device import to_device
 from pipeline.models.kernels import random_tensors, suits_flash_attention, writes_scores
@@ -79,6 +81,29 @@ def _supports_varlen(q: Tensor, v: Tensor, rule: Rule, cached: bool) -> bool:
     if torch.version.hip is None or not has_numbers:
         return True
     return _agrees(q.device, q.dtype, rule.window is not None, rule.sinks is not None, cached)
+
+
+@cache
+def take_flash_3(device: torch.device) -> bool:
+    """Let flash attention 3 compute what torch's own kernels do, on Hopper, if it agrees.
+
+    It is taken where its package, `flash_attn_interface`, is installed. Tried once.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    is_there = find_spec("flash_attn_interface") is not None
+    # torch has it since 2.11
+    if not is_there or not hasattr(attention, "activate_flash_attention_impl"):
+        return False
+
+    def activate() -> bool:
+        attention.activate_flash_attention_impl("FA3")
+        return all(_agrees(device, torch.bfloat16, has, False, False) for has in (False, True))
+
+    if attempt("flash attention 3", "torch's own computes it", activate):
+        return True
+    attention.restore_flash_attention_impl()
+    return False
 
 
 @cache

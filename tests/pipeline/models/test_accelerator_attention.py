@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from torch.utils import deterministic
@@ -31,6 +32,7 @@ from pipeline.models.kernels.plain_attention import (
     visible_keys,
 )
 from pipeline.models.kernels.repeatable import RepeatableAttention, repeatable
+from pipeline.project.probes import held
 from tests.helpers.reference_flash import reference_flash
 
 if not accelerator_attention._has_varlen():
@@ -365,3 +367,31 @@ def test_it_does_on_apples_gpu_and_in_bf16_before_ampere(monkeypatch: pytest.Mon
 
     assert writes("mps", torch.float32) and writes("cuda", torch.bfloat16, ampere=False)
     assert not writes("cuda", torch.bfloat16) and not writes("cuda", torch.float16, ampere=False)
+
+
+@pytest.mark.parametrize("agrees", [True, False, None], ids=["agrees", "differs", "raises"])
+def test_flash_attention_3_is_taken_on_hopper_where_it_agrees(
+    agrees: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not hasattr(attention, "activate_flash_attention_impl"):
+        pytest.skip("an older torch")
+    done = list[str]()
+
+    def activate(name: str) -> None:
+        done.append(name)
+        if agrees is None:
+            raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(accelerator_attention, "find_spec", lambda _: object())
+    monkeypatch.setattr(accelerator_attention, "_agrees", lambda *_: agrees)
+    monkeypatch.setattr(attention, "activate_flash_attention_impl", activate)
+    monkeypatch.setattr(attention, "restore_flash_attention_impl", lambda: done.append("own"))
+    take = accelerator_attention.take_flash_3.__wrapped__
+    for capability in ((8, 9), (10, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert not take(torch.device("cuda")) and not done
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert not take(torch.device("cpu"))
+    with held():
+        assert take(torch.device("cuda")) == bool(agrees)
+    assert done == (["FA3"] if agrees else ["FA3", "own"])

@@ -21,6 +21,7 @@ from pipeline.models.base import CausalLM
 from pipeline.models.kernels import agrees, random_tensors
 from pipeline.models.kernels.accelerator.block import fuse_blocks, rotate
 from pipeline.models.kernels.accelerator.products import fuse_linears
+from pipeline.models.kernels.accelerator_attention import take_flash_3
 from pipeline.models.kernels.rms_norm import RMSNorm, fuse_rms_norms
 from pipeline.project.probes import PLAIN, record
 
@@ -56,6 +57,7 @@ def fuse(model: CausalLM, device: torch.device) -> list[str]:
     Does not move it. A rotation is a function of a module of transformers: it is replaced for
     tensors on CUDA in all its models.
     """
+    take_flash_3(device)
     parts = liger(device)
     checked = not model.embeddings.weight.is_meta  # without numbers there is nothing to compare
     names, products = [], list[Product]()
