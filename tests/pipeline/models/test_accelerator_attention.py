@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import attention
+from torch.nn import attention as torch_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from torch.utils import deterministic
@@ -373,7 +373,7 @@ def test_it_does_on_apples_gpu_and_in_bf16_before_ampere(monkeypatch: pytest.Mon
 def test_flash_attention_3_is_taken_on_hopper_where_it_agrees(
     agrees: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not hasattr(attention, "activate_flash_attention_impl"):
+    if not hasattr(torch_attention, "activate_flash_attention_impl"):
         pytest.skip("an older torch")
     done = list[str]()
 
@@ -384,8 +384,8 @@ def test_flash_attention_3_is_taken_on_hopper_where_it_agrees(
 
     monkeypatch.setattr(accelerator_attention, "find_spec", lambda _: object())
     monkeypatch.setattr(accelerator_attention, "_agrees", lambda *_: agrees)
-    monkeypatch.setattr(attention, "activate_flash_attention_impl", activate)
-    monkeypatch.setattr(attention, "restore_flash_attention_impl", lambda: done.append("own"))
+    monkeypatch.setattr(torch_attention, "activate_flash_attention_impl", activate)
+    monkeypatch.setattr(torch_attention, "restore_flash_attention_impl", lambda: done.append("own"))
     take = accelerator_attention.take_flash_3.__wrapped__
     for capability in ((8, 9), (10, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
