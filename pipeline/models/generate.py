@@ -292,8 +292,8 @@ def likeliest(logits: Tensor) -> list[Likeliest]:
     is_finite = least.isfinite() & most.isfinite()
     # argmax finds a token among NaNs too
     ids = torch.where(is_finite, logits.argmax(-1), -1)
-    # doubles hold every id
-    table = torch.stack([ids.double(), (most - logits.logsumexp(-1)).double()]).cpu()
+    # in fp32, which holds every id below 2^24: not every device has fp64
+    table = torch.stack([ids.float(), most - logits.logsumexp(-1)]).cpu()
     return [Likeliest(int(id_), logprob) for id_, logprob in table.T.tolist()]
 
 
