@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pyte
 import pytest
 from textual.css.query import NoMatches
 from textual.pilot import Pilot
@@ -317,12 +318,15 @@ def test_the_size_is_the_terminals_whatever_a_shell_exported(empty: Path) -> Non
         [LORA_TUI], cwd=empty, stdin=side, stdout=side, stderr=side, env=environment
     )
     os.close(side)
-    shown, end = b"", time.monotonic() + 60
+    screen = pyte.Screen(100, 24)  # what is drawn later may be a part of a word
+    stream, end = pyte.ByteStream(screen), time.monotonic() + 60
     try:
-        while b"8 Monitor" not in shown:  # the header of a wide screen
-            assert time.monotonic() < end, "it is drawn in another size"
+        while not any("8 Monitor" in line for line in screen.display):  # a wide screen's header
+            assert time.monotonic() < end, "\n".join(
+                ["it is drawn in another size", *screen.display]
+            )
             if select.select([terminal], [], [], 1)[0]:
-                shown += os.read(terminal, 65536)
+                stream.feed(os.read(terminal, 65536))
     finally:
         process.kill()
         process.wait()
