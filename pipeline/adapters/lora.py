@@ -218,8 +218,8 @@ class DoRALinear(LoRALinear):
         super().__init__(base, *settings, **options)
         self.adds_to_base = False  # rows of W are rescaled
         self.strength = 1.0  # W + strength · (W' − W): the update is not linear in its scale
-        # a number that grows with each update, and what `_norms_of_step` returned after it
-        self._kept: tuple[Any, ...] = (-1,)
+        # the optimizer's copy of A, its number of updates, and what `_norms_of_step` returned then
+        self._step: tuple[Any, ...] = (None, 0)
         # ‖W‖², (O,)
         self.register_buffer("squares", row_norms(weight_out_in(base)).square(), persistent=False)
         with torch.no_grad():
@@ -263,12 +263,13 @@ class DoRALinear(LoRALinear):
         Computed once for all batches between two updates, if the optimizer keeps copies of A and B.
         """
         A, B = (getattr(factor, "in_16_bits", factor) for factor in (self.lora_A, self.lora_B))
-        step, *kept = self._kept
-        if A is self.lora_A or step != A._version:
+        copied, version, *found = self._step
+        if copied is not A or version != A._version:
             norms = self._norms(A, B)
-            kept = [norms, self.magnitude / norms]
-            self._kept = (A._version, *kept)
-        return kept[0], kept[1]
+            found = [norms, self.magnitude / norms]
+            # without a copy nothing tells of updates
+            self._step = (None if A is self.lora_A else A, A._version, *found)
+        return found[0], found[1]
 
     def _updated_weight(self, A: Tensor, B: Tensor) -> Tensor:
         """W + s·BA, (O, I)."""

@@ -74,6 +74,14 @@ def attempt(tried: str, slower: str, compute: Callable[[], Result]) -> Result | 
         return None
 
 
+def holds(tried: str, slower: str, check: Callable[[], bool]) -> bool:
+    """Whether `check` is true of a faster path; else, and if it raises, that is recorded."""
+    found = attempt(tried, slower, check)
+    if found is False:
+        record(tried, "its numbers are not those of plain torch", slower)
+    return bool(found)
+
+
 def computes(
     tried: str,
     slower: str,

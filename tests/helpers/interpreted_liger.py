@@ -143,6 +143,16 @@ def parts(liger: Any, dtype: torch.dtype) -> Iterator[tuple[str, float]]:
         )
 
 
+def foreign_labels() -> Iterator[tuple[str, float]]:
+    """How many losses of labels that have no logit are numbers."""
+    from pipeline.models.kernels.accelerator.loss import row_losses
+
+    losses = torch.empty(3)
+    row_losses(torch.randn(3, 40), torch.tensor([40, 3, -100]), losses, None, False)
+    assert losses[1].isfinite()
+    yield "foreign labels", float(losses[[0, 2]].isfinite().sum())
+
+
 def weights() -> Iterator[tuple[str, float]]:
     """NF4 weights, with codes of scales and without, in fp32: 0 where each has the same bits."""
     from pipeline.models.kernels.accelerator.weights import dequantize_nf4
@@ -191,4 +201,4 @@ if __name__ == "__main__":
     errors = [
         (f"{name} in {dtype}", error) for dtype in DTYPES for name, error in parts(found, dtype)
     ]
-    json.dump(dict([*errors, *weights(), *models(found)]), sys.stdout)
+    json.dump(dict([*errors, *foreign_labels(), *weights(), *models(found)]), sys.stdout)

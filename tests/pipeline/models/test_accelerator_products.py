@@ -128,6 +128,15 @@ def test_doras_norms_are_computed_once_between_two_updates(
     W = module.base.weight + module.scale * module.lora_B @ module.lora_A  # type: ignore[operator]
     assert torch.allclose(module._norms_of_step()[0], W.norm(dim=1), rtol=1e-4)
 
+    # of another optimizer the copies begin to count anew
+    optimizer = FlatOptimizer(module, narrow=torch.float32)
+    module._norms_of_step()
+    with torch.no_grad():
+        optimizer.weights.mul_(2)
+    FlatOptimizer(module, narrow=torch.float32)
+    W = module.base.weight + module.scale * module.lora_B @ module.lora_A  # type: ignore[operator]
+    assert torch.allclose(module._norms_of_step()[0], W.norm(dim=1), rtol=1e-4)
+
 
 def gradients(model: CausalLM, lengths: Sequence[int]) -> list[Tensor]:
     """The loss of a packed row, and the gradients of all that trains."""

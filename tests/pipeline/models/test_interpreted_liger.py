@@ -40,6 +40,10 @@ def test_its_outputs_and_gradients_are_those_of_the_formula(
     assert own and all(error < ERRORS[dtype] for error in own.values()), own
 
 
+def test_a_label_without_a_logit_has_no_loss(errors: dict[str, float]) -> None:
+    assert errors["foreign labels"] == 0
+
+
 @pytest.mark.parametrize("kind", ["nf4", "nf4-dq"])
 def test_weights_of_four_bits_have_the_bits_of_plain_torch(
     kind: str, errors: dict[str, float]

@@ -7,7 +7,7 @@ that carry a label.
 
 import copy
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -62,19 +62,17 @@ class AcceleratorBlock(TrainingBlock):
         return self.training and all(options.get(key) is None for key in ALONE)
 
 
-def fuse_blocks(model: CausalLM, device: torch.device, checked: bool, rotation: Rotate) -> int:
-    """Give the model's blocks the forward above where it computes the same; returns how many.
+def fuse_blocks(model: CausalLM, device: torch.device, checked: bool, rotation: Rotate) -> None:
+    """Give the model's blocks the forward above where it computes the same.
 
     Its gated products are fused already. If not `checked`, the blocks' parts alone decide.
     """
-    blocks = [block for block in model.blocks if _has_parts(block)]
-    for block in blocks:
+    for block in filter(_has_parts, model.blocks):
         kind = type(block)
         if checked and not _same_block(kind, model, device):
-            return 0
+            continue
         block.__class__ = _with_accelerator_forward(kind, rotation)  # type: ignore[arg-type]  # mypy: a class has no hash
         block.is_last = block is model.blocks[-1]  # type: ignore[assignment]
-    return len(blocks)
 
 
 def _has_parts(block: Any) -> bool:
@@ -155,16 +153,9 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
+@lru_cache(maxsize=1)  # all blocks of a forward share them
 def _tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """cos and the signed sin for each head, (1 or B, 1, T, K), and the sin that turns back.
-
-    All blocks of a forward share them.
-    """
-    if not _made or _made[0] is not sin:
-        first, second = sin.chunk(2, -1)
-        forth = torch.cat((-first, second), -1)[:, None]
-        _made[:] = [sin, cos[:, None], forth, forth.roll(forth.shape[-1] // 2, -1)]
-    return _made[1], _made[2], _made[3]
-
-
-_made = list[Tensor]()
+    """cos and the signed sin for each head, (1 or B, 1, T, K), and the sin that turns back."""
+    first, second = sin.chunk(2, -1)
+    forth = torch.cat((-first, second), -1)[:, None]
+    return cos[:, None], forth, forth.roll(forth.shape[-1] // 2, -1)

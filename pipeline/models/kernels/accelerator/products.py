@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pipeline.models.base import CausalLM, LowBitLinear, LowRankLinear, RowScale
 from pipeline.models.kernels import has_hooks, random_tensors
-from pipeline.project.probes import attempt, record
+from pipeline.project.probes import holds
 
 AGREEMENT = 0.02  # relative, of a sum of products of 16 bits
 
@@ -170,8 +170,10 @@ def _magnitude_gradient(grad: Tensor, before: Tensor, norms: Tensor) -> Tensor:
 
 def _narrow(factor: Any, dtype: torch.dtype) -> Tensor:
     """A or B in `dtype`: the copy that the optimizer keeps, if there is one."""
-    kept: Tensor | None = getattr(factor, "in_16_bits", None)
-    return kept if kept is not None and kept.dtype == dtype else factor.detach().to(dtype)
+    copied: Tensor | None = getattr(factor, "in_16_bits", None)
+    if copied is None or (copied.dtype, copied.device) != (dtype, factor.device):
+        copied = factor.detach().to(dtype)
+    return copied
 
 
 def _added(factor: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor | None:
@@ -207,7 +209,4 @@ def adds_in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
         _add_in_fp32(wide, left, right, 2)
         return bool(torch.dist(wide, expected) <= AGREEMENT * expected.norm())
 
-    works = attempt(tried, slower, agrees)
-    if works is False:
-        record(tried, "its numbers are not those of plain products", slower)
-    return bool(works)
+    return holds(tried, slower, agrees)

@@ -22,12 +22,17 @@ def capped(z, CAP: tl.constexpr):
 def cross_entropy(
     logits, labels, losses, V, CAP: tl.constexpr, GRADIENT: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
-    """The loss of a row of logits (n, V); in their place softmax − onehot, with GRADIENT."""
+    """The loss of a row of logits (n, V); in their place softmax − onehot, with GRADIENT.
+
+    Of a label that has no logit it is not a number, and the training stops.
+    """
     row = tl.program_id(0).to(tl.int64)
     logits += row * V
     label = tl.load(labels + row)
     # before the sums below, at which the program's threads meet: its place is written later
-    wanted = capped(tl.load(logits + label).to(tl.float32), CAP)
+    is_there = (label >= 0) & (label < V)
+    wanted = tl.load(logits + label, mask=is_there, other=float("nan")).to(tl.float32)
+    wanted = capped(wanted, CAP)
     top, mass = float("-inf"), 0.0
     for start in range(0, V, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
