@@ -25,7 +25,7 @@ from pipeline.inference.batched_model import BatchedModel, Part
 from pipeline.inference.model_pool import ModelPool, Resident, ResidentBase
 from pipeline.inference.requests import FieldError
 from pipeline.models.base import CausalLM
-from pipeline.models.device import available_memory
+from pipeline.models.device import available_memory, release_workers
 from pipeline.models.generate import (
     COLDEST,
     GREEDY,
@@ -195,6 +195,7 @@ class BatchedGenerator:
             threading.Thread(target=self._run, name="generator", daemon=True) if threaded else None
         )
         if self._thread:
+            release_workers()
             self._thread.start()
 
     @property

@@ -272,3 +272,16 @@ def keep_freed_memory() -> None:
     if mallopt is not None:  # musl has none
         for parameter in (-3, -1):  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
             mallopt(parameter, 2**31 - 1)
+
+
+def release_workers() -> None:
+    """End the worker threads of this thread's parallel loops, as another thread computes from now.
+
+    OpenMP keeps workers for each thread that ever computed. With more of them than cores, GNU's
+    sleep at every barrier, which otherwise is a wait of microseconds: that doubles the time of a
+    token. New workers begin where they are needed.
+    """
+    library = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    pause = getattr(library, "omp_pause_resource_all", None)
+    if pause is not None:  # another runtime may have none
+        pause(1)  # omp_pause_soft

@@ -1,6 +1,8 @@
 """Many requests in one forward give the texts that each gives alone."""
 
 import gc
+import subprocess
+import sys
 import threading
 import weakref
 from collections import Counter
@@ -839,3 +841,36 @@ def test_closing_cancels_what_runs_and_what_waits(start: Start) -> None:
         submit(generator, Generation("base", (5,), 3))
     with pytest.raises(UserError, match="stopping"):
         generator.call(ModelPool.names.__get__)
+
+
+LEFT_BEHIND = """
+import os, sys, threading, time
+import torch
+from pipeline.inference.batching import BatchedGenerator
+from pipeline.inference.model_pool import ModelPool
+
+def native():  # threads that Python did not start
+    return len(os.listdir("/proc/self/task")) - threading.active_count()
+
+torch.set_num_threads(4)
+before = native()
+torch.ones(10**6).add(1)
+assert native() > before, "torch computed with several threads"
+if sys.argv[1] == "generator":
+    generator = BatchedGenerator(ModelPool())
+deadline = time.monotonic() + 2
+while native() > before and time.monotonic() < deadline:
+    time.sleep(0.01)
+print(native() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts the threads of Linux")
+def test_no_workers_of_the_thread_that_loaded_compete_with_the_generators() -> None:
+    command = (sys.executable, "-c", LEFT_BEHIND)
+    ended = [
+        subprocess.run([*command, which], capture_output=True, text=True, check=True)
+        for which in ("generator", "none")
+    ]
+    left = [int(run.stdout) for run in ended]
+    assert left[0] == 0 < left[1], left

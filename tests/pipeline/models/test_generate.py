@@ -1,14 +1,18 @@
 """Many prompts side by side are continued as each is alone."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 
 from pipeline.errors import UserError
 from pipeline.models import generate as generation
 from pipeline.models.generate import generate, generate_all
 from pipeline.models.load import load_base
+from pipeline.project import probes
 from tests.helpers.families import FAMILIES, new_project
 
 
@@ -56,3 +60,37 @@ def test_outputs_that_are_not_finite_are_an_error(tmp_path: Path) -> None:
         next(model.parameters()).fill_(torch.nan)
     with pytest.raises(UserError, match="not finite"):
         generate_all(model, [[5, 6]], (), [3])
+
+
+class Rounding:
+    """A model whose logits depend, by a tenth of their size, on how many tokens are read."""
+
+    virtual, device, max_length = None, torch.device("cpu"), 40
+    shape = SimpleNamespace(rows=32)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        texts = [ids[0, : n + 1].tolist() for n in range(ids.shape[1])]
+        rows = [self.row(text, noise=ids.shape[1]) for text in texts]
+        return torch.stack(rows)[None].bfloat16()
+
+    def row(self, text: Sequence[int], noise: int) -> Tensor:
+        exact = torch.randn(32, generator=torch.Generator().manual_seed(hash(tuple(text))))
+        return exact + 0.1 * torch.randn(32, generator=torch.Generator().manual_seed(noise))
+
+
+@pytest.mark.parametrize("error, agrees", [(0.0, True), (0.2, False)])
+def test_rounding_is_measured_before_a_model_is_refused(error: float, agrees: bool) -> None:
+    model = Rounding()
+    read: dict[int, list[int]] = {}
+
+    def side_by_side(caches: Sequence[object], parts: Sequence[Sequence[int]]) -> Tensor:
+        rows = []
+        for cache, part in zip(caches, parts, strict=True):
+            text = read.setdefault(id(cache), [])
+            text += part
+            rows.append(model.row(text, noise=2) * (1 + 5 * error))
+        return torch.stack(rows).bfloat16()
+
+    with probes.held() as findings:
+        assert generation.agrees(model, side_by_side) is agrees  # type: ignore[arg-type]
+    assert len(findings) == (not agrees)
