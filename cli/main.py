@@ -26,7 +26,12 @@ from pipeline.errors import (
 )
 from pipeline.extensions import ExtensionError, Registry
 from pipeline.files.text import printable
-from pipeline.project.process import open_streams, require_current_folder, world
+from pipeline.project.process import (
+    open_streams,
+    postpone_collection,
+    require_current_folder,
+    world,
+)
 
 # What was imported stays to the end. Python would look through it for garbage, at exit at the
 # latest, which took a tenth of `lora --help`.
@@ -165,6 +170,7 @@ def main() -> None:
     """Run a command. Exit codes: 0 success, 1 UserError, 2 wrong usage, 128 + n interrupted by
     signal n.
     """
+    postpone_collection()
     open_streams()
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # ? for what is no text

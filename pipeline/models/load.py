@@ -22,7 +22,7 @@ from pipeline.models.device import asked_device, device_for, fp64_device
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig, state
 from pipeline.models.save import CONFIG, HARMLESS, WEIGHTS, load_tensors, reported
 from pipeline.project.params.sections import Quantization
-from pipeline.project.process import world
+from pipeline.project.process import resume_collection, world
 
 INTEGERS = {"I8", "U8", "I16", "I32", "I64", "BOOL"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -84,6 +84,7 @@ def load_base(
     # quantization starts from the weights as they are stored
     dtype = requested if quantization == "none" else None
     if ours is not None:
+        resume_collection()
         minigpt = MiniGPT(ours)
         expected = {name: tuple(tensor.shape) for name, tensor in state(minigpt).items()}
         refuse_difference(expected, shapes(folder / WEIGHTS), str(folder / WEIGHTS))

@@ -27,6 +27,7 @@ from pipeline.models.kernels.llama_block import TrainingBlock, fuse_llama_blocks
 from pipeline.models.kernels.rms_norm import fuse_rms_norms
 from pipeline.models.pages import PackedCache
 from pipeline.models.save import generation_of, load_strict, quiet, reported, save_checkpoint
+from pipeline.project.process import resume_collection
 
 AGREEMENT = 1e-3  # of the largest logit, in fp32
 CHUNK = 64  # tokens, of gated delta nets
@@ -272,7 +273,12 @@ def load_pretrained(
     A model that uses transformers' attention interface gets our attention, which reads packed
     sequences; one that uses its interface of experts, ours.
     """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
     config, noise = _config_without_noise(folder, trust_remote_code)
+    with reported(str(folder), trust_remote_code):
+        MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)  # imports its classes
+    resume_collection()
     model = load_strict(
         folder, str(folder), trust_remote_code, config=config, dtype=dtype or "auto"
     )
