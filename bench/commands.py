@@ -1,6 +1,7 @@
 """The pipeline and the command line as processes."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from bench.measure import Row, in_turns
 from bench.real import base
+from pipeline.project.logs.run_log import LOSS
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -21,6 +23,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 print(model.generate(**tokenizer("The", return_tensors="pt"), max_new_tokens=1))
+"""
+IMPORTS = "from transformers import AutoTokenizer, LlamaForCausalLM"
+EXAMPLES = '{"text": "3 May 1998 = 1998-05-03"}\n' * 40
+SETTINGS = """
+base: {folder}
+training: {{batch_size: 4, window: 0, epochs: 1}}
+finetune_lora: {{data: data.jsonl, target_modules: [all-linear], train_embeddings: none}}
 """
 HELLO = """
 import typer
@@ -88,6 +97,7 @@ def commands() -> Iterator[Row]:
         cached < 1,
     )
     yield from _first_token()
+    yield from _first_step()
 
 
 def _first_token() -> Iterator[Row]:
@@ -109,6 +119,44 @@ def _first_token() -> Iterator[Row]:
     yield Row("the same", mine, "a script of transformers", ratio, "at most 1.2 ×", ratio <= 1.2)
 
 
+def _first_step() -> Iterator[Row]:
+    """`lora finetune lora` as a process, until its log is there: the first step begins then."""
+    with base() as (folder, name), tempfile.TemporaryDirectory() as parent:
+        if not (folder / "tokenizer.json").exists():  # random weights
+            return
+        project = Path(parent)
+        (project / "data.jsonl").write_text(EXAMPLES, encoding="utf-8")
+        settings = SETTINGS.format(folder=folder.resolve())
+        (project / "params.yaml").write_text(settings, encoding="utf-8")
+        _run(ROOT, BIN / "lora", "import", "--params", project / "params.yaml")
+        times = in_turns(
+            {
+                "step": lambda: _begin(project),
+                "imports": lambda: _run(ROOT, sys.executable, "-c", IMPORTS),
+            },
+            rounds=5,
+        )
+    mine, least = times["step"], times["imports"]
+    what, reference = (
+        f"lora finetune lora, until its first step, {name}",
+        "imports of its libraries",
+    )
+    yield Row(what, mine, reference, mine / least, "under 5 s", mine < 5)
+
+
+def _begin(project: Path) -> None:
+    """Train until the first step begins, and stop."""
+    run = project / "runs/finetune_lora"
+    shutil.rmtree(run, ignore_errors=True)
+    command = (BIN / "lora", "finetune", "lora", "--params", project / "params.yaml")
+    with subprocess.Popen(command, env=_environment(ROOT), stdout=subprocess.DEVNULL) as process:
+        while not (run / LOSS).exists():
+            if process.poll() is not None:
+                raise RuntimeError("it ended before its first step")
+            time.sleep(0.002)
+        process.kill()
+
+
 def _read(*files: Path) -> None:
     piece = bytearray(PIECE)
     for file in files:
@@ -120,10 +168,13 @@ def _read(*files: Path) -> None:
 
 
 def _run(folder: Path, *command: object) -> None:
+    words, environment = list(map(str, command)), _environment(folder)
+    subprocess.run(words, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+
+
+def _environment(folder: Path) -> dict[str, str]:
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PYTHONPATH": str(folder), "PATH": path}
     # users have cached bytecode from the second call on
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    subprocess.run(
-        list(map(str, command)), cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL
-    )
+    return environment

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
@@ -170,9 +171,14 @@ def _make(
 ) -> Generator[Event, None, None]:
     """Put the artifact in place, from the cache or by running the work."""
     target, folder = project.artifact(stage.name), project.run_folder(stage.name)
-    manifest = input_facts(project, stage)
-    key = cache_key(manifest)
+    from concurrent.futures import ThreadPoolExecutor  # 10 ms, which the calculator does not need
+
     cache = Cache(project.cache)
+    with ThreadPoolExecutor(1) as pool:
+        if stage.trains and (force or _is_new(cache, project, stage)):
+            pool.submit(import_module, "torch")  # while the base is hashed
+        manifest = input_facts(project, stage)
+    key = cache_key(manifest)
     settings = Settings(key, manifest["params"])
     replaced = _keep_replaced(cache, stage, target, folder, settings)
     if not force and (yield from _restore(cache, stage, key, target)):
@@ -198,6 +204,13 @@ def _make(
     run_state.write_settings(folder, made=settings)
     discard_checkpoints(folder)
     yield from replaced
+
+
+def _is_new(cache: Cache, project: Project, stage: Stage) -> bool:
+    """Whether no result in the cache has these settings, which is known before anything is read."""
+    now = settings_of(project, stage)
+    stored = map(artifact_settings, (cache.root / stage.name).glob("[!.]*/"))
+    return all(result and changed_params(result.params, now) for result in stored)
 
 
 def _keep_replaced(

@@ -5,14 +5,14 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pipeline.data.tokenizers import chat_template
 from pipeline.data.tokenizers.chat_template import Answers, Messages, Tools
-from pipeline.data.tokenizers.template_process import Conversation, Rendered
+from pipeline.data.tokenizers.template_process import RENDERER, Conversation, Rendered
 from pipeline.errors import UserError
 from pipeline.files.artifact import read_json, write_json
 from pipeline.files.patterns import full_match, problem
@@ -142,6 +142,10 @@ class SubwordTokenizer:
     @classmethod
     def load(cls, folder: Path) -> "SubwordTokenizer":
         """The tokenizer in `folder`, without downloads or its code. Raises UserError."""
+        # almost every use renders, and the process takes as long to start as transformers here
+        if chat_template.has_template(folder):
+            with suppress(OSError):  # what renders says it
+                RENDERER.start()
         from transformers import AutoTokenizer
 
         if not folder.is_dir():

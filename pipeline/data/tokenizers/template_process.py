@@ -58,12 +58,13 @@ class Conversation(NamedTuple):
 
 
 class Renderer:
-    """The rendering process: started on first use, restarted after it was stopped, one request at a
-    time.
+    """The rendering process: started on first use or before, restarted after it was stopped, one
+    request at a time.
     """
 
     _worker: "Worker | None"
     _unread: "Request | None"  # the request whose answer was not read
+    _ready: bool  # whether the process said that it has started
 
     def __init__(self) -> None:
         self.forget()
@@ -113,21 +114,31 @@ class Renderer:
                 f"{MEMORY_BYTES // 2**20} MiB of memory. {ADVICE}"
             )
 
-    def _ensure_running(self) -> "Worker":
+    def start(self) -> None:
+        """Start the process, unless there is one. The first request waits until it is ready."""
+        if self._worker is not None:  # a request may hold the lock
+            return
+        with self._lock:
+            self._start()
+
+    def _start(self) -> None:
         # imported where something is rendered: most runs render nothing
-        from pipeline.files.worker import Worker, python_module
+        from pipeline.files.worker import Worker
 
         if self._worker is not None and self._worker.process.poll() is None:
-            return self._worker
+            return
         self.stop()
-        command = python_module("pipeline.data.tokenizers.template_process")
-        self._worker = Worker(command, subprocess.DEVNULL)
+        self._worker, self._ready = Worker(_command(), subprocess.DEVNULL), False
         self._worker.send("start")
-        if self._read(START_SECONDS) is None:
+
+    def _ensure_running(self) -> "Worker":
+        self._start()
+        assert self._worker is not None
+        self._ready = self._ready or self._read(START_SECONDS) is not None
+        if not self._ready:
             self.stop()
-            shown = " ".join(command)
             raise TemplateError(
-                f"cannot be rendered: `{shown}` does not start. Run it to see the reason."
+                f"cannot be rendered: `{' '.join(_command())}` does not start. Run it to see the reason."
             )
         return self._worker
 
@@ -151,6 +162,7 @@ class Renderer:
         self._lock = threading.RLock()
         self._worker = None
         self._unread = None
+        self._ready = False
 
 
 class Request:
@@ -190,6 +202,12 @@ def _renderings(answers: Sequence[Mapping[str, Any]]) -> list[Rendered | Templat
 def _first_text(answers: Sequence[Mapping[str, Any]]) -> str:
     text: str = answers[0].get("text", "") if answers else ""
     return text
+
+
+def _command() -> tuple[str, ...]:
+    from pipeline.files.worker import python_module
+
+    return python_module("pipeline.data.tokenizers.template_process")
 
 
 RENDERER = Renderer()
