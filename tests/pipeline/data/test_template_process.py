@@ -37,6 +37,14 @@ from tests.helpers.tokenizers import (
     folder_with,
 )
 
+LOADS = """
+import sys
+from pathlib import Path
+from pipeline.data.tokenizers.subword import SubwordTokenizer
+from pipeline.data.tokenizers.template_process import RENDERER
+SubwordTokenizer.load(Path(sys.argv[1]))
+print(RENDERER._worker is not None)
+"""
 TURNS = [
     {"role": "user", "content": "Hällo 🙂\u2028"},
     {"role": "assistant", "content": "<think>x</think> A\n"},
@@ -197,6 +205,23 @@ def running(pid: int) -> bool:
         )
     except FileNotFoundError:
         return False
+
+
+@pytest.mark.parametrize("template", [SMOLLM2, None])
+def test_the_process_starts_with_a_tokenizer_that_has_a_template(
+    tmp_path: Path, template: str | None
+) -> None:
+    command = [sys.executable, "-c", LOADS, str(folder_with(tmp_path / "model", template))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{template is not None}\n"
+
+
+def test_a_process_that_dies_while_it_starts_is_started_again(renderer: Renderer) -> None:
+    renderer.start()
+    assert renderer._worker is not None
+    renderer._worker.process.kill()
+    renderer._worker.process.wait()
+    assert written(renderer, "{{ 1 }}") == "1"
 
 
 @pytest.mark.slow

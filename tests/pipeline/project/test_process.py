@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.project.process import ProcessRank, is_valid, world
-from tests.helpers.projects import LORA
+from tests.helpers.projects import LORA, ROOT
 
 BIN = Path(sys.executable).parent
 SET = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -101,3 +101,33 @@ def test_a_chat_without_input_ends_and_bytes_that_are_no_text_are_asked_as_signs
     ended = sh(f"{chat} <&- && printf 'der \\377 hund\\n/quit\\n' | {chat}", brief)
     assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended.stderr
     assert "does not know: \ufffd" in ended.stderr
+
+
+LOADS = """
+import gc, sys
+from pathlib import Path
+from pipeline.models.load import load_base
+from pipeline.project.process import postpone_collection, resume_collection
+usual = gc.get_threshold()
+resume_collection()
+print(gc.get_freeze_count() == 0)
+postpone_collection()
+print(gc.get_threshold() != usual)
+load_base(Path(sys.argv[1]))
+print(gc.get_threshold() == usual and gc.get_freeze_count() > 0)
+"""
+
+
+@pytest.mark.parametrize("kind", ["minigpt", "llama"])
+def test_garbage_that_is_put_off_is_looked_for_again_when_a_model_is_loaded(
+    kind: str, brief: Path, tmp_path: Path
+) -> None:
+    base = brief / "artifacts/base"
+    if kind == "llama":
+        from tests.helpers.bases import toy_checkpoint  # with transformers
+
+        base = tmp_path / "model"
+        toy_checkpoint(base)
+    command = [sys.executable, "-c", LOADS, str(base)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True"] * 3
