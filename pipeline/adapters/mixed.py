@@ -6,14 +6,14 @@ by side.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.adapters.attach import adaptable
 from pipeline.adapters.lora import AdapterLayer, LoRALinear
-from pipeline.models.base import CausalLM, UpdatedLinear
+from pipeline.models.base import CausalLM, LowRankLinear, RowUpdate
 from pipeline.models.device import to_device
 
 # up to so many rows, one product with all adapters' A is faster than one for each adapter
@@ -142,7 +142,7 @@ class StackedUpdates(NamedTuple):
     updates: list[tuple[int, float]]  # each adapter's rank and scale
 
 
-class MixedLayer(UpdatedLinear):
+class MixedLayer(LowRankLinear):
     """Layer `name` of the base, and for the rows of each adapter its own layer."""
 
     def __init__(self, base: nn.Module, name: str, routing: RowRouting) -> None:
@@ -156,10 +156,6 @@ class MixedLayer(UpdatedLinear):
         outer = x.shape if isinstance(self.base, nn.Embedding) else x.shape[:-1]
         rows = x.reshape(outer.numel(), *x.shape[len(outer) :])
         out: Tensor = self.base(rows)  # (N, O)
-        self.add_updates(rows, out)
-        return out.view(*outer, out.shape[-1])
-
-    def add_updates(self, rows: Tensor, out: Tensor) -> None:
         if self._version != self.routing.version:
             self.read_routing(rows.dtype)
         if self._masks is not None and self._stack is not None:
@@ -168,32 +164,41 @@ class MixedLayer(UpdatedLinear):
             # infinite
             low = (rows @ self._stack.A.T).mul_(scales).masked_fill_(foreign, 0)  # (N, ΣR)
             out.addmm_(low, self._stack.B)
-        for start, stop, A, B, scale in self._updates:
-            out[start:stop].addmm_(rows[start:stop] @ A.T, B.T, alpha=scale)
-        for start, stop, layer in self._replacements:
-            out[start:stop] = layer(rows[start:stop])
+        for selected, A, B, scale in self._updates:
+            out[selected].addmm_(rows[selected] @ A.T, B.T, alpha=scale)
+        for selected, layer, _ in self._replacements:
+            out[selected] = layer(rows[selected])
+        return out.view(*outer, out.shape[-1])
+
+    def linear_update(self) -> None:
+        """None: rows differ in their updates."""
+
+    def updates_version(self) -> int:
+        return self.routing.version
+
+    def row_updates(self) -> list[RowUpdate]:
+        name, shares = self.name, self.routing.shares
+        return [
+            RowUpdate(slice(start, stop), adapter.layers[name], adapter.scales.get(name))
+            for adapter, start, stop in shares
+            if name in adapter.layers
+        ]
 
     def read_routing(self, dtype: torch.dtype = torch.float32) -> None:
         """Keep what forwards in `dtype` need to know of the routing until it changes."""
-        routing, name = self.routing, self.name
-        low_rank = []
-        self._replacements = list[tuple[int, int, nn.Module]]()
-        for share in routing.shares:
-            layer = share.adapter.layers.get(name)
-            if is_low_rank(layer):
-                low_rank.append((share, layer))
-            elif layer is not None:
-                self._replacements.append((share.start, share.stop, layer))
+        routing, updates = self.routing, self.row_updates()
+        low_rank = [update for update in updates if update.scale is not None]
+        self._replacements = [update for update in updates if update.scale is None]
         self._masks = None
-        self._updates = list[tuple[int, int, Tensor, Tensor, float]]()
+        self._updates = list[tuple[slice, Tensor, Tensor, Any]]()
         if len(low_rank) > 1 and routing.rows <= STACKED_ROWS:
             if self._stack is None or self._stack.adapters is not routing.stacked:
                 self._stack = self._stacked(dtype)
             self._masks = routing.masks(self._stack.updates, self._stack.A)
         else:
-            for (adapter, start, stop), layer in low_rank:
+            for selected, layer, scale in low_rank:
                 A, B = (factor.to(dtype) for factor in layer.pair())
-                self._updates.append((start, stop, A, B, adapter.scales[name]))
+                self._updates.append((selected, A, B, scale))
         if not routing.stacked:
             self._stack = None
         self._version = routing.version

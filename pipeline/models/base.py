@@ -306,16 +306,6 @@ class VirtualTokens(nn.Module):
         raise NotImplementedError
 
 
-class UpdatedLinear(nn.Module):
-    """A linear `base`, and what is added to its outputs."""
-
-    base: nn.Module
-
-    def add_updates(self, rows: Tensor, out: Tensor) -> None:
-        """Turn the base's outputs `out` (N, O) of `rows` (N, I) into this layer's, in place."""
-        raise NotImplementedError
-
-
 class LinearUpdate(NamedTuple):
     """A frozen linear and its update s·BA: of one adapter, or stacked of L adapters."""
 
@@ -333,6 +323,14 @@ class RowScale(NamedTuple):
     ratio: Tensor  # magnitude / norms
 
 
+class RowUpdate(NamedTuple):
+    """What some rows of a linear's inputs get beyond its outputs."""
+
+    rows: slice
+    layer: Any
+    scale: float | None  # of the update s·BA, `layer`'s `pair`; None: `layer` computes the outputs
+
+
 class LowRankLinear(nn.Module):
     """A linear with an update of low rank: what kernels know of an adapter's."""
 
@@ -343,6 +341,20 @@ class LowRankLinear(nn.Module):
     def row_scale(self) -> tuple[LinearUpdate, RowScale] | None:
         """Of a layer that computes this and no more: its update, and what scales its outputs."""
         return None
+
+    def row_updates(self) -> Sequence[RowUpdate] | None:
+        """What rows get beyond the base's outputs; None if only the layer's forward tells."""
+        update = self.linear_update()
+        if update is None or update.A.dim() > 2:
+            return None
+        return [RowUpdate(slice(None), self, update.scale)]
+
+    def updates_version(self) -> object:
+        """Differs after each change of `row_updates` or their factors."""
+        update = self.linear_update()
+        if update is None:
+            return None
+        return update.scale, tensor_version(update.A), tensor_version(update.B)
 
 
 class LowBitLinear(nn.Module):
@@ -355,6 +367,11 @@ class LowBitLinear(nn.Module):
     def weight_in(self, dtype: torch.dtype) -> Tensor:
         """(O, I), dequantized in `dtype`."""
         raise NotImplementedError
+
+
+def tensor_version(tensor: Tensor) -> tuple[int, int]:
+    """Differs as soon as the tensor is replaced or written to, as long as the old one is kept."""
+    return tensor.data_ptr(), tensor._version
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ gets one for its prompts.
 """
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from types import MethodType
@@ -21,14 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.base import CausalLM, UpdatedLinear
+from pipeline.models.base import CausalLM, LowRankLinear, RowUpdate, tensor_version
 from pipeline.models.kernels import random_tensors, uses_cpu_kernels
 from pipeline.models.kernels.native import (
     COLUMNS,
     LANES,
     LlamaBlock,
     LlamaStep,
-    Part,
+    LowRank,
     call,
     native,
     uses_tiles,
@@ -45,8 +45,9 @@ BODY = {"embed_tokens", "layers", "norm", "rotary_emb"}
 FEED_FORWARD = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 SCRATCH = 1024  # floats of a thread's tiles in native.c
 NO_WINDOW = 2**62
-# of a block's seven linears, those whose products one step of native.c computes
-STEPS = (slice(0, 3), slice(3, 4), slice(4, 6), slice(6, 7))
+RANKS = 4  # native.c computes so many at once
+# of a block's seven linears: the number of the step after that which computes its product
+STEP_AFTER = (1, 1, 1, 2, 3, 3, 4)
 
 
 class NativeLinear:
@@ -99,13 +100,14 @@ class Sizes(NamedTuple):
     K: int
 
 
-class Update(NamedTuple):
-    """What a module computes or adds after one of native.c's steps."""
+class Factors(NamedTuple):
+    """A layer's A and B in bf16, as native.c reads them."""
 
-    stop: int  # the number of the next step
-    module: Any
-    columns: slice  # of the step's outputs
-    adds: bool  # to the product of its base; else it computes all
+    version: list[tuple[int, int]]
+    # kept, so that no other tensor gets their addresses
+    sources: list[Tensor]
+    A: Tensor
+    B: Tensor
 
 
 class OneTokenBody:
@@ -116,16 +118,20 @@ class OneTokenBody:
 
     def __init__(self, body: Any, sizes: Sizes) -> None:
         self.sizes, self.layers = sizes, len(body.layers)
-        self.updates = list[Update]()
+        self.linears = [linear for block in body.layers for linear in linears_of(block)]
+        self._adapted = [x for x in self.linears if isinstance(x, LowRankLinear)]
+        self._factors: WeakKeyDictionary[nn.Module, Factors] = WeakKeyDictionary()
+        # rows whose outputs their layers compute: after which step, of which of a block's linears
+        self._replaced, self._key = list[tuple[int, int, RowUpdate]](), list[object]()
         self.blocks = (LlamaBlock * (self.layers + 1))()
         for number, block in enumerate(body.layers):
-            self._describe(self.blocks[number], block, number)
+            self._describe(self.blocks[number], block)
         last = self.blocks[self.layers]
         last.norm, last.eps = body.norm.weight.data_ptr(), body.norm.variance_epsilon
         # whose pages the blocks point to
         self._pool, self._version = PagePool(), -1
 
-    def _describe(self, to: LlamaBlock, block: Any, number: int) -> None:
+    def _describe(self, to: LlamaBlock, block: Any) -> None:
         attention = block.self_attn
         first, second = block.input_layernorm, block.post_attention_layernorm
         to.norm, to.eps = first.weight.data_ptr(), first.variance_epsilon
@@ -136,23 +142,6 @@ class OneTokenBody:
             )
             to.head_eps = attention.q_norm.variance_epsilon
         to.scale, to.window = attention.scaling, window_of(attention) or NO_WINDOW
-        modules = linears_of(block)
-        for step, group in enumerate(STEPS):
-            column = 0
-            for index in range(group.start, group.stop):
-                module = modules[index]
-                linear: Any = module.base if isinstance(module, UpdatedLinear) else module
-                outputs = _innermost(module).out_features
-                to.parts[index] = Part(None, None, outputs)
-                has_product = _is_bf16_linear(linear) and linear.weight.is_contiguous()
-                if has_product:
-                    to.parts[index].weight = linear.weight.data_ptr()
-                    if linear.bias is not None:
-                        to.parts[index].bias = linear.bias.data_ptr()
-                if linear is not module or not has_product:
-                    columns = slice(column, column + outputs)
-                    self.updates.append(Update(4 * number + step + 1, module, columns, has_product))
-                column += outputs
 
     def __call__(
         self, body: Any, input_ids: Tensor | None = None, past: Any = None, **options: Any
@@ -166,6 +155,7 @@ class OneTokenBody:
         x, cos, sin = (part[0].contiguous() for part in (x, cos, sin))
         normed = torch.empty_like(x)
         self._point_to(past.pool, x)
+        self._read_updates(len(x))
         D, width, G, R, K = self.sizes
         heads = G * R * K
         widths = [heads + 2 * G * K, heads, D, 2 * width, width, D]
@@ -174,28 +164,63 @@ class OneTokenBody:
         packed = x.new_empty(-(-len(x) // LANES) * LANES * max(D, heads, width))
         longest = max(past.spans) + LANES
         room = x.new_empty(threads, SCRATCH + R * longest, dtype=torch.float32)
+        low = room.new_empty(3, len(x), self._rank)
         tables = torch.tensor(past.tables, dtype=torch.int32)
         lengths = torch.tensor(past.past)
-        tensors = (tables, lengths, cos, sin, x, normed, *buffers, packed, room)
+        tensors = (tables, lengths, cos, sin, x, normed, *buffers, packed, room, low)
         step = LlamaStep(
             *(len(x), *self.sizes, past.pool.size, tables.shape[1], room.shape[1], threads),
             ctypes.addressof(self.blocks),
             *(tensor.data_ptr() for tensor in tensors),
+            self._rank,
         )
         qkv, attended, projected, gate_up, hidden, down = buffers
-        inputs, outputs = (normed, attended, normed, hidden), (qkv, projected, gate_up, down)
+        inputs = (normed, attended, normed, hidden)
+        q, *k_and_v = qkv.split([heads, G * K, G * K], 1)
+        outputs = (q, *k_and_v, projected, *gate_up.chunk(2, 1), down)
         done = 0
-        for stop, module, columns, adds in self.updates:
+        for stop, index, (rows, layer, _) in self._replaced:
             if stop > done:
                 call("llama_steps", ctypes.addressof(step), done, stop)
                 done = stop
-            rows, out = inputs[(stop - 1) % 4], outputs[(stop - 1) % 4][:, columns]
-            if adds:
-                module.add_updates(rows, out)
-            else:
-                out.copy_(module(rows[None])[0])
+            outputs[index][rows] = layer(inputs[(stop - 1) % 4][None, rows])[0]
         call("llama_steps", ctypes.addressof(step), done, 4 * self.layers + 1)
         return BodyOutput(normed[None])
+
+    def _read_updates(self, rows: int) -> None:
+        """Point to what `rows` rows get beyond the products, unless nothing has changed."""
+        key = [rows, *(module.updates_version() for module in self._adapted)]
+        if key == self._key:
+            return
+        self._key = []  # until all is read
+        self._table = (LowRank * (len(self.linears) * rows))()
+        self._replaced, self._rank = [], 0
+        for number, module in enumerate(self.linears):
+            block, index = divmod(number, len(STEP_AFTER))
+            part = self.blocks[block].parts[index]
+            part.outputs = _innermost(module).out_features
+            part.weight, part.bias, updates = _product(module)
+            first = number * rows
+            part.updates = ctypes.addressof(self._table[first]) if updates else None
+            for update in updates:
+                if update.scale is None:
+                    self._replaced.append((4 * block + STEP_AFTER[index], index, update))
+                    continue
+                low_rank = self._low_rank(update.layer, update.scale)
+                self._rank = max(self._rank, low_rank.rank)
+                for row in range(rows)[update.rows]:
+                    self._table[first + row] = low_rank
+        self._key = key
+
+    def _low_rank(self, layer: Any, scale: float) -> LowRank:
+        """Of the layer's factors, which are packed again if they have changed."""
+        pair = layer.pair()
+        version = [*map(tensor_version, pair)]
+        factors = self._factors.get(layer)
+        if factors is None or factors.version != version:
+            sources = [factor.detach() for factor in pair]
+            factors = self._factors[layer] = Factors(version, sources, *_packed_factors(*sources))
+        return LowRank(factors.A.data_ptr(), factors.B.data_ptr(), factors.A.shape[0], scale)
 
     def _point_to(self, pool: PagePool, like: Tensor) -> None:
         if pool is self._pool and pool.version == self._version:
@@ -305,6 +330,25 @@ def linears_of(block: Any) -> list[Any]:
     return [*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
 
+def _product(module: Any) -> tuple[int | None, int | None, Sequence[RowUpdate]]:
+    """Weight and bias by which native.c computes, if it does, and what rows get beyond that."""
+    is_adapted = isinstance(module, LowRankLinear)
+    linear: Any = module.base if is_adapted else module
+    updates = module.row_updates() if is_adapted else []
+    if updates is None or not (_is_bf16_linear(linear) and linear.weight.is_contiguous()):
+        return None, None, [RowUpdate(slice(None), module, None)]
+    bias = None if linear.bias is None else linear.bias.data_ptr()
+    return linear.weight.data_ptr(), bias, updates
+
+
+def _packed_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """A (R, I) and B (O / LANES, R, LANES) in bf16, with zeros up to a multiple of RANKS."""
+    missing = -len(A) % RANKS
+    A, B = F.pad(A, (0, 0, 0, missing)).bfloat16(), F.pad(B, (0, missing)).bfloat16()
+    blocks = B.reshape(-1, LANES, len(A)).mT  # (O / LANES, R, LANES)
+    return A.contiguous(), blocks.contiguous()
+
+
 def _innermost(module: Any) -> Any:
     """The linear under adapters."""
     while hasattr(module, "base"):
@@ -403,7 +447,7 @@ def _packed_linear(linear: nn.Linear) -> PackedLinear:
 
 def _weight_version(linear: nn.Linear) -> list[tuple[int, int]]:
     """Differs as soon as a weight is replaced or written to."""
-    return [(p.data_ptr(), p._version) for p in linear.parameters()]
+    return [*map(tensor_version, linear.parameters())]
 
 
 @cache

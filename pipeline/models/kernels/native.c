@@ -21,6 +21,7 @@
 #include <omp.h>
 #else
 static int omp_get_thread_num(void) { return 0; }
+static int omp_get_num_threads(void) { return 1; }
 #endif
 
 #define W 16 /* numbers of a vector */
@@ -808,10 +809,10 @@ static void set_tiles(long columns) {
 #endif
 }
 
-/* c (16, columns) = w · x for `rows` (1 to 4) of x from m on; a row of w is `step` bytes from the next */
-static inline __attribute__((always_inline)) void dots(const char *w, long step, const word *x, const int rows, long m,
-                                                       long columns, long words, float *c) {
-  for (int o = 0; o < 16; o += 4) {
+/* c (high, columns) = w · x for `rows` (1 to 4) of x from m on; a row of w is `step` bytes from the next */
+static inline __attribute__((always_inline)) void dots(const char *w, long step, const int high, const word *x, const int rows,
+                                                       long m, long columns, long words, float *c) {
+  for (int o = 0; o < high; o += 4) {
     vec totals[4][4] = {0};
     for (long d = 0; d < words; d += W)
       for (int i = 0; i < 4; i++) {
@@ -864,8 +865,8 @@ static void panel(const bf16 *weight, long step, int high, const word *x, long c
       const word *group = x + j * columns * words;
       float *to = c + (2 * i + j) * TILE;
       long m = 0;
-      for (; m + 4 <= columns; m += 4) dots(from, step, group, 4, m, columns, words, to);
-      for (; m < columns; m++) dots(from, step, group, 1, m, columns, words, to);
+      for (; m + 4 <= columns; m += 4) dots(from, step, 16, group, 4, m, columns, words, to);
+      for (; m < columns; m++) dots(from, step, 16, group, 1, m, columns, words, to);
     }
 }
 
@@ -887,14 +888,39 @@ static void pack(const bf16 *x, word *out, long rows, long columns, long words) 
 }
 
 typedef struct {
+  const bf16 *A, *B; /* (rank, inputs) and (outputs / 16, rank, 16) */
+  long rank;         /* a multiple of 4; 0: nothing is added */
+  float scale;
+} LowRank;
+
+typedef struct {
   const bf16 *weight, *bias; /* (outputs, inputs) and (outputs,), which may be 0; without weights nothing is computed */
   long outputs;
+  const LowRank *updates; /* of each row of x, or 0 */
 } Part;
 
-/* out (rows, Σ outputs) = x Wᵀ + b of parts side by side, for x (rows, inputs). `room`: of all threads; `scratch`: of this one */
-static void linears(const Part *parts, long count, const bf16 *x, bf16 *out, long rows, long inputs, word *room, float *scratch) {
+/* low (count, rows, step) = s·Ax of each part and row. Four ranks are one thread's; the caller waits for all. */
+static void lower(const Part *parts, long count, const bf16 *x, float *low, long step, long rows, long inputs) {
+  long turn = 0, mine = omp_get_thread_num(), threads = omp_get_num_threads();
+  for (long i = 0; i < count * rows; i++) {
+    const LowRank *updates = parts[i / rows].updates, *u = updates + i % rows;
+    for (long k = 0; updates && k < u->rank; k += 4) {
+      if (turn++ % threads != mine) continue;
+      float *to = low + i * step + k;
+      const word *row = (const word *)(x + i % rows * inputs);
+      dots((const char *)(u->A + k * inputs), inputs * sizeof(bf16), 4, row, 1, 0, 1, inputs / 2, to);
+      for (int j = 0; j < 4; j++) to[j] *= u->scale;
+    }
+  }
+}
+
+/* out (rows, Σ outputs) = x Wᵀ + b + s·BAx of parts side by side, for x (rows, inputs). `room` and `low`: of all threads;
+   `scratch`: of this one */
+static void linears(const Part *parts, long count, const bf16 *x, bf16 *out, long rows, long inputs, word *room, float *scratch,
+                    float *low, long low_step) {
   long words = inputs / 2, columns = rows < W ? rows : W, groups = (rows + columns - 1) / columns, wide = 0;
-  pack(x, room, rows, columns, words);
+  lower(parts, count, x, low, low_step, rows, inputs);
+  pack(x, room, rows, columns, words); /* its loop ends when all threads have come */
   set_tiles(columns);
   for (long i = 0; i < count; i++) wide += parts[i].outputs;
 #pragma omp for schedule(static)
@@ -917,7 +943,15 @@ static void linears(const Part *parts, long count, const bf16 *x, bf16 *out, lon
             for (long n = 0; n < columns && (g + j) * columns + n < rows; n++) {
               vec y;
               for (int k = 0; k < W; k++) y[k] = tile[k * columns + n];
-              store(to + n * wide, y + bias);
+              y += bias;
+              if (part->updates) {
+                long row = (g + j) * columns + n;
+                const LowRank *u = part->updates + row;
+                const bf16 *B = u->B + (first + i * W) * u->rank;
+                const float *factors = low + ((part - parts) * rows + row) * low_step;
+                for (long k = 0; k < u->rank; k++) y += factors[k] * load(B + k * W);
+              }
+              store(to + n * wide, y);
             }
           }
         }
@@ -929,11 +963,11 @@ static void linears(const Part *parts, long count, const bf16 *x, bf16 *out, lon
 /* `room` takes inputs/2 words for each row, as a multiple of 16, and for each thread 4 tiles of floats */
 void linear_forward(const bf16 *weight, const bf16 *bias, const bf16 *x, bf16 *out, word *room, long rows, long inputs,
                     long outputs, long threads) {
-  Part part = {weight, bias, outputs};
+  Part part = {weight, bias, outputs, 0};
   float *scratch = (float *)(room + UP(rows, W) * inputs / 2);
 #pragma omp parallel num_threads(threads)
   {
-    linears(&part, 1, x, out, rows, inputs, room, scratch + omp_get_thread_num() * 4 * TILE);
+    linears(&part, 1, x, out, rows, inputs, room, scratch + omp_get_thread_num() * 4 * TILE, 0, 0);
     set_tiles(0);
   }
 }
@@ -955,6 +989,8 @@ typedef struct {
   bf16 *x, *normed, *qkv, *attended, *projected, *gate_up, *hidden, *down; /* (rows, …) */
   word *packed;                       /* room for a product's x */
   float *room;                        /* of each thread: 4 tiles and the scores of R heads */
+  float *low;                         /* (3, rows, low_step), which is the largest rank */
+  long low_step;
 } LlamaStep;
 
 /* out = rms_norm(x)·weight; `added`, unless 0, is added to x before */
@@ -1058,16 +1094,16 @@ void llama_steps(const LlamaStep *s, long first, long last) {
       const Part *parts = b->parts;
       if (step % 4 == 0) {
         norm_rows(s, step ? s->down : 0, b->norm, b->eps);
-        if (parts[0].outputs) linears(parts, 3, s->normed, s->qkv, s->rows, s->D, s->packed, room);
+        if (parts[0].outputs) linears(parts, 3, s->normed, s->qkv, s->rows, s->D, s->packed, room, s->low, s->low_step);
       } else if (step % 4 == 1) {
         set_tiles(s->R);
 #pragma omp for schedule(dynamic) collapse(2)
         for (long n = 0; n < s->rows; n++)
           for (long g = 0; g < s->G; g++) attend_group(s, b, n, g, room);
-        linears(parts + 3, 1, s->attended, s->projected, s->rows, heads, s->packed, room);
+        linears(parts + 3, 1, s->attended, s->projected, s->rows, heads, s->packed, room, s->low, s->low_step);
       } else if (step % 4 == 2) {
         norm_rows(s, s->projected, b->feed_norm, b->feed_eps);
-        linears(parts + 4, 2, s->normed, s->gate_up, s->rows, s->D, s->packed, room);
+        linears(parts + 4, 2, s->normed, s->gate_up, s->rows, s->D, s->packed, room, s->low, s->low_step);
       } else {
 #pragma omp for schedule(static) collapse(2)
         for (long n = 0; n < s->rows; n++)
@@ -1076,7 +1112,7 @@ void llama_steps(const LlamaStep *s, long first, long last) {
             vec x = load(gate);
             store(s->hidden + n * F + i, x / (1 + exponential(-x)) * load(gate + F));
           }
-        linears(parts + 6, 1, s->hidden, s->down, s->rows, F, s->packed, room);
+        linears(parts + 6, 1, s->hidden, s->down, s->rows, F, s->packed, room, s->low, s->low_step);
       }
     }
     set_tiles(0);

@@ -60,10 +60,16 @@ class BlockShape(ctypes.Structure):
     ]
 
 
+class LowRank(ctypes.Structure):
+    """`LowRank` of native.c."""
+
+    _fields_ = [("A", _P), ("B", _P), ("rank", _L), ("scale", _F)]
+
+
 class Part(ctypes.Structure):
     """`Part` of native.c."""
 
-    _fields_ = [("weight", _P), ("bias", _P), ("outputs", _L)]
+    _fields_ = [("weight", _P), ("bias", _P), ("outputs", _L), ("updates", _P)]
 
 
 class LlamaBlock(ctypes.Structure):
@@ -86,7 +92,8 @@ class LlamaStep(ctypes.Structure):
         *((name, _L) for name in ("room_step", "threads")),
         *((name, _P) for name in ("blocks", "tables", "lengths", "cos", "sin", "x", "normed")),
         *((name, _P) for name in ("qkv", "attended", "projected", "gate_up", "hidden", "down")),
-        *((name, _P) for name in ("packed", "room")),
+        *((name, _P) for name in ("packed", "room", "low")),
+        ("low_step", _L),
     ]
 
 

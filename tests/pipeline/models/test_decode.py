@@ -1,6 +1,7 @@
 """Generation's one token at a time against the model's own forward."""
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from pipeline.adapters.attach import adapter_layers, attach
+from pipeline.adapters.attach import adapter_layers, attach, disable_adapter
 from pipeline.adapters.config import AdapterSpec
+from pipeline.adapters.lora import LoRALinear
+from pipeline.adapters.mixed import MixedAdapter, MixedLayer, RowRouting
 from pipeline.models.generate import generate, last_states
 from pipeline.models.kernels import decode, native
 from pipeline.models.kernels.decode import SHORT, fast_decoding, reads_pages
@@ -34,6 +37,8 @@ SHAPED: dict[str, dict[str, Any]] = {
     "biased": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
     "alone": {"model_type": "llama", "num_key_value_heads": 4},  # a head for each group
 }
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+Route = Callable[[Sequence[int], Sequence[int]], None]
 needs_native = pytest.mark.skipif(native.native() is None, reason="no compiler here")
 
 
@@ -66,8 +71,16 @@ def model_of(kind: str, **settings: Any) -> TransformersModel:
 
 
 @torch.no_grad()
-def together(model: TransformersModel, rows: list[list[int]], prompts: list[int]) -> list[Tensor]:
-    """Hidden states (T, D) of each row after its prompt, of one token of each row at a time."""
+def together(
+    model: TransformersModel,
+    rows: list[list[int]],
+    prompts: list[int],
+    route: Route = lambda _rows, _lengths: None,
+) -> list[Tensor]:
+    """Hidden states (T, D) of each row after its prompt, of one token of each row at a time.
+
+    `route` gets the rows of each forward, and how many tokens of each it reads.
+    """
     pool = PagePool(16)
     sequences = [SequenceCache(pool, len(row)) for row in rows]
     states: list[list[Tensor]] = [[] for _ in rows]
@@ -78,6 +91,7 @@ def together(model: TransformersModel, rows: list[list[int]], prompts: list[int]
             return [torch.stack(read).float() for read in states]
         stops = {n: done[n] + 1 if done[n] else prompts[n] for n in live}
         parts = [rows[n][done[n] : stops[n]] for n in live]
+        route(live, [len(part) for part in parts])
         cache = PackedCache([sequences[n] for n in live], [len(part) for part in parts])
         for n, state in zip(live, last_states(model, cache, parts), strict=True):
             states[n].append(state.clone())
@@ -209,6 +223,131 @@ def test_an_adapter_is_counted_and_one_that_comes_later_too(targets: tuple[str, 
     found, wanted, _ = both(model)
     assert_alike(found, wanted)
     assert (found - before).norm() > 0.1 * before.norm()
+
+
+def with_lora(
+    model: TransformersModel, rank: int, targets: tuple[str, ...] = LINEARS, **options: Any
+) -> TransformersModel:
+    """A copy whose updates are as large as the products to which they are added."""
+    adapted = copy.deepcopy(model)
+    attach(adapted, AdapterSpec(rank, 2.0 * rank, targets), **options)
+    torch.manual_seed(rank)
+    for _, layer in adapter_layers(adapted):
+        nn.init.normal_(layer.lora_A, std=0.1)
+        nn.init.normal_(layer.lora_B, std=0.5 * rank**-0.5)
+    return adapted
+
+
+@torch.no_grad()
+def in_fp32(model: TransformersModel, ids: list[int]) -> Tensor:
+    """Hidden states (T, D) by torch, each weight, A and B with the numbers it has in bf16."""
+    wide = copy.deepcopy(model).bfloat16().float()
+    return wide.hidden_states(torch.tensor([ids]))[0]
+
+
+@needs_native
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rank", [1, 3, 8, 16, 64])
+def test_native_updates_of_any_rank_are_those_of_torch_in_fp32(
+    rank: int, dtype: torch.dtype
+) -> None:
+    base, ids = model_of("llama"), some_ids(12)
+    model = with_lora(base, rank, dtype=dtype)
+    wanted = in_fp32(model, ids)
+    with fast_decoding(model):
+        assert reads_pages(model)
+        assert_alike(step_by_step(model, ids, 1), wanted)
+    assert (in_fp32(base, ids) - wanted).norm() > 0.3 * wanted.norm()
+
+
+@needs_native
+@pytest.mark.usefixtures("products")
+def test_rows_of_any_adapters_get_the_bits_that_they_get_alone() -> None:
+    """Rows of five ranks, of a second strength, of DoRA and of no adapter."""
+    base, routing = model_of("biased", **SHAPED["biased"]), RowRouting()
+    ranks, targets = (64, 1, 3, 16, 8), (LINEARS, LINEARS[1:4], LINEARS, LINEARS[4:], LINEARS)
+    models = [with_lora(base, *pair) for pair in zip(ranks, targets, strict=True)]
+    dora = copy.deepcopy(base)
+    attach(dora, AdapterSpec(4, 8, LINEARS, dora=True))
+    layers = [dict(adapter_layers(model)) for model in (*models, dora)]
+    adapters = [None, *map(MixedAdapter, layers), MixedAdapter(layers[0], 0.5)]
+    mixed = copy.deepcopy(base)
+    for name in layers[0]:
+        mixed.set_submodule(name, MixedLayer(mixed.get_submodule(name), name, routing))
+    owners = [0, 0, 6, 1, 1, 1, 2, 3, 7, 4, 5, 5]
+    rows = [some_ids(6, n) for n in range(len(owners))]
+
+    def route_to(owners: Sequence[int]) -> Route:
+        return lambda live, lengths: routing.route([adapters[owners[n]] for n in live], lengths)
+
+    with fast_decoding(mixed):
+        assert reads_pages(mixed)
+        beside = together(mixed, rows, [1] * len(rows), route_to(owners))
+        before = torch.get_num_threads()
+        try:
+            for n, owner in enumerate(owners):
+                torch.set_num_threads(1 + n % 3)
+                (alone,) = together(mixed, [rows[n]], [1], route_to([owner]))
+                if owner == 6:
+                    assert_alike(beside[n], alone)  # DoRA's products are torch's
+                else:
+                    assert_close(beside[n], alone, rtol=0, atol=0)
+                if owner < 6:
+                    assert_alike(alone, in_fp32([base, *models][owner], rows[n]))
+        finally:
+            torch.set_num_threads(before)
+    for layer in layers[0].values():
+        layer.scale *= 0.5
+    assert_alike(beside[owners.index(7)], in_fp32(models[0], rows[owners.index(7)]))
+
+
+def _replace_factor(layer: LoRALinear) -> None:
+    layer.lora_B = nn.Parameter(layer.lora_B.detach() * -0.5)
+
+
+def _scale(layer: LoRALinear) -> None:
+    layer.scale *= 0.5
+
+
+def _write(layer: LoRALinear) -> None:
+    layer.lora_A.neg_()
+
+
+def _set_data(layer: LoRALinear) -> None:
+    """With the columns in memory one after the other."""
+    layer.lora_A.data = layer.lora_A.data.flip(0).T.contiguous().T
+    layer.lora_B.data = layer.lora_B.data.T.contiguous().T
+
+
+@needs_native
+@pytest.mark.parametrize("change", [_scale, _write, _replace_factor, _set_data])
+@torch.no_grad()
+def test_an_adapter_that_changes_between_two_tokens_is_read_again(
+    change: Callable[[LoRALinear], None],
+) -> None:
+    model, ids = with_lora(model_of("llama"), 4), some_ids(6)
+    twin = copy.deepcopy(model)
+    layers = [
+        layer
+        for part in (model, twin)
+        for _, layer in adapter_layers(part)
+        if isinstance(layer, LoRALinear)
+    ]
+    with fast_decoding(model):
+        assert reads_pages(model)
+        before = step_by_step(model, ids, 1)
+        for _ in range(3):  # freed memory may be used again
+            for layer in layers:
+                change(layer)
+            after = step_by_step(model, ids, 1)
+            assert_alike(after, in_fp32(twin, ids))
+            assert (after - before).norm() > 0.05 * before.norm()
+            before = after
+        with disable_adapter(model):
+            disabled = step_by_step(model, ids, 1)
+        assert_close(step_by_step(model, ids, 1), after, rtol=0, atol=0)
+    assert_alike(disabled, step_by_step(model_of("llama"), ids, 1))
 
 
 def test_weights_that_change_are_packed_anew() -> None:
