@@ -121,8 +121,8 @@ class OneTokenBody:
         self.linears = [linear for block in body.layers for linear in linears_of(block)]
         self._adapted = [x for x in self.linears if isinstance(x, LowRankLinear)]
         self._factors: WeakKeyDictionary[nn.Module, Factors] = WeakKeyDictionary()
-        # rows whose outputs their layers compute: after which step, of which of a block's linears
-        self._replaced, self._key = list[tuple[int, int, RowUpdate]](), list[object]()
+        # linears of which layers compute rows: before which step, which of their block, itself
+        self._replaced, self._key = list[tuple[int, int, Any]](), list[object]()
         self.blocks = (LlamaBlock * (self.layers + 1))()
         for number, block in enumerate(body.layers):
             self._describe(self.blocks[number], block)
@@ -179,11 +179,14 @@ class OneTokenBody:
         q, *k_and_v = qkv.split([heads, G * K, G * K], 1)
         outputs = (q, *k_and_v, projected, *gate_up.chunk(2, 1), down)
         done = 0
-        for stop, index, (rows, layer, _) in self._replaced:
+        for stop, index, linear in self._replaced:
             if stop > done:
                 call("llama_steps", ctypes.addressof(step), done, stop)
                 done = stop
-            outputs[index][rows] = layer(inputs[(stop - 1) % 4][None, rows])[0]
+            # asked again: an unloaded adapter's layers would stay in memory here
+            for rows, layer, scale in _product(linear)[2]:
+                if scale is None:
+                    outputs[index][rows] = layer(inputs[(stop - 1) % 4][None, rows])[0]
         call("llama_steps", ctypes.addressof(step), done, 4 * self.layers + 1)
         return BodyOutput(normed[None])
 
@@ -202,14 +205,14 @@ class OneTokenBody:
             part.weight, part.bias, updates = _product(module)
             first = number * rows
             part.updates = ctypes.addressof(self._table[first]) if updates else None
+            if any(update.scale is None for update in updates):
+                self._replaced.append((4 * block + STEP_AFTER[index], index, module))
             for update in updates:
-                if update.scale is None:
-                    self._replaced.append((4 * block + STEP_AFTER[index], index, update))
-                    continue
-                low_rank = self._low_rank(update.layer, update.scale)
-                self._rank = max(self._rank, low_rank.rank)
-                for row in range(rows)[update.rows]:
-                    self._table[first + row] = low_rank
+                if update.scale is not None:
+                    low_rank = self._low_rank(update.layer, update.scale)
+                    self._rank = max(self._rank, low_rank.rank)
+                    for row in range(rows)[update.rows]:
+                        self._table[first + row] = low_rank
         self._key = key
 
     def _low_rank(self, layer: Any, scale: float) -> LowRank:
