@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.data.tokenizers.template_process import Conversation, Rendered
 from pipeline.errors import UserError
 from pipeline.files.artifact import refuse_untrusted, write_json
-from pipeline.files.digest_cache import Signature, signature
 
 PAD, UNKNOWN, END = "<pad>", "<unk>", "<eos>"
 SPECIAL = (PAD, UNKNOWN, END)
@@ -190,12 +188,6 @@ Tokenizer = WordTokenizer | SubwordTokenizer
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of the model in `folder`. Raises UserError."""
-    return _load(folder, signature(folder))
-
-
-# A run asks for it twice, for the advice and for the training; opened again after its files changed
-@lru_cache(maxsize=1)
-def _load(folder: Path, files: Signature) -> Tokenizer:  # noqa: ARG001
     refuse_untrusted(folder)
     try:
         text = (folder / FILE).read_text(encoding="utf-8")
