@@ -158,7 +158,7 @@ def test_an_update_that_is_mostly_lost_to_rounding_is_reported(cli: Lora, tmp_pa
 
 DYING: dict[str, tuple[str, int]] = {  # at which call of what
     "as it begins": ("pipeline.weights.merge.rewrite", 1),
-    "in a file": ("pipeline.files.safetensors_file._write", 3),
+    "in a file": ("pipeline.files.safetensors_file.write_at", 3),
     "before the certificate": ("pipeline.weights.merge_check.update_ratios", 1),
     "before the rename": ("pipeline.files.artifact.sync_tree", 1),
     "between two renames": ("pathlib.Path.rename", 2),
