@@ -22,7 +22,8 @@ from bench.real import ROUNDS, THREADS, ask, base, side
 from bench.real_sides import examples, seconds
 from bench.serve import GGUF, Batch, LlamaCpp, Requests
 from pipeline.inference.batching import BatchedGenerator
-from pipeline.inference.model_pool import ModelPool
+from pipeline.inference.http.q8_0 import Q8Bases
+from pipeline.inference.model_pool import ModelPool, Prepare
 from pipeline.models.load import load_base, save_base
 
 EIGHT, NEW_TOKENS, PROMPT = 8, 64, 12
@@ -37,7 +38,11 @@ def decoding() -> Iterator[Row]:
         stored = Path(root)
         (stored / "base").mkdir()
         save_base(stored / "base", load_base(folder, "bf16"))
-        kinds: dict[str, Callable[[Path], Any]] = {"ours": Ours, "transformers": Transformers}
+        kinds: dict[str, Callable[[Path], Any]] = {
+            "ours": Ours,
+            "ours in q8_0": OursInQ8,
+            "transformers": Transformers,
+        }
         for what, file in (("f16", GGUF), ("q8_0", GGUF_Q8)):
             if Path(file).is_file() and find_spec("llama_cpp_py_sync"):
                 kinds[f"llama.cpp {what}"] = partial(LlamaCppTexts, file)
@@ -104,8 +109,10 @@ class Texts(Requests):
 class Ours(Texts, Batch):
     """`lora serve`'s generator, without adapters."""
 
+    prepare: Prepare | None = None
+
     def load(self, folder: Path) -> None:
-        pool = ModelPool()
+        pool = ModelPool(prepare=self.prepare)
         pool.load("0", folder / "base", None)
         type(pool.get("0").loaded.tokenizer).end_ids = frozenset()  # type: ignore[method-assign]
         self.generator = BatchedGenerator(pool)
@@ -114,6 +121,12 @@ class Ours(Texts, Batch):
         # a thread has its own number
         self.generator.call(lambda _: torch.set_num_threads(threads)).result()
         return 0.0
+
+
+class OursInQ8(Ours):
+    """The same with `--quantization q8_0`."""
+
+    prepare = Q8Bases()
 
 
 class Transformers(Texts):

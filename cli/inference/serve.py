@@ -1,7 +1,7 @@
 """`lora serve`: OpenAI's HTTP API for the models of a project, or for a base and adapters."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from typer import Option
 
@@ -52,6 +52,10 @@ def serve(
             "free memory.",
         ),
     ] = None,
+    quantization: Annotated[
+        Literal["q8_0"] | None,
+        Option(help="Keep the bases' linears in int8; on a CPU. Prints what that changes."),
+    ] = None,
     allow_origin: Annotated[
         list[str] | None,
         Option(help="Origin of web pages that may use the server; may be repeated."),
@@ -75,6 +79,7 @@ def serve(
     require("lora serve")
 
     from pipeline.inference.http import models, server
+    from pipeline.inference.http.q8_0 import Q8Bases
 
     access = server.Access(host, api_key, allow_origin or ())
     allowed = list(allow_lora_path or ())
@@ -98,14 +103,18 @@ def serve(
         def scan() -> models.Sources:
             return models.project_models(project)
 
+    quantize = Q8Bases() if quantization else None
     served = server.HttpServer(
-        scan, access, port, allowed, trust_remote_code, max_batch, max_waiting, max_total_tokens
+        *(scan, access, port, allowed, trust_remote_code, max_batch, max_waiting, max_total_tokens),
+        quantize,
     )
     key = 'os.environ["LORA_API_KEY"]' if api_key else '"none"'
     header = ' -H "Authorization: Bearer $LORA_API_KEY"' if api_key else ""
     print_line(f"Serving {served.models.base} at {served.url}/v1, stop with Ctrl-C. Models:")
     for name in served.models.sources:
         print_line(f"  {name}")
+    for line in quantize.lines if quantize else ():
+        print_line(line)
     print_line(f"Running sequences may have {served.generator.max_tokens:,} tokens in all.")
     print_line(f"Try: curl {served.url}/v1/models{header}")
     print_line(f'or:  OpenAI(base_url="{served.url}/v1", api_key={key})')

@@ -37,6 +37,11 @@ def weight_of(module: nn.Module) -> Tensor:
     return weight
 
 
+def weight_like(module: nn.Module) -> Tensor:
+    """A tensor of a layer's weight's shape, dtype and device; a quantized one is not dequantized."""
+    return module.weight_like if isinstance(module, LowBitLinear) else weight_of(module)
+
+
 def weight_out_in(base: nn.Module) -> Tensor:
     """A view of a linear's weight as (O, I)."""
     return weight_of(base).T if fan_in_fan_out(base) else weight_of(base)
@@ -100,7 +105,7 @@ class LoRALinear(AdapterLayer, LowRankLinear):
         """Raises UserError if `init` does not fit the rank."""
         super().__init__(base)
         self.scale, self.dropout = scale, dropout
-        weight = weight_of(base)
+        weight = weight_like(base)
         outputs, inputs = reversed(weight.shape) if fan_in_fan_out(base) else weight.shape
         A, B = (weight.new_empty(size, dtype=dtype) for size in ((rank, inputs), (outputs, rank)))
         initialize(A, B, init)

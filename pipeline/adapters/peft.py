@@ -40,7 +40,7 @@ from pipeline.adapters.lora import (
     LINEAR_KEYS,
     LoRALinear,
     fan_in_fan_out,
-    weight_of,
+    weight_like,
 )
 from pipeline.errors import UserError
 from pipeline.files import artifact
@@ -274,7 +274,7 @@ def _refuse_large_ranks(
         expected = stacked_shapes(model, spec)
     for name in names:
         layer = model.get_submodule(name)
-        inputs = weight_of(layer).shape[0 if fan_in_fan_out(layer) else 1]
+        inputs = weight_like(layer).shape[0 if fan_in_fan_out(layer) else 1]
         key = f"{PREFIX}{name}{_A_KEYS[isinstance(layer, nn.Embedding)]}"
         expected[key] = (spec.rank_of(name), inputs)
     shapes = {key: tuple(value.shape) for key, value in values.items() if key.endswith(_A_KEYS)}

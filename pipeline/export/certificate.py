@@ -18,10 +18,9 @@ from pipeline.data.tokenizers.template_process import Rendered
 from pipeline.data.tokenizers.word import Tokenizer
 from pipeline.errors import UserError
 from pipeline.inference.engine import LoadedModel
-from pipeline.inference.score import Difference, difference_of
+from pipeline.inference.score import Difference, builtin_prompts, difference_of
 from pipeline.models.base import compute_in_fp32, packed_hidden_states
 from pipeline.models.generate import generate
-from pipeline.project.new_project import DEFAULTS
 from pipeline.project.runner import Event, Progress
 
 # of all prompts: the reference's logits stay in memory, 0.6 GiB with Gemma's vocabulary
@@ -97,12 +96,6 @@ class Reference(NamedTuple):
     texts: list[str]
     chat: tuple[Turns, Rendered] | None  # turns and their rendering; None without a chat template
     greedy: tuple[list[int], int, list[int]]  # a prompt's ids, the most new tokens, those generated
-
-
-def builtin_prompts() -> list[str]:
-    """Everyday English: single sentences, and a longer text, for later positions."""
-    lines = (DEFAULTS / "data/heldout.en.txt").read_text(encoding="utf-8").splitlines()
-    return [*lines[:16], " ".join(lines[16:])]
 
 
 def compare(

@@ -30,6 +30,7 @@ from pipeline.models.device import device_for
 from pipeline.project.params.sections import Quantization
 
 Folders = Mapping[str, tuple[Path, Path | None]]  # name → base and adapter
+Prepare = Callable[[LoadedModel], None]
 
 
 def view(model: CausalLM) -> CausalLM:
@@ -118,14 +119,19 @@ class Resident:
 class ModelPool:
     """Models by name: at most `most`, on at most `most_bases` bases.
 
-    A base stays loaded while any of them uses it.
+    A base stays loaded while any of them uses it. `prepare` changes it before its first use, unless
+    its adapters were trained on a quantized one.
 
     The model unused for longest makes room for another. With `parks` it also does where the device
     has no memory left, and is loaded again when it is asked for; nobody else may hold it then.
     """
 
     def __init__(
-        self, parks: bool = False, most: float = math.inf, most_bases: float = math.inf
+        self,
+        parks: bool = False,
+        most: float = math.inf,
+        most_bases: float = math.inf,
+        prepare: Prepare | None = None,
     ) -> None:
         # weak: a base's memory is freed with the last model on it; one per quantization, as they
         # are other weights
@@ -134,6 +140,7 @@ class ModelPool:
         )
         self._models = OrderedDict[str, Resident]()  # the last used at the end
         self._parks, self._most, self._most_bases = parks, most, most_bases
+        self._prepare = prepare
         self._parked: dict[str, tuple[Path, Path | None, bool]] = {}  # with base, adapter and trust
         self._in_use = Counter[str]()
         self._lock = threading.RLock()  # guards `_models` and `_in_use`
@@ -168,6 +175,8 @@ class ModelPool:
             shared = ResidentBase(
                 base, trust_remote_code, quantization, make_room=self._park_oldest
             )
+            if self._prepare and quantization == "none":
+                self._prepare(shared.loaded)
         self._bases[base.resolve(), quantization] = shared
         if adapter is None:
             model = Resident(replace(shared.loaded, name=name, base=base), shared, ())

@@ -33,6 +33,7 @@ from pipeline.inference.model_pool import ModelPool
 from pipeline.models.base import compute_in_fp32, packed_hidden_states
 from pipeline.models.device import to_device
 from pipeline.models.generate import finite
+from pipeline.project.new_project import DEFAULTS
 from pipeline.project.params.sections import Quantization
 
 # tokens whose logits are in memory at once; those of a whole evaluation are many times the model
@@ -303,6 +304,12 @@ def difference_of(logits: Iterable[tuple[Tensor, Tensor]]) -> Difference:
         same += int(p[-1].argmax() == q[-1].argmax())
     # torch's max, since Python's ignores NaN
     return Difference(float(torch.stack(largest).max()), float(torch.cat(divergences).mean()), same)
+
+
+def builtin_prompts() -> list[str]:
+    """Everyday English: single sentences, and a longer text, for later positions."""
+    lines = (DEFAULTS / "data/heldout.en.txt").read_text(encoding="utf-8").splitlines()
+    return [*lines[:16], " ".join(lines[16:])]
 
 
 class Quality(NamedTuple):

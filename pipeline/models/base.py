@@ -361,8 +361,22 @@ class LowBitLinear(nn.Module):
     """A linear whose weight is stored in 4 or 8 bits: what adapters know of quantization."""
 
     bias: nn.Parameter | None
+    dtype: torch.dtype  # of the rest of the model
     out_features: int
     in_features: int
+    q8_0: tuple[Tensor, Tensor] | None = None  # codes and scales, if native.c multiplies by them
+
+    @property
+    def weight(self) -> Tensor:
+        """(O, I), dequantized, in the precision of the rest of the model."""
+        return self.weight_in(self.dtype)
+
+    @property
+    def weight_like(self) -> Tensor:
+        """A tensor of the weight's shape, dtype and device without its numbers, or memory."""
+        stored = next(chain(self.buffers(), self.parameters()))
+        scalar = torch.empty((), dtype=self.dtype, device=stored.device)
+        return scalar.expand(self.out_features, self.in_features)
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
         """(O, I), dequantized in `dtype`."""

@@ -17,6 +17,8 @@ from pipeline.calc.settings import NF4_BLOCK, NF4_BLOCK_2
 from pipeline.errors import UserError, install_command
 from pipeline.models import nf4
 from pipeline.models.base import CausalLM, LowBitLinear, is_conv1d, is_linear
+from pipeline.models.kernels import native
+from pipeline.models.kernels.native import LANES, Q8_BLOCK
 
 Quantization = Literal["int8", "nf4", "nf4-dq"]  # the calculator's names
 DOUBLE = "nf4-dq"
@@ -40,11 +42,6 @@ class QuantizedLinear(LowBitLinear):
         self.out_features, self.in_features = weight.shape
         for name, tensor in quantize_weight(weight.to(device), kind).items():
             self.register_buffer(name, tensor.to(weight.device), persistent=False)
-
-    @property
-    def weight(self) -> Tensor:
-        """(O, I), dequantized, in the precision of the rest of the model."""
-        return self.weight_in(self.dtype)
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
         shape = self.out_features, self.in_features
@@ -86,6 +83,51 @@ class QuantizedLinear(LowBitLinear):
         )
         out: Tensor = library.matmul_4bit(x, tensors["codes"], state, bias=self.bias)
         return out
+
+
+class Q8Linear(LowBitLinear):
+    """y = Wx + b for inference on a CPU, W (O, I) in llama.cpp's q8_0: int8, a scale for 32 weights.
+
+    native.c multiplies the codes by x in 16 bits, with a scale for 32 of its numbers too; their
+    sums are exact. Where it does not run, all of W is dequantized for each use.
+    """
+
+    codes: Tensor  # (O / 16, I / 4, 16, 4) uint8, each 128 higher
+    scales: Tensor  # (O / 16, I / 32, 16)
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.out_features, self.in_features = linear.weight.shape
+        self.bias, self.dtype = linear.bias, torch.bfloat16
+        blocks = (
+            linear.weight.detach().float().view(-1, LANES, self.in_features // Q8_BLOCK, Q8_BLOCK)
+        )
+        scales = (blocks.abs().amax(-1) / 127).half().float()  # as llama.cpp keeps them
+        codes = (blocks / scales.clamp_min(2**-24)[..., None]).round_().clamp_(-127, 127) + 128
+        by_fours = codes.to(torch.uint8).view(len(codes), LANES, -1, 4)
+        self.register_buffer("codes", by_fours.transpose(1, 2).contiguous(), persistent=False)
+        self.register_buffer("scales", scales.mT.contiguous(), persistent=False)
+
+    @property
+    def q8_0(self) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return self.codes, self.scales
+
+    @staticmethod
+    def takes(linear: nn.Module) -> bool:
+        """Whether it is a plain linear whose sizes are multiples of 16 outputs and 32 inputs."""
+        if type(linear) is not nn.Linear:
+            return False
+        return not (linear.out_features % LANES or linear.in_features % Q8_BLOCK)
+
+    def weight_in(self, dtype: torch.dtype) -> Tensor:
+        codes = self.codes.transpose(1, 2).float() - 128  # (O / 16, 16, I / 4, 4)
+        blocks = codes.reshape(len(codes), LANES, -1, Q8_BLOCK) * self.scales.mT[..., None]
+        return blocks.view(self.out_features, self.in_features).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not native.supports(x, lanes=Q8_BLOCK) or not x.numel():
+            return F.linear(x, self.weight_in(x.dtype), self.bias)
+        return native.linear_forward(x, self.out_features, self.bias, None, *self.q8_0)
 
 
 class _QuantizedProduct(torch.autograd.Function):

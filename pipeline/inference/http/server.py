@@ -21,7 +21,7 @@ from pipeline.inference.http.app import Api
 from pipeline.inference.http.guard import Guard
 from pipeline.inference.http.metrics import Metrics
 from pipeline.inference.http.models import ServedModels, Sources
-from pipeline.inference.model_pool import ModelPool
+from pipeline.inference.model_pool import ModelPool, Prepare
 
 # From so many connections on, a request is answered 503; beyond 1.5 times as many, a new connection
 # is closed.
@@ -155,15 +155,17 @@ class HttpServer:
         max_batch: int = 16,
         max_waiting: int = 256,
         max_tokens: int | None = None,
+        prepare: Prepare | None = None,
     ) -> None:
         """Binds the port and loads the base. Raises UserError.
 
-        `max_tokens`: of all running sequences; None: as many as fit into memory.
+        `max_tokens`: of all running sequences; None: as many as fit into memory. `prepare`: what is
+        done to a base before its first use.
         """
         access.check()
         self._socket = bind(access.host, port)
         self.port: int = self._socket.getsockname()[1]
-        pool = ModelPool(most=models.MAX_LOADED, most_bases=models.MAX_BASES)
+        pool = ModelPool(most=models.MAX_LOADED, most_bases=models.MAX_BASES, prepare=prepare)
         self.generator = BatchedGenerator(pool, max_batch, max_waiting, max_tokens or MAX_TOKENS)
         try:
             self.models = ServedModels(

@@ -21,16 +21,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.base import CausalLM, LowRankLinear, RowUpdate, tensor_version
+from pipeline.models.base import CausalLM, LowBitLinear, LowRankLinear, RowUpdate, tensor_version
 from pipeline.models.kernels import random_tensors, uses_cpu_kernels
 from pipeline.models.kernels.native import (
     COLUMNS,
     LANES,
+    SCRATCH,
     LlamaBlock,
     LlamaStep,
     LowRank,
     call,
+    linear_forward,
     native,
+    room_of,
     uses_tiles,
 )
 from pipeline.models.pages import PackedCache, PagePool, SequenceCache
@@ -43,7 +46,6 @@ NORMS = {"input_layernorm", "post_attention_layernorm"}
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 BODY = {"embed_tokens", "layers", "norm", "rotary_emb"}
 FEED_FORWARD = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-SCRATCH = 1024  # floats of a thread's tiles in native.c
 NO_WINDOW = 2**62
 RANKS = 4  # native.c computes so many at once
 # of a block's seven linears: the number of the step after that which computes its product
@@ -60,13 +62,7 @@ class NativeLinear:
         weight, bias = self.linear.weight, self.linear.bias
         if x.dtype != weight.dtype or not x.numel():
             return F.linear(x, weight, bias)
-        rows, inputs = x.numel() // x.shape[-1], x.shape[-1]
-        threads = torch.get_num_threads()
-        out = x.new_empty(*x.shape[:-1], len(weight))
-        room = x.new_empty(-(-rows // LANES) * LANES * inputs + 2 * SCRATCH * threads)
-        sizes = (rows, inputs, len(weight), threads)
-        call("linear_forward", weight, bias, x.contiguous(), out, room, *sizes)
-        return out
+        return linear_forward(x, len(weight), bias, weight)
 
 
 class PackedLinear:
@@ -161,7 +157,7 @@ class OneTokenBody:
         widths = [heads + 2 * G * K, heads, D, 2 * width, width, D]
         buffers = [x.new_empty(len(x), size) for size in widths]
         threads = torch.get_num_threads()
-        packed = x.new_empty(-(-len(x) // LANES) * LANES * max(D, heads, width))
+        packed = x.new_empty(room_of(len(x), max(D, heads, width)))
         longest = max(past.spans) + LANES
         room = x.new_empty(threads, SCRATCH + R * longest, dtype=torch.float32)
         low = room.new_empty(3, len(x), self._rank)
@@ -184,7 +180,7 @@ class OneTokenBody:
                 call("llama_steps", ctypes.addressof(step), done, stop)
                 done = stop
             # asked again: an unloaded adapter's layers would stay in memory here
-            for rows, layer, scale in _product(linear)[2]:
+            for rows, layer, scale in _product(linear)[1]:
                 if scale is None:
                     outputs[index][rows] = layer(inputs[(stop - 1) % 4][None, rows])[0]
         call("llama_steps", ctypes.addressof(step), done, 4 * self.layers + 1)
@@ -202,7 +198,7 @@ class OneTokenBody:
             block, index = divmod(number, len(STEP_AFTER))
             part = self.blocks[block].parts[index]
             part.outputs = _innermost(module).out_features
-            part.weight, part.bias, updates = _product(module)
+            (part.weight, part.bias, part.codes, part.scales), updates = _product(module)
             first = number * rows
             part.updates = ctypes.addressof(self._table[first]) if updates else None
             if any(update.scale is None for update in updates):
@@ -333,15 +329,21 @@ def linears_of(block: Any) -> list[Any]:
     return [*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
 
-def _product(module: Any) -> tuple[int | None, int | None, Sequence[RowUpdate]]:
-    """Weight and bias by which native.c computes, if it does, and what rows get beyond that."""
+def _product(module: Any) -> tuple[Sequence[int | None], Sequence[RowUpdate]]:
+    """What native.c multiplies by, weight, bias, codes and scales, and what rows get beyond that."""
     is_adapted = isinstance(module, LowRankLinear)
-    linear: Any = module.base if is_adapted else module
+    base: Any = module.base if is_adapted else module
     updates = module.row_updates() if is_adapted else []
-    if updates is None or not (_is_bf16_linear(linear) and linear.weight.is_contiguous()):
-        return None, None, [RowUpdate(slice(None), module, None)]
-    bias = None if linear.bias is None else linear.bias.data_ptr()
-    return linear.weight.data_ptr(), bias, updates
+    tensors: tuple[Tensor | None, ...] = ()
+    if isinstance(base, LowBitLinear) and base.q8_0:
+        tensors = (None, base.bias, *base.q8_0)
+    elif _is_bf16_linear(base) and base.weight.is_contiguous():
+        tensors = (base.weight, base.bias, None, None)
+    else:
+        updates = None
+    if updates is None:
+        return [None] * 4, [RowUpdate(slice(None), module, None)]
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors], updates
 
 
 def _packed_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

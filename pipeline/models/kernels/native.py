@@ -32,6 +32,8 @@ SOURCE = Path(__file__).with_name("native.c")
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-strict-aliasing"]
 LANES = 16  # sizes of rows must be multiples of it
 COLUMNS = 32  # of a panel of a product's right side
+SCRATCH = 1024  # floats of a thread's tiles
+Q8_BLOCK = 32  # weights of one scale in llama.cpp's q8_0
 PATIENCE = 60  # seconds for the compiler
 _P, _L, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 
@@ -69,7 +71,10 @@ class LowRank(ctypes.Structure):
 class Part(ctypes.Structure):
     """`Part` of native.c."""
 
-    _fields_ = [("weight", _P), ("bias", _P), ("outputs", _L), ("updates", _P)]
+    _fields_ = [
+        *(("weight", _P), ("bias", _P), ("outputs", _L)),
+        *(("updates", _P), ("codes", _P), ("scales", _P)),
+    ]
 
 
 class LlamaBlock(ctypes.Structure):
@@ -109,7 +114,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "low_rank_forward": [_P] * 5,
     "low_rank_backward": [_P] * 7,
     "use_tiles": [ctypes.c_int],
-    "linear_forward": [_P] * 5 + [_L] * 4,
+    "linear_forward": [_P] * 7 + [_L] * 4,
     "llama_steps": [_P, _L, _L],
 }
 
@@ -140,6 +145,29 @@ def call(function: str, *arguments: Any) -> Any:
     """Call a function of the library, with the addresses of tensors."""
     values = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
     return getattr(native(), function)(*values)
+
+
+def linear_forward(
+    x: Tensor, outputs: int, bias: Tensor | None, weight: Tensor | None, *q8: Tensor | None
+) -> Tensor:
+    """Wx + b in bf16 (..., O). A row's bits do not depend on the other rows.
+
+    W is `weight`, or in its place the codes and scales of a `Q8Linear`.
+    """
+    rows, inputs = x.numel() // x.shape[-1], x.shape[-1]
+    threads = torch.get_num_threads()
+    out = x.new_empty(*x.shape[:-1], outputs)
+    scratch = 2 * SCRATCH + LANES * inputs  # of a thread
+    room = x.new_empty(threads * scratch + room_of(rows, inputs))
+    sizes = (rows, inputs, outputs, threads)
+    call("linear_forward", weight, bias, *(q8 or (None, None)), x.contiguous(), out, room, *sizes)
+    return out
+
+
+def room_of(rows: int, inputs: int) -> int:
+    """Numbers in bf16 for a product's x (rows, inputs): as `pack` and as `q8_split` store it."""
+    packed = -(-rows // LANES) * LANES * inputs
+    return packed + rows * inputs + rows * inputs // Q8_BLOCK * 4
 
 
 def supports(*tensors: Tensor, lanes: int = LANES, dtype: torch.dtype = torch.bfloat16) -> bool:

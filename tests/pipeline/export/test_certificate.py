@@ -17,10 +17,10 @@ from pipeline.adapters.config import AdapterSpec
 from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.data.tokenizers.word import Tokenizer, load_tokenizer
 from pipeline.errors import UserError
-from pipeline.export.certificate import Candidate, builtin_prompts, compare, describe
+from pipeline.export.certificate import Candidate, compare, describe
 from pipeline.export.llama_cpp import LlamaCpp, candidate, certify, quantize
 from pipeline.inference.engine import LoadedModel, load
-from pipeline.inference.score import difference
+from pipeline.inference.score import builtin_prompts, difference
 from pipeline.project.runner import Event
 from tests.helpers.bases import toy_checkpoint, toy_model
 from tests.helpers.checkpoints import adapter
