@@ -27,15 +27,15 @@ from pipeline.inference.requests import FieldError
 from pipeline.models.base import CausalLM
 from pipeline.models.device import available_memory, release_workers
 from pipeline.models.generate import (
-    COLDEST,
     GREEDY,
-    Likeliest,
+    Draw,
+    NextToken,
     Sampling,
     bytes_per_token,
     draw,
     finite,
     finite_id,
-    likeliest,
+    next_tokens,
 )
 from pipeline.models.kernels.decode import fast_decoding
 from pipeline.models.pages import PAGE, Prefix, SequenceCache
@@ -147,11 +147,13 @@ class Running:
         return int(self.cache.length if self.batched else self.cache.get_seq_length())
 
     @property
-    def takes_likeliest(self) -> bool:
-        """Whether its next token is the likeliest, and nothing is asked of the others."""
-        generation = self.ticket.generation
-        plain = self.matcher is None and not generation.top_logprobs
-        return plain and generation.sampling.temperature < COLDEST
+    def is_plain(self) -> bool:
+        """Whether any token may be next, and nothing is asked of the others."""
+        return self.matcher is None and not self.ticket.generation.top_logprobs
+
+    @property
+    def draw(self) -> Draw:
+        return self.ticket.generation.sampling, self.generator
 
     def remember(self) -> None:
         """Let later requests take over what this one has read."""
@@ -438,10 +440,10 @@ class BatchedGenerator:
             if choice is not None:
                 self._sample(run, choice)
 
-    def _sample(self, run: Running, choice: Likeliest | Tensor) -> None:
+    def _sample(self, run: Running, choice: NextToken | Tensor) -> None:
         """Hand on the next token, and end the request if it was the last."""
         try:
-            if isinstance(choice, Likeliest):
+            if isinstance(choice, NextToken):
                 token = GeneratedToken(finite_id(choice.id), choice.logprob, ())
             else:
                 token = _draw_token(run, choice)
@@ -477,22 +479,25 @@ class BatchedGenerator:
 
 def _choices(
     runs: Sequence[Running], counts: Sequence[int], logits: Tensor
-) -> list[Likeliest | Tensor | None]:
+) -> list[NextToken | Tensor | None]:
     """What decides each request's next token, of logits (N, V); None where some are left to read.
 
-    The likeliest token; or where that is not enough the logits (V,) on the CPU, as a seed then
-    draws the same token everywhere. The device is read once.
+    The token itself; or where that is not enough the logits (V,) on the CPU. The device is read
+    once.
     """
-    if not all(run.takes_likeliest for run in runs):
+    ready = [n for n, run in enumerate(runs) if len(run.unread) <= counts[n]]
+    choices: list[NextToken | Tensor | None] = [None] * len(runs)
+    if not all(runs[n].is_plain for n in ready):
         logits = logits.float().cpu()
-    choices: list[Likeliest | Tensor | None] = [*logits]
-    if any(run.takes_likeliest for run in runs):
-        for n, found in enumerate(likeliest(logits)):
-            if runs[n].takes_likeliest:
-                choices[n] = found
-    for n, (run, count) in enumerate(zip(runs, counts, strict=True)):
-        if len(run.unread) > count:
-            choices[n] = None
+    plain = [n for n in ready if runs[n].is_plain]
+    if plain:
+        rows = logits if len(plain) == len(logits) else logits[plain]
+        found = next_tokens(rows, [runs[n].draw for n in plain])
+        for n, token in zip(plain, found, strict=True):
+            choices[n] = token
+    for n in ready:
+        if not runs[n].is_plain:
+            choices[n] = logits[n]
     return choices
 
 
@@ -502,7 +507,7 @@ def _draw_token(run: Running, logits: Tensor) -> GeneratedToken:
     allowed = finite(logits)
     if run.matcher:
         allowed = run.matcher.mask(allowed)
-    id_ = draw(allowed, generation.sampling, run.generator)
+    id_ = int(draw(allowed[None], [run.draw]))
     logprobs = logits.log_softmax(0)
     top = logprobs.topk(min(generation.top_logprobs, len(logprobs)))
     pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)

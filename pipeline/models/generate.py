@@ -44,6 +44,7 @@ class Sampling:
             raise UserError(f"seed must be a whole number from 0 to 2^63 - 1, got {self.seed}.")
 
 
+Draw = tuple[Sampling, torch.Generator]  # the generator is on the CPU
 GREEDY = Sampling()
 # ids of two sequences, whose last tokens are read one at a time
 PROBES = ((1, 2, 3, 4, 5), (2, 3, 4))
@@ -120,14 +121,8 @@ def stream(
         read = _reader(model)
         for _ in range(min(limit, model.max_length - len(prompt))):
             logits = read(new)  # (V,)
-            if sampling.temperature < COLDEST:
-                ((token, logprob),) = likeliest(logits[None])
-                sampled = SampledToken(finite_id(token), math.exp(logprob))
-            else:
-                # on the CPU, where a seed draws the same token whatever the device
-                logits = finite(logits.float().cpu())
-                token = draw(logits, sampling, generator)
-                sampled = SampledToken(token, float(logits.softmax(0)[token]))
+            ((token, logprob),) = next_tokens(logits[None], [(sampling, generator)])
+            sampled = SampledToken(finite_id(token), math.exp(logprob))
             yield sampled
             if sampled.id in ends:
                 return
@@ -181,11 +176,11 @@ def _generate_group(
     # a page for each sequence
     pool = PagePool(max(capacities, default=0))
     caches = [SequenceCache(pool, capacity) for capacity in capacities]
-    likely = dict[int, Likeliest]()
+    likely = dict[int, NextToken]()
     for n, prompt in enumerate(prompts):
         # prompts one after the other: together they may be longer than any batch of the training
         if rooms[n] > 0:
-            (likely[n],) = likeliest(read_side_by_side(model, [caches[n]], [prompt]))
+            (likely[n],) = next_tokens(read_side_by_side(model, [caches[n]], [prompt]))
     while likely:
         running = dict[int, int]()
         for n, row in likely.items():
@@ -198,7 +193,7 @@ def _generate_group(
         if not running:
             break
         tokens = [[token] for token in running.values()]
-        rows = likeliest(read_side_by_side(model, [caches[n] for n in running], tokens))
+        rows = next_tokens(read_side_by_side(model, [caches[n] for n in running], tokens))
         likely = dict(zip(running, rows, strict=True))
     return answers
 
@@ -279,27 +274,33 @@ def bytes_per_token(model: CausalLM) -> int:
     return sizes[1] - sizes[0]
 
 
-class Likeliest(NamedTuple):
-    """The likeliest token of a row of logits, -1 if they are not finite; its log-probability."""
+class NextToken(NamedTuple):
+    """The next token of a row of logits, -1 if they are not finite.
+
+    Its log-probability is that before temperature and cuts.
+    """
 
     id: int
     logprob: float
 
 
-def likeliest(logits: Tensor) -> list[Likeliest]:
-    """Of each row (N, V). They are found on the device, and read once."""
+def next_tokens(logits: Tensor, draws: Sequence[Draw] = ()) -> list[NextToken]:
+    """Of each row (N, V), drawn; without `draws` the likeliest.
+
+    They are found on the device, and read once.
+    """
     logits = logits.float()
     least, most = logits.aminmax(dim=-1)  # a fifth of the time of isfinite on all of them
     is_finite = least.isfinite() & most.isfinite()
-    # argmax finds a token among NaNs too
-    ids = torch.where(is_finite, logits.argmax(-1), -1)
+    ids = draw(logits, draws)  # a token among NaNs too
+    logprobs = logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(-1)
     # in fp32, which holds every id below 2^24: not every device has fp64
-    table = torch.stack([ids.float(), most - logits.logsumexp(-1)]).cpu()
-    return [Likeliest(int(id_), logprob) for id_, logprob in table.T.tolist()]
+    table = torch.stack([torch.where(is_finite, ids, -1).float(), logprobs]).cpu()
+    return [NextToken(int(id_), logprob) for id_, logprob in table.T.tolist()]
 
 
 def finite_id(id_: int) -> int:
-    """Returns the id of a `Likeliest`. Raises UserError for that of logits that are not finite."""
+    """Returns the id of a `NextToken`. Raises UserError for that of logits that are not finite."""
     if id_ < 0:
         raise UserError(NOT_FINITE)
     return id_
@@ -313,12 +314,50 @@ def finite(numbers: Tensor) -> Tensor:
     return numbers
 
 
-def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One token id from logits (V,)."""
-    if sampling.temperature < COLDEST:
-        return int(logits.argmax())
-    probabilities = distribution(logits, sampling)
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+def draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Ids (N,) of rows of logits (N, V), on their device.
+
+    One number of a row's generator decides: it is where the sum of probabilities, in the order of
+    ids, exceeds it. So a seed draws the same token everywhere, but for rounding.
+    """
+    ids = logits.argmax(-1)
+    warm = [n for n, (sampling, _) in enumerate(draws) if sampling.temperature >= COLDEST]
+    if not warm:
+        return ids
+    samplings = [draws[n][0] for n in warm]
+    numbers = torch.cat([torch.rand(1, generator=draws[n][1]) for n in warm])
+    sums = distributions(logits[warm], samplings).cumsum(1)
+    found = torch.searchsorted(
+        sums, to_device(numbers, logits.device)[:, None] * sums[:, -1:], right=True
+    )
+    ids[warm] = found[:, 0].clamp_max(logits.shape[1] - 1)  # of NaNs
+    return ids
+
+
+def distributions(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """`distribution` of each row (N, V).
+
+    An accelerator sorts whole vocabularies: to ask it how many candidates there are takes longer.
+    """
+    if logits.device.type == "cpu":
+        pairs = zip(logits, samplings, strict=True)
+        return torch.stack([distribution(row, sampling) for row, sampling in pairs])
+    return _sorted_distributions(logits, samplings)
+
+
+def _sorted_distributions(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    V = logits.shape[1]
+    rows = [(each.temperature, each.top_k or V, each.top_p) for each in samplings]
+    temperature, k, p = to_device(torch.tensor(rows), logits.device).T[..., None]  # (N, 1) each
+    logits = logits / temperature
+    if not any(each.top_k or each.top_p < 1 for each in samplings):
+        return logits.softmax(1)
+    ordered, order = logits.sort(dim=1, descending=True, stable=True)
+    ranks = torch.arange(V, device=logits.device)
+    cut = ordered.masked_fill(ranks >= k, -torch.inf).softmax(1)
+    before = cut.cumsum(1) - cut  # mass of the likelier tokens
+    cut = cut.masked_fill((before >= p) & (ranks > 0), 0)
+    return torch.zeros_like(logits).scatter(1, order, cut / cut.sum(1, keepdim=True))
 
 
 def distribution(logits: Tensor, sampling: Sampling) -> Tensor:

@@ -146,7 +146,7 @@ def drawn(matcher: Matcher, tokenizer: Any, rows: int, seed: int, haste: float) 
     for _ in range(600):
         logits = torch.randn(rows, generator=generator)
         logits[sorted(tokenizer.end_ids)] += haste
-        id_ = draw(matcher.mask(logits), Sampling(1.0), generator)
+        id_ = int(draw(matcher.mask(logits)[None], [(Sampling(1.0), generator)]))
         if id_ in tokenizer.end_ids:
             return text
         text += str(decode_next(id_))

@@ -18,8 +18,9 @@ from transformers.generation.logits_process import (
 
 from pipeline.data.tokenizers.word import WordTokenizer
 from pipeline.errors import UserError
+from pipeline.models import generate as generate_module
 from pipeline.models.base import set_row_count
-from pipeline.models.generate import Sampling, distribution, generate
+from pipeline.models.generate import Draw, Sampling, distribution, draw, generate, next_tokens
 from pipeline.models.load import Base, count, load_base, save_base
 from pipeline.models.minigpt import KVCache, MiniGPT, MiniGPTConfig
 from pipeline.models.save import load_tensors
@@ -130,6 +131,58 @@ def test_sampling_has_the_distribution_of_transformers(
         atol=1e-5,
         rtol=1e-4,
     )
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(0.2, 3), st.integers(0, 80), st.floats(0.05, 1)), min_size=1, max_size=4
+    ),
+    st.integers(0, 10**6),
+)
+def test_rows_sorted_on_an_accelerator_have_the_same_distributions(
+    settings: list[tuple[float, int, float]], seed: int
+) -> None:
+    logits = torch.randn(len(settings), 74, generator=torch.Generator().manual_seed(seed)) * 3
+    samplings = [Sampling(*each) for each in settings]
+    torch.testing.assert_close(
+        generate_module._sorted_distributions(logits, samplings),
+        torch.stack([*map(distribution, logits, samplings)]),
+        atol=1e-6,
+        rtol=1e-4,
+    )
+
+
+def test_one_number_of_its_generator_draws_a_rows_token() -> None:
+    logits = torch.randn(5, 74, generator=torch.Generator().manual_seed(1)) * 3
+    samplings = [
+        *(Sampling(0.8, seed=1), Sampling(1.0, 5, 0.9, 2), Sampling()),
+        *(Sampling(2.0, seed=4), Sampling(1.0, top_p=0.5, seed=5)),
+    ]
+
+    def draws(seed: int) -> list[Draw]:
+        return [(each, torch.Generator().manual_seed(seed + each.seed)) for each in samplings]
+
+    for seed in range(200):
+        found = draw(logits, draws(seed)).tolist()
+        for n, (row, sampling, id_) in enumerate(zip(logits, samplings, found, strict=True)):
+            assert draw(row[None], [draws(seed)[n]]).tolist() == [id_], "others change nothing"
+            if sampling.temperature == 0:
+                assert id_ == int(row.argmax())
+                continue
+            probabilities = distribution(row, sampling).double()
+            number = float(torch.rand(1, generator=draws(seed)[n][1]))
+            before = float(probabilities[:id_].sum())
+            assert probabilities[id_] > 0
+            assert before - 1e-6 <= number <= before + float(probabilities[id_]) + 1e-6
+
+
+def test_rows_that_are_not_finite_have_no_next_token() -> None:
+    logits = torch.randn(4, 74)
+    logits[1, 5], logits[2], logits[3, 0] = torch.nan, torch.nan, torch.inf
+    for sampling in (Sampling(), Sampling(1.0), Sampling(1.0, 5), Sampling(1.0, 0, 0.9)):
+        draws = [(sampling, torch.Generator()) for _ in logits]
+        found = [token.id for token in next_tokens(logits, draws)]
+        assert found[0] >= 0 and found[1:] == [-1] * 3
 
 
 @pytest.mark.slow
