@@ -347,10 +347,10 @@ def distributions(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
 
 def _sorted_distributions(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     V = logits.shape[1]
-    rows = [(each.temperature, each.top_k or V, each.top_p) for each in samplings]
+    rows = [(sampling.temperature, sampling.top_k or V, sampling.top_p) for sampling in samplings]
     temperature, k, p = to_device(torch.tensor(rows), logits.device).T[..., None]  # (N, 1) each
     logits = logits / temperature
-    if not any(each.top_k or each.top_p < 1 for each in samplings):
+    if not any(sampling.top_k or sampling.top_p < 1 for sampling in samplings):
         return logits.softmax(1)
     ordered, order = logits.sort(dim=1, descending=True, stable=True)
     ranks = torch.arange(V, device=logits.device)
