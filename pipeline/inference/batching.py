@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -485,19 +486,20 @@ def _choices(
     The token itself; or where that is not enough the logits (V,) on the CPU. The device is read
     once.
     """
-    ready = [n for n, run in enumerate(runs) if len(run.unread) <= counts[n]]
-    choices: list[NextToken | Tensor | None] = [None] * len(runs)
-    if not all(runs[n].is_plain for n in ready):
+    ready = [len(run.unread) <= count for run, count in zip(runs, counts, strict=True)]
+    if not all(run.is_plain for run in compress(runs, ready)):
         logits = logits.float().cpu()
-    plain = [n for n in ready if runs[n].is_plain]
-    if plain:
-        rows = logits if len(plain) == len(logits) else logits[plain]
-        found = next_tokens(rows, [runs[n].draw for n in plain])
-        for n, token in zip(plain, found, strict=True):
+    choices: list[NextToken | Tensor | None] = [*logits]
+    # a number is taken from a generator only for a token that is used
+    draws = [
+        run.draw if run.is_plain and is_ready else (GREEDY, run.generator)
+        for run, is_ready in zip(runs, ready, strict=True)
+    ]
+    for n, token in enumerate(next_tokens(logits, draws)):
+        if not ready[n]:
+            choices[n] = None
+        elif runs[n].is_plain:
             choices[n] = token
-    for n in ready:
-        if not runs[n].is_plain:
-            choices[n] = logits[n]
     return choices
 
 

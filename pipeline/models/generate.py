@@ -326,12 +326,11 @@ def draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
         return ids
     samplings = [draws[n][0] for n in warm]
     numbers = torch.cat([torch.rand(1, generator=draws[n][1]) for n in warm])
-    sums = distributions(logits[warm], samplings).cumsum(1)
-    found = torch.searchsorted(
-        sums, to_device(numbers, logits.device)[:, None] * sums[:, -1:], right=True
-    )
-    ids[warm] = found[:, 0].clamp_max(logits.shape[1] - 1)  # of NaNs
-    return ids
+    rows = to_device(torch.tensor(warm), logits.device)
+    sums = distributions(logits[rows], samplings).cumsum(1)
+    sought = to_device(numbers, logits.device)[:, None] * sums[:, -1:]
+    found = torch.searchsorted(sums, sought, right=True)[:, 0]
+    return ids.index_copy(0, rows, found.clamp_max(logits.shape[1] - 1))  # of NaNs
 
 
 def distributions(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
