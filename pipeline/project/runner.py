@@ -170,9 +170,9 @@ def _make(
     project: Project, stage: Stage, work: Work, force: bool, checkpoint_every: int | None
 ) -> Generator[Event, None, None]:
     """Put the artifact in place, from the cache or by running the work."""
-    target, folder = project.artifact(stage.name), project.run_folder(stage.name)
     from concurrent.futures import ThreadPoolExecutor  # 10 ms, which the calculator does not need
 
+    target, folder = project.artifact(stage.name), project.run_folder(stage.name)
     cache = Cache(project.cache)
     with ThreadPoolExecutor(1) as pool:
         if stage.trains and (force or _is_new(cache, project, stage)):

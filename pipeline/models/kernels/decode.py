@@ -238,6 +238,8 @@ class BodyOutput(NamedTuple):
 
 
 _packed: WeakKeyDictionary[nn.Module, PackedLinear] = WeakKeyDictionary()
+# what _is_llama_norm found, by class, shape and eps: a model has dozens alike
+_norms = dict[tuple[Any, ...], bool]()
 # whether a model's body passed _check_agreement
 _agrees: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
@@ -368,8 +370,12 @@ def _is_llama_norm(norm: nn.Module) -> bool:
         return False
     if not _is_bf16_on_cpu(weight):
         return False
-    probe = random_tensors((16, *weight.shape))[0].to(weight)
-    return torch.equal(F.rms_norm(probe, weight.shape, None, eps) * weight, norm(probe))
+    kind = type(norm), weight.shape, eps
+    if "forward" in norm.__dict__ or kind not in _norms:
+        probe = random_tensors((16, *weight.shape))[0].to(weight)
+        found = F.rms_norm(probe, weight.shape, None, eps) * weight
+        _norms[kind] = torch.equal(found, norm(probe))
+    return _norms[kind]
 
 
 def has_llama_parts(block: Any) -> bool:
