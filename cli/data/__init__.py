@@ -34,6 +34,7 @@ app.add_typer(data, name="data")
 
 DEFAULT_BASES = (Path("artifacts/expanded"), Path("artifacts/base"))
 SHOWN, COUNTED = 3, 1000  # examples that `show` prints, and counts
+MOST = 1_000_000_000  # of what an option counts
 FILE_HELP = (
     "Data file: .txt, .jsonl, .json, .csv, .tsv, .parquet, .arrow; a saved folder, or a hub id."
 )
@@ -75,7 +76,9 @@ def check(
     columns: ColumnsOption = None,
     no_template: PlainOption = False,
     max_length: MaxLengthOption = 0,
-    limit: Annotated[int, Option(min=0, help="Number of errors, and of warnings, to print.")] = 20,
+    limit: Annotated[
+        int, Option(min=0, max=MOST, help="Number of errors, and of warnings, to print.")
+    ] = 20,
     as_json: JsonOption = False,
 ) -> None:
     """Check every row: errors, duplicates, lengths, tokens trained on.
@@ -142,7 +145,8 @@ def show(
     no_template: PlainOption = False,
     max_length: MaxLengthOption = 0,
     limit: Annotated[
-        int | None, Option(min=0, help="Number of examples to print; default: 3, with --json all.")
+        int | None,
+        Option(min=0, max=MOST, help="Number of examples to print; default: 3, with --json all."),
     ] = None,
     as_json: Annotated[
         bool,
