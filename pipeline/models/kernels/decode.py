@@ -371,11 +371,14 @@ def _is_llama_norm(norm: nn.Module) -> bool:
     if not _is_bf16_on_cpu(weight):
         return False
     kind = type(norm), weight.shape, eps
-    if "forward" in norm.__dict__ or kind not in _norms:
-        probe = random_tensors((16, *weight.shape))[0].to(weight)
-        found = F.rms_norm(probe, weight.shape, None, eps) * weight
-        _norms[kind] = torch.equal(found, norm(probe))
-    return _norms[kind]
+    has_own_forward = "forward" in norm.__dict__
+    if kind in _norms and not has_own_forward:
+        return _norms[kind]
+    probe = random_tensors((16, *weight.shape))[0].to(weight)
+    found = torch.equal(F.rms_norm(probe, weight.shape, None, eps) * weight, norm(probe))
+    if not has_own_forward:
+        _norms[kind] = found
+    return found
 
 
 def has_llama_parts(block: Any) -> bool:

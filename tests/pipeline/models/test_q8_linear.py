@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from pipeline.models.kernels import native
 from pipeline.models.kernels.decode import fast_decoding, reads_pages
 from pipeline.models.quantized_linear import Q8Linear, quantizable
 from pipeline.models.transformers_model import TransformersModel
@@ -169,12 +168,3 @@ def test_a_sequence_gets_the_bits_beside_others_that_it_gets_alone() -> None:
                 assert (alone - exactly).norm() < 0.03 * exactly.norm()
     finally:
         torch.set_num_threads(before)
-
-
-@needs_native
-def test_the_library_says_how_much_room_a_product_takes() -> None:
-    """Its buffer may have no number less than `q8_rows` and `pack` write."""
-    for rows, inputs in ((1, 32), (17, 64), (40, 1536)):
-        packed = 2 * inputs * (-(-rows // 16) * 16)
-        split = rows * inputs * 2 + rows * inputs // 32 * 8
-        assert 2 * native.room_of(rows, inputs) == packed + split
