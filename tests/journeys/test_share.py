@@ -6,10 +6,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.request import Request, urlopen
 
 import pytest
-from moto.server import ThreadedMotoServer
 
 from docs.tour import run
 from pipeline.project.new_project import create
@@ -17,11 +15,11 @@ from pipeline.stages.registry import GRAPH
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.json_files import write_jsonl
 from tests.helpers.projects import ROOT, dvc, folder_bytes, lora, save, shorten
+from tests.helpers.s3 import USER, serving_s3
 
 pytestmark = pytest.mark.slow
 PAGE = (ROOT / "docs/how-to/share.md").read_text(encoding="utf-8")
 ADAPTER = "artifacts/lora_adapter"
-BUCKET = "team"
 
 
 def commands(heading: str) -> str:
@@ -44,23 +42,15 @@ def somebody(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(f"GIT_{role}_NAME", "t")
         monkeypatch.setenv(f"GIT_{role}_EMAIL", "t@example.org")
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "t")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "t")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name, value in USER.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
-    """The address of a server of S3, with an empty bucket."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    address = f"http://{host}:{port}"
-    urlopen(Request(f"{address}/{BUCKET}", method="PUT")).close()
-    yield address
-    server.stop()
+    with serving_s3() as address:
+        yield address
 
 
 @pytest.fixture(scope="module")

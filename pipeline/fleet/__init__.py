@@ -1,0 +1,1 @@
+"""Runs on other machines: units of work, and the exchange of their results."""
