@@ -2,12 +2,14 @@
 store is a folder or S3.
 """
 
+import hashlib
 import json
 import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ from typing import Any
 
 import pytest
 from dvc.fs import known_implementations
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
@@ -338,23 +340,48 @@ def test_a_name_is_inside_its_folder_or_rejected(name: str) -> None:
         assert name.isprintable() and "\\" not in name
 
 
-@given(name=NAMES)
+@given(NAMES)
+@example("../a")
+@example("a/../../../a")
 def test_a_hostile_manifest_writes_nothing_outside(
-    name: str, tmp_path_factory: pytest.TempPathFactory
+    tmp_path_factory: pytest.TempPathFactory, name: str
 ) -> None:
+    """The remote has what its manifest names, wherever that leads."""
     root = tmp_path_factory.mktemp("hostile")
-    opened = Store.open(repository(root / "project", remote("team", url="../../team")), "team")
-    opened.push(cache_with(root, FILES), STAGE, KEY)
+    hostile = Store.open(repository(root / "project", remote("team", url="../../team")), "team")
+    there = Cache(root / "there")
+    (there.root / STAGE).mkdir(parents=True)
+    manifest = {"files": {name: hashlib.sha256(b"x").hexdigest()}, "sizes": {name: 1}}
+    entry = Path(hostile.root, module.CACHE, STAGE, KEY)
+    folder = entry / artifact.sealed_digest(manifest)
+    folder.mkdir(parents=True)
+    (entry / "manifest.json").write_text(json.dumps(manifest))
+    with suppress(OSError, ValueError):
+        path = Path(os.path.normpath(f"{folder}/{name}"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
 
-    def rename(manifest: dict[str, Any]) -> None:
-        for part in ("files", "sizes"):
-            manifest[part][name] = manifest[part].pop("empty")
-
-    edit_manifest(opened, rename)
     before = folder_bytes(root)
-    with pytest.raises(Damaged):
-        opened.pull(Cache(root / "there"), STAGE, KEY)
-    assert folder_bytes(root) == before
+    with pytest.MonkeyPatch.context() as any_size:
+        any_size.setattr(Store, "_refuse_other_sizes", lambda *_: None)
+        try:
+            assert hostile.pull(there, STAGE, KEY)
+        except Damaged:
+            assert result(there) == {}
+        else:
+            assert result(there).pop(name) == b"x"
+    inside = {str(path.relative_to(root)) for path in (there.root / STAGE / KEY).rglob("*")}
+    outside = {name: content for name, content in folder_bytes(root).items() if name not in inside}
+    assert outside == {**before, "there/.lock": b""} or outside == before
+
+
+def test_keys_are_names_that_a_terminal_can_show(folder_store: Store, tmp_path: Path) -> None:
+    folder_store.push(cache_with(tmp_path, FILES), STAGE, KEY)
+    for key in ("\x1b[2J", "a\nb"):
+        folder = Path(folder_store.root, module.CACHE, STAGE, key)
+        folder.mkdir()
+        (folder / "manifest.json").write_text("{}")
+    assert folder_store.keys(STAGE) == [KEY]
 
 
 @pytest.mark.parametrize("name", ["../a", "/a", "a/../../b", "a\\..\\b", "", "a//b", "\x1b[2J"])
