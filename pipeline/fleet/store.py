@@ -56,7 +56,7 @@ class Store:
     @classmethod
     def open(cls, root: Path, name: str) -> "Store":
         """The remote `name` of the DVC repository that holds `root`. Raises UserError."""
-        # 0.2 s, which no other run needs
+        # 0.1 s, which no other run needs
         from dvc.config import Config, RemoteNotFoundError
         from dvc.exceptions import NotDvcRepoError
         from dvc.fs import get_cloud_fs
