@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from inspect import getdoc
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -258,6 +259,13 @@ def _sweep(
     apply: Annotated[
         bool, Option("--apply", help="Write the best adapter's values into finetune_lora.")
     ] = False,
+    only: Annotated[
+        str | None,
+        Option(
+            metavar="NAME,…",
+            help="Train only these adapters, for the cache; then the whole sweep takes them there.",
+        ),
+    ] = None,
     _device: DeviceOption = None,
 ) -> None:
     """The command of a sweep, which also chooses among what it made."""
@@ -274,9 +282,26 @@ def _sweep(
             )
         values = grid_around(project, over) if over else _read_grid(grid or ())
         overrides.append(f"finetune_sweep.grid={json.dumps(values)}")
+    if only is not None:
+        _train_part(project_of(params, overrides), only.split(","), checkpoint_every)
+        return
     run_stage("finetune_sweep", params, overrides, force, checkpoint_every)
     if not UNDER_DVC:
         _choose(project_of(params, overrides), max_divergence, apply)
+
+
+def _train_part(project: Project, names: Sequence[str], checkpoint_every: int | None) -> None:
+    """Train some adapters of a sweep, for the cache."""
+    from cli.console import follow, print_line
+    from pipeline.project.runner import run_part as run_for_cache
+    from pipeline.stages.methods.sweep import run_part
+
+    stage = project.stage("finetune_sweep")
+    work = partial(run_part, names=names)
+    follow(run_for_cache(project, stage, work, checkpoint_every), stage.name)
+    print_line(
+        f"{', '.join(names)}: in the cache. `{stage.command}` without --only takes them there."
+    )
 
 
 def _read_grid(options: Sequence[str]) -> dict[str, Any]:

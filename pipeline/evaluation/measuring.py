@@ -6,7 +6,7 @@ import json
 from pipeline.files import artifact
 from pipeline.project.provenance import code_digest
 from pipeline.project.runner import Job
-from pipeline.project.stage_graph import ARTIFACTS, Project
+from pipeline.project.stage_graph import ARTIFACTS, Project, work_folder
 
 MEASURED = "measured"  # the folder below artifacts/ of what `lora evaluate --adapter` writes
 
@@ -18,5 +18,5 @@ def measuring(project: Project) -> Job:
     params = {key: value for key, value in project.stage_params(stage).items() if key != "limits"}
     settings = {"params": params, "files": files, "code": code_digest(*stage.code)}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
-    out = project.root / ARTIFACTS / MEASURED
+    out = work_folder(project.root) / ARTIFACTS / MEASURED
     return Job(project, stage, out, project.run_folder(stage.name), key, None)

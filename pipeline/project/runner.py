@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from pipeline.errors import UserError
 from pipeline.files import artifact, base_model
 from pipeline.project import provenance
+from pipeline.project.adapter_entries import store_adapters
 from pipeline.project.cache import SHORT_KEY, Cache, Damaged, cache_key
 from pipeline.project.logs import run_state
 from pipeline.project.logs.run_state import Settings
@@ -58,6 +59,7 @@ class Job:
     # everything that determines the artifact: the first part of its manifest
     input_facts: Facts = field(default_factory=dict)
     sample: int | None = None  # read only so many examples: a step is tried, nothing is made
+    force: bool = False  # make anew what the cache has
     # whether what is frozen is split over the devices; None: if a step does not fit one
     sharded: bool | None = None
 
@@ -142,16 +144,33 @@ def run(
     `work` fills `job.out` and returns its own part of the manifest (counts, fingerprints); by
     default the stage's.
     """
+    events = _make(project, stage, work or stage.run, force, checkpoint_every)
+    yield from _recorded(project, stage, events)
+    return artifact.read_manifest(project.artifact(stage.name))
+
+
+def run_part(
+    project: Project,
+    stage: Stage,
+    work: Callable[[Job], Generator[Event, None, None]],
+    checkpoint_every: int | None = None,
+) -> Generator[Event, None, None]:
+    """Run work of a stage that leaves its results in the cache, and no artifact."""
+    yield from _recorded(project, stage, _make_part(project, stage, work, checkpoint_every))
+
+
+def _recorded(
+    project: Project, stage: Stage, events: Generator[Event, None, None]
+) -> Generator[Event, None, None]:
+    """The events of a stage's work under its lock; they are written to its journal."""
     folder = project.run_folder(stage.name)
     with (yield from _lock(folder, stage)), run_state.writing(folder) as writer:
-        events = _make(project, stage, work or stage.run, force, checkpoint_every)
         for event in _with_findings(stage, events):
             if isinstance(event, Note):
                 writer.note(event.text)
             else:
                 writer.progress(event.done, event.total, event.text)
             yield event
-    return artifact.read_manifest(project.artifact(stage.name))
 
 
 def _with_findings(stage: Stage, events: Iterable[Event]) -> Iterator[Event]:
@@ -172,7 +191,7 @@ def _make(
     """Put the artifact in place, from the cache or by running the work."""
     from concurrent.futures import ThreadPoolExecutor  # 10 ms, which the calculator does not need
 
-    target, folder = project.artifact(stage.name), project.run_folder(stage.name)
+    target, folder = project.output(stage.name), project.run_folder(stage.name)
     cache = Cache(project.cache)
     with ThreadPoolExecutor(1) as pool:
         if stage.trains and (force or _is_new(cache, project, stage)):
@@ -182,6 +201,7 @@ def _make(
     settings = Settings(key, manifest["params"])
     replaced = _keep_replaced(cache, stage, target, folder, settings)
     if not force and (yield from _restore(cache, stage, key, target)):
+        store_adapters(cache, target)
         run_state.write_settings(folder, made=settings)
         # of a process that was killed right after it had stored the result
         _discard_checkpoints_of(key, folder)
@@ -190,7 +210,8 @@ def _make(
     run_state.write_settings(folder, run=settings)
     # whole or not at all: a stage that fails leaves the last result in place
     with artifact.writing(target) as out:
-        facts = yield from work(Job(project, stage, out, folder, key, checkpoint_every, manifest))
+        job = Job(project, stage, out, folder, key, checkpoint_every, manifest, force=force)
+        facts = yield from work(job)
         for name, digest in _inputs(project, stage).items():
             if digest != manifest["inputs"].get(name):  # the artifact would not match its manifest
                 raise UserError(
@@ -199,11 +220,25 @@ def _make(
         artifact.seal(out, {**manifest, "commit": provenance.commit(*stage.code), **facts})
     try:
         cache.store(stage.name, key, target)
+        store_adapters(cache, target)
     except OSError as error:
         yield Note(f"{stage.name}: done, but not stored in the cache ({error.strerror})")
     run_state.write_settings(folder, made=settings)
     discard_checkpoints(folder)
     yield from replaced
+
+
+def _make_part(
+    project: Project,
+    stage: Stage,
+    work: Callable[[Job], Generator[Event, None, None]],
+    checkpoint_every: int | None,
+) -> Generator[Event, None, None]:
+    folder, facts = project.run_folder(stage.name), input_facts(project, stage)
+    key = cache_key(facts)
+    run_state.write_settings(folder, run=Settings(key, facts["params"]))
+    yield from work(Job(project, stage, folder, folder, key, checkpoint_every, facts))
+    discard_checkpoints(folder)
 
 
 def _is_new(cache: Cache, project: Project, stage: Stage) -> bool:
@@ -294,7 +329,8 @@ def input_facts(project: Project, stage: Stage, digests: Digests = DIGESTS) -> F
 
 def settings_of(project: Project, stage: Stage) -> Facts:
     """The params that affect the stage's output, as its manifest has them."""
-    return {key: _without_paths(value) for key, value in project.stage_params(stage).items()}
+    params: Facts = without_paths(project.stage_params(stage))
+    return params
 
 
 def _uses_quantization(stage: Stage, section: Facts) -> bool:
@@ -305,12 +341,13 @@ def _uses_quantization(stage: Stage, section: Facts) -> bool:
     return stage.quantizes or any(value != "none" for value in values)
 
 
-def _without_paths(value: Any) -> Any:
+def without_paths(value: Any) -> Any:
+    """Settings as a manifest has them: of an absolute path only the last part."""
     if isinstance(value, str):
         return base_model.shared_name(value)
     if isinstance(value, Mapping):
-        return {key: _without_paths(part) for key, part in value.items()}
-    return [_without_paths(entry) for entry in value] if isinstance(value, list | tuple) else value
+        return {key: without_paths(part) for key, part in value.items()}
+    return [without_paths(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def _inputs(project: Project, stage: Stage, digests: Digests = DIGESTS) -> dict[str, str]:

@@ -40,6 +40,14 @@ def cache_folder(root: Path) -> Path:
     return (copies.parents[2] if copies else root) / CACHE
 
 
+def work_folder(root: Path) -> Path:
+    """Where stages write artifacts and runs: in the project, or LORA_WORK, a unit's of a fleet.
+
+    What a unit reads and has not made itself is the project's.
+    """
+    return Path(os.environ.get("LORA_WORK") or root)
+
+
 class Look(NamedTuple):
     """A curve's color and sign in every chart; in print also its `dash`, as matplotlib takes it,
     and its bar's `hatch`.
@@ -357,6 +365,15 @@ class Project:
         return self.parent if self.parent and is_parents else self
 
     def artifact(self, stage: str) -> Path:
+        made = self.output(stage)
+        return made if made.exists() else self._place(stage)
+
+    def output(self, stage: str) -> Path:
+        """Where a stage writes its artifact: where it is read, unless LORA_WORK says otherwise."""
+        stage = self.standing_for(stage)
+        return work_folder(self.home(stage).root) / self.graph.stages[stage].path
+
+    def _place(self, stage: str) -> Path:
         stage = self.standing_for(stage)
         return self.home(stage).root / self.graph.stages[stage].path
 
@@ -376,10 +393,10 @@ class Project:
         """The artifact's path relative to the project's folder: artifacts/base, or
         ../artifacts/base.
         """
-        return Path(os.path.relpath(self.artifact(stage), self.root)).as_posix()
+        return Path(os.path.relpath(self._place(stage), self.root)).as_posix()
 
     def run_folder(self, stage: str) -> Path:
-        return self.home(stage).root / RUNS / stage
+        return work_folder(self.home(stage).root) / RUNS / stage
 
     @property
     def params_path(self) -> Path:

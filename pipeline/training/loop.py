@@ -215,7 +215,7 @@ def _finite_gradients(
                 diverged=True,
             )
         optimizer.clear()
-        if all(learner.diverged for learner in task.learners):
+        if not task.all_may_diverge and all(learner.diverged for learner in task.learners):
             raise Diverged(number, results)
     return {}
 

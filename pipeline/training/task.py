@@ -58,6 +58,8 @@ class TrainingTask:
     state: Mapping[str, Tensor] | None = None
     # name → outcome of the adapters of a sweep's earlier passes, whose logs stay
     earlier: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    # whether the run ends as usual where all learners diverge: others are trained elsewhere
+    all_may_diverge: bool = False
     # what the learners answer while they train
     prompts: "Prompts | None" = None
     # held-out examples that they answer at each evaluation

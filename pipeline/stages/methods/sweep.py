@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -42,6 +42,8 @@ from pipeline.stages.methods.lora import (
 from pipeline.stages.searches import SEARCHES, Trial, Values, count, grids
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pipeline.adapters.batched import AdapterRouting
     from pipeline.adapters.config import AdapterSpec
     from pipeline.models.load import Base
@@ -50,6 +52,12 @@ if TYPE_CHECKING:
 
 MAX_ADAPTERS = 256  # adapters in one pass
 MAX_NAME = 100  # characters of a name, which is also a folder's
+TRAINED = "trained.txt"  # in the run folder: the keys of the adapters that trained here
+# of what stops adapters by comparing them
+WHOLE = (
+    "finetune_sweep.search halving compares all adapters at each rung: it trains in one part. Leave "
+    "out --parts and --only, or set search to grid, random or optuna."
+)
 PASSES = "passes"  # folder below the run folder, with the finished passes of a sweep of several
 # keys of finetune_sweep that only some searches read
 SEARCH_KEYS = ("trials", "search_seed", "reduction_factor", "sampler", "generation")
@@ -268,6 +276,34 @@ STAGE = Stage(
 )
 
 
+class Passes:
+    """The adapters of a search, pass after pass, each asked for once the one before is told."""
+
+    def __init__(self, project: Project) -> None:
+        self._params, self._sweep = project.params, project.params.finetune_sweep
+        self._search, self._asked = SEARCHES[self._sweep.search], list[Values]()
+        self._tried = list[Trial]()
+        self.total = self._search.passes(self._sweep)  # at most
+        self.number = 0  # of those that were told
+        self.rows = dict[str, Any]()  # adapter → outcome, of those that were told
+
+    def ask(self) -> dict[str, Adapter]:
+        """Name → values and settings of each adapter of the next pass; empty after the last."""
+        if self.number == self.total:
+            return {}
+        self._asked = self._search.ask(self._sweep, self._tried)
+        return _adapters(self._params.finetune_lora, self._asked, self.rows, self._params)
+
+    def tell(self, made: Mapping[str, Any]) -> None:
+        """The outcomes of the adapters that were asked for, in their order."""
+        from pipeline.project.logs.run_log import DIVERGED
+
+        losses = [None if row["state"] == DIVERGED else row["eval_loss"] for row in made.values()]
+        self._tried += map(Trial, self._asked, losses)
+        self.rows |= made
+        self.number += 1
+
+
 def run(job: Job) -> Generator[Event, None, Facts]:
     """Train the combinations of the search → a folder for each adapter, and sweep.json.
 
@@ -278,23 +314,21 @@ def run(job: Job) -> Generator[Event, None, Facts]:
     from pipeline.project.logs.run_log import DIVERGED, TABLE
 
     check(job.project)
-    settings, sweep = job.project.params.finetune_lora, job.project.params.finetune_sweep
-    search = SEARCHES[sweep.search]
-    passes = search.passes(sweep)
-    rows, tried = dict[str, Any](), list[Trial]()
-    for number in range(passes):
-        asked = search.ask(sweep, tried)
-        if not asked:
-            break
-        adapters = _adapters(settings, asked, rows, job.project.params)
-        if passes == 1:
-            made = yield from _train_pass(job, adapters, {})
+    passes, entries = Passes(job.project), dict[str, str]()
+    while adapters := passes.ask():
+        keys = entry_keys(job.project, job.input_facts, adapters)
+        if passes.total == 1:
+            made = yield from _make_pass(job, adapters, {}, keys)
         else:
-            made = yield from _waiting_pass(job, adapters, rows, number, passes)
-        rows |= made
-        losses = [None if row["state"] == DIVERGED else row["eval_loss"] for row in made.values()]
-        tried += map(Trial, asked, losses)
-    for name in rows if passes > 1 else ():
+            made = yield from _waiting_pass(job, adapters, passes, keys)
+        passes.tell(made)
+        entries |= keys
+    rows = passes.rows
+    if all(row["state"] == DIVERGED for row in rows.values()):
+        raise UserError(
+            f"{job.stage.name}: all adapters diverged: none has a finite loss. Lower learning_rate."
+        )
+    for name in rows if passes.total > 1 else ():
         for waiting in (job.run / PASSES).glob(f"*/{name}"):
             shutil.move(waiting, job.out / name)
     shutil.rmtree(job.run / PASSES, ignore_errors=True)
@@ -302,16 +336,86 @@ def run(job: Job) -> Generator[Event, None, Facts]:
     trust = job.project.params.origin.trust_remote_code
     total = count(skeleton(job.project.artifact("expand_vocab"), trust))["total"]
     trained = sum(row["trainable"] for row in rows.values())
-    return {"adapters": rows, "parameters": {"total": total, "trainable": trained}}
+    parameters = {"total": total, "trainable": trained}
+    return {"adapters": rows, "entries": entries, "parameters": parameters}
+
+
+def run_part(job: Job, names: Collection[str]) -> Generator[Event, None, None]:
+    """Train some adapters of a pass for the cache, where `run` finds them.
+
+    The passes before must be in the cache. Raises UserError, and whatever `train` raises.
+    """
+    from pipeline.project.adapter_entries import outcomes, store_adapters
+    from pipeline.project.cache import Cache
+
+    check(job.project)
+    passes, cache = Passes(job.project), Cache(job.project.cache)
+    while adapters := passes.ask():
+        keys = entry_keys(job.project, job.input_facts, adapters)
+        if not keys:
+            raise UserError(WHOLE)
+        if set(names) <= adapters.keys():
+            chosen = {name: adapters[name] for name in adapters if name in names}
+            yield from _waiting_pass(job, chosen, passes, keys, part=True)
+            store_adapters(cache, job.run / PASSES / str(passes.number))
+            return
+        if not (made := outcomes(cache, keys)):
+            break
+        passes.tell(made)
+    raise UserError(
+        f"--only {','.join(names)}: no pass has these adapters whose earlier passes are done. "
+        "`lora finetune sweep` trains all."
+    )
+
+
+def entry_keys(
+    project: Project, facts: Mapping[str, Any], adapters: Mapping[str, Adapter]
+) -> dict[str, str]:
+    """Adapter → key of its entry in the cache, where its end does not depend on the others'.
+
+    `facts`: the sweep's `input_facts`. Empty where a search stops some.
+    """
+    from pipeline.project.cache import cache_key
+    from pipeline.project.runner import without_paths
+
+    if SEARCHES[project.params.finetune_sweep.search].rungs is not None:
+        return {}
+    method, keys = ["lora", without_paths(_old_data(project))], dict[str, str]()
+    for name, (_, lora) in adapters.items():
+        keys[name] = cache_key({**_facts(facts, lora), "method": method})
+    return keys
+
+
+def _facts(facts: Mapping[str, Any], lora: FinetuneLora) -> Facts:
+    """All that determines an adapter's files, for its manifest; `facts`: those of the sweep."""
+    from pipeline.project.runner import without_paths
+
+    kind = {"kind": "adapter", "method": "lora", "seed": lora.seed}
+    return {**facts, **kind, "params": without_paths(structs.asdict(lora))}
+
+
+def _old_data(project: Project) -> str:
+    """The texts on which the divergence from the base is measured; empty: it is not."""
+    params = project.params
+    old_data: str = params.finetune_sweep.old_data or params.section("evaluate").old_data
+    return old_data
 
 
 def _waiting_pass(
-    job: Job, adapters: Mapping[str, Adapter], earlier: Mapping[str, Any], number: int, passes: int
+    job: Job,
+    adapters: Mapping[str, Adapter],
+    passes: Passes,
+    entries: Mapping[str, str],
+    part: bool = False,
 ) -> Generator[Event, None, dict[str, Any]]:
-    """Train a pass of several. Its adapters wait in the run folder, so that a sweep can resume."""
+    """Train a pass of several, or a part of one.
+
+    Its adapters wait in the run folder, so that a sweep can resume.
+    """
     from pipeline.files import artifact
     from pipeline.project.runner import Progress, discard_checkpoints
 
+    number, total = passes.number, 1 if part else passes.total
     folder, key = job.run / PASSES / str(number), f"{job.key} {number}"
     asked = json.loads(json.dumps([values for values, _ in adapters.values()]))
     with suppress(UserError, KeyError):
@@ -319,28 +423,87 @@ def _waiting_pass(
         if made["key"] == key and [row["values"] for row in made["adapters"].values()] == asked:
             return dict(made["adapters"])
     with artifact.writing(folder) as out:
-        training = _train_pass(replace(job, out=out, key=key), adapters, earlier)
+        waiting = replace(job, out=out, key=key)
+        training = _make_pass(waiting, adapters, passes.rows, entries, part)
         while True:
             try:
                 event = next(training)
             except StopIteration as stop:
                 rows: dict[str, Any] = stop.value
                 break
-            if isinstance(event, Progress):
-                done, total = number * event.total + event.done, passes * event.total
-                event = Progress(done, total, f"pass {number + 1} of {passes}  {event.text}")
+            if isinstance(event, Progress) and total > 1:
+                done, all_steps = number * event.total + event.done, total * event.total
+                event = Progress(done, all_steps, f"pass {number + 1} of {total}  {event.text}")
             yield event
-        artifact.seal(out, {"key": key, "adapters": rows})
+        keys = {name: entries[name] for name in rows if name in entries}
+        artifact.seal(out, {"key": key, "adapters": rows, "entries": keys})
     discard_checkpoints(job.run)
     return rows
 
 
+def _make_pass(
+    job: Job,
+    adapters: Mapping[str, Adapter],
+    earlier: Mapping[str, Any],
+    entries: Mapping[str, str],
+    part: bool = False,
+) -> Generator[Event, None, dict[str, Any]]:
+    """Take adapters from the cache and train the others. Returns name → outcome.
+
+    `earlier`: the outcomes of the passes before. `entries`: the keys of those that the cache may
+    have. `part`: others train elsewhere.
+    """
+    from pipeline.project.runner import Note
+
+    found = {} if job.force else _restored(job, adapters, entries)
+    missing = {name: adapter for name, adapter in adapters.items() if name not in found}
+    if found:
+        count = f"{len(found)} of {len(adapters)} adapters"
+        yield Note(f"{job.stage.name}: {count} are taken from the cache")
+        # a checkpoint is of the adapters that trained together
+        job = replace(job, key=f"{job.key} without {' '.join(found)}")
+    trained = {}
+    if missing:
+        trained = yield from _train_pass(job, missing, {**earlier, **found}, part)
+        _log_trained(job.run, [entries[name] for name in missing if name in entries])
+    return {name: found[name] if name in found else trained[name] for name in adapters}
+
+
+def _log_trained(run: Path, keys: Sequence[str]) -> None:
+    """Append the keys of adapters that were trained here, not taken from the cache."""
+    with (run / TRAINED).open("a", encoding="utf-8") as file:
+        file.writelines(f"{key}\n" for key in keys)
+
+
+def _restored(
+    job: Job, adapters: Mapping[str, Adapter], entries: Mapping[str, str]
+) -> dict[str, Any]:
+    """Name → outcome of the adapters that the cache has, copied to `job.out`, and their logs."""
+    from pipeline.project.adapter_entries import restore_adapter
+    from pipeline.project.cache import Cache
+    from pipeline.project.logs.run_log import DIVERGED
+    from pipeline.training.saving import save_logs
+
+    cache, found = Cache(job.project.cache), dict[str, Any]()
+    for name in entries.keys() & adapters.keys():
+        outcome = restore_adapter(cache, entries[name], job.out / name)
+        if outcome is None:
+            continue
+        found[name] = {"values": adapters[name][0], **outcome}
+        if outcome["state"] == DIVERGED:
+            shutil.rmtree(job.out / name)
+        else:
+            (job.run / name).mkdir(exist_ok=True)
+            save_logs(job.out / name, job.run / name)
+    return {name: found[name] for name in adapters if name in found}
+
+
 def _train_pass(
-    job: Job, adapters: Mapping[str, Adapter], earlier: Mapping[str, Any]
+    job: Job, adapters: Mapping[str, Adapter], earlier: Mapping[str, Any], part: bool
 ) -> Generator[Event, None, dict[str, Any]]:
     """Train adapters together, saved in `job.out`. Returns name → outcome.
 
-    `earlier`: the outcomes of the passes before.
+    `earlier`: the outcomes of others, whose logs stay. `part`: others train elsewhere.
     """
     from pipeline.models.load import load_base
     from pipeline.training.batched import ManyAdapters
@@ -354,6 +517,7 @@ def _train_pass(
 
     params = job.project.params
     settings, sweep = params.finetune_lora, params.finetune_sweep
+    search = SEARCHES[sweep.search]
     if settings.precision == "fp16":
         raise UserError(
             "finetune_lora.precision fp16 trains one adapter at a time. Set it to bf16 or fp32 "
@@ -368,7 +532,7 @@ def _train_pass(
     texts = yield from load_retention_texts(
         job, structs.replace(settings, retention_weight=max_weight), base
     )
-    old_data = sweep.old_data or params.section("evaluate").old_data
+    old_data = _old_data(job.project)
     of_old = structs.replace(
         settings, retention_data=old_data, retention_weight=float(bool(old_data))
     )
@@ -390,7 +554,9 @@ def _train_pass(
     if held_out is not None:
         steps = len(learners[0].batches)
         in_order = Batches.held_out(held_out, settings)
-        rungs = SEARCHES[sweep.search].rungs(sweep, len(learners), settings.total_steps(steps))
+        rungs = dict[int, int]()
+        if search.rungs is not None:
+            rungs = search.rungs(sweep, len(learners), settings.total_steps(steps))
         evaluation = Evaluation(
             in_order,
             settings.eval_steps or steps,
@@ -406,7 +572,14 @@ def _train_pass(
     path = ManyAdapters(base.model, routing)
     asked = asked_while_training(job, settings, base)
     task = TrainingTask(
-        base.model, learners, path, evaluation, less_memory=less, earlier=earlier, **asked
+        base.model,
+        learners,
+        path,
+        evaluation,
+        less_memory=less,
+        earlier=earlier,
+        all_may_diverge=part or bool(earlier),
+        **asked,
     )
     yield from train(job, task)
 
@@ -414,9 +587,9 @@ def _train_pass(
     for n, numbers in enumerate(measured):
         if evaluation is not None and evaluation.dropped(n):
             numbers["dropped"] = True
-    if old is not None:
+    live = [n for n, learner in enumerate(learners) if not learner.diverged]
+    if old is not None and live:
         divergence = RetentionLoss(base.model, old, of_old, routing.base)
-        live = [n for n, learner in enumerate(learners) if not learner.diverged]
         size, tokens = settings.retention_batch_size, settings.tokens_per_batch
         in_order = Batches(old, size, None, tokens_per_batch=tokens)
         loss = partial(path.divergences, retain=divergence)
@@ -567,6 +740,7 @@ def _save_adapters(
     from pipeline.adapters.batched import only_adapter, trained_by
     from pipeline.files import artifact
     from pipeline.project import provenance
+    from pipeline.project.adapter_entries import OUTCOME
     from pipeline.project.logs.run_log import DIVERGED, DONE, LOSS, STOPPED, final_loss, read_steps
     from pipeline.stages.finetune import facts_of_base, save_adapter_of
     from pipeline.training.saving import save_logs
@@ -584,8 +758,7 @@ def _save_adapters(
         loss = None
         if held_out:
             loss = min(held_out) if lora.takes_best else held_out[-1]
-        rows[name] = {
-            "values": values,
+        outcome = {
             "state": DIVERGED if learner.diverged else state,
             "trainable": trained,
             "steps": len(steps),
@@ -593,6 +766,7 @@ def _save_adapters(
             "eval_loss": loss,
             **measured[number],
         }
+        rows[name] = {"values": values, **outcome}
         if learner.diverged:
             continue
         out = job.out / name
@@ -601,7 +775,6 @@ def _save_adapters(
             save = partial(save_files, base=base, spec=specs[name], folder=folder, settings=lora)
             facts = save_adapter_of(trained_on, base, save, out, trained)
         save_logs(job.run / name, out)
-        facts = {"params": structs.asdict(lora), "commit": commit, **facts}
-        kind = {"kind": "adapter", "method": "lora", "seed": lora.seed}
-        artifact.seal(out, {**job.input_facts, **kind, **facts})
+        more = {"commit": commit, OUTCOME: outcome}
+        artifact.seal(out, {**_facts(job.input_facts, lora), **facts, **more})
     return rows

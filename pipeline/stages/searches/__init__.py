@@ -54,8 +54,8 @@ class Search(NamedTuple):
     passes: Callable[[SearchSettings], int] = lambda _settings: 1
     # whether it needs held-out losses
     compares: bool = False
-    # (settings, adapters, steps): step → how many adapters train on after it
-    rungs: Callable[[SearchSettings, int, int], dict[int, int]] = lambda *_: {}
+    # (settings, adapters, steps): step → how many adapters train on after it; None: all, always
+    rungs: Callable[[SearchSettings, int, int], dict[int, int]] | None = None
     # raises UserError for settings that it cannot search with
     check: Callable[[SearchSettings], object] = id
 
