@@ -63,6 +63,7 @@ COMMANDS = {
     "export": ("cli.export", "Export an adapter for another program, or merged."),
     "push": ("cli.export", "Push an export of an adapter to the Hugging Face hub."),
     "data": ("cli.data", "Check, show and convert data files."),
+    "fleet": ("cli.fleet", "Runs on other devices and machines."),
     "runs": ("cli.runs", "List training runs; send finished ones to a tracker."),
     "cache": ("cli.project", "Show or prune the cache of finished stages."),
     "doctor": ("cli.project.doctor", "Show versions, devices, memory, missing libraries."),

@@ -45,6 +45,7 @@ KINDS = {
     "section": Kind("SECTION"),
     "command": Kind("app"),
     "search": Kind("SEARCH", "pipeline.stages.searches"),
+    "engine": Kind("ENGINE", "pipeline.fleet.engines"),
     "evaluation": Kind("KIND", "pipeline.evaluation.kinds"),
     "data_format": Kind("FORMAT", "pipeline.data.formats"),
     "export_format": Kind("FORMAT", "pipeline.export.formats"),

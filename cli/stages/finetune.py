@@ -259,6 +259,11 @@ def _sweep(
     apply: Annotated[
         bool, Option("--apply", help="Write the best adapter's values into finetune_lora.")
     ] = False,
+    on: Annotated[
+        str | None,
+        Option("--on", metavar="NAME", help="Train in units: local, or a cluster of fleet.yaml."),
+    ] = None,
+    parts: Annotated[int | None, Option(min=1, help="With --on: units of a pass.")] = None,
     only: Annotated[
         str | None,
         Option(
@@ -282,12 +287,22 @@ def _sweep(
             )
         values = grid_around(project, over) if over else _read_grid(grid or ())
         overrides.append(f"finetune_sweep.grid={json.dumps(values)}")
+    if on is not None:
+        _send(project_of(params, overrides), overrides, on, parts)
     if only is not None:
         _train_part(project_of(params, overrides), only.split(","), checkpoint_every)
         return
     run_stage("finetune_sweep", params, overrides, force, checkpoint_every)
     if not UNDER_DVC:
         _choose(project_of(params, overrides), max_divergence, apply)
+
+
+def _send(project: Project, overrides: Sequence[str], on: str, parts: int | None) -> None:
+    """Train the adapters of a sweep in units on a cluster."""
+    from cli.console import follow
+    from pipeline.fleet.sweeps import run_sweep
+
+    follow(run_sweep(project, overrides, on, parts), f"finetune_sweep on {on}")
 
 
 def _train_part(project: Project, names: Sequence[str], checkpoint_every: int | None) -> None:

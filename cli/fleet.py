@@ -1,0 +1,72 @@
+"""`lora fleet`: what runs on other devices and machines."""
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Context, Exit, Option
+
+from cli.options import JsonOption, group
+
+app = group()
+fleet = group(help="Runs on other devices and machines.", invoke_without_command=True)
+app.add_typer(fleet, name="fleet")
+
+RunArgument = Annotated[str, Argument(metavar="RUN", help="A run, or the beginning of its name.")]
+UnitsArgument = Annotated[list[int] | None, Argument(metavar="[UNIT]…", help="Only these units.")]
+
+
+@fleet.callback()
+def show(context: Context, as_json: JsonOption = False) -> None:
+    """List the runs of the project here, and what each of their units does."""
+    from cli.console import duration, print_json, print_line, print_table
+    from pipeline.fleet.run import find_runs
+
+    if context.invoked_subcommand is not None:
+        return
+    runs = [(run, run.states()) for run in find_runs(Path())]
+    if as_json:
+        print_json([])
+        return
+    if not runs:
+        print_line("No run of a fleet is here. `lora finetune sweep --on local` starts one.")
+    for run, states in runs:
+        rows = []
+        for unit in states:
+            seen = unit.journal
+            step = f"{seen.done:,}/{seen.total:,}" if seen and seen.total else ""
+            left = duration(seen.eta) if seen and seen.eta and unit.state == "running" else ""
+            counts = str(unit.number), str(unit.attempts)
+            rows.append([counts[0], unit.state, unit.node, counts[1], step, left, unit.label])
+        print_line(f"{run.name}  {run.stage} on {run.cluster}")
+        print_table(["unit", "state", "node", "attempts", "step", "left", "adapters"], rows)
+
+
+@fleet.command()
+def cancel(name: RunArgument, units: UnitsArgument = None) -> None:
+    """Stop units, by default all. They keep their checkpoints: `lora fleet retry` goes on."""
+    from cli.console import print_line
+    from pipeline.fleet.run import cancel as stop
+    from pipeline.fleet.run import find_run
+
+    stopped = stop(find_run(Path(), name), units or ())
+    print_line(f"stopped: {', '.join(map(str, stopped)) or 'none'}")
+
+
+@fleet.command()
+def logs(name: RunArgument, unit: Annotated[int, Argument(metavar="UNIT")]) -> None:
+    """Print what a unit has printed."""
+    from cli.console import print_line
+    from pipeline.fleet.run import find_run
+    from pipeline.fleet.unit import LOG
+
+    path = find_run(Path(), name).unit_folder(unit) / LOG
+    print_line(path.read_text(encoding="utf-8", errors="replace") if path.is_file() else "")
+
+
+@fleet.command("unit", hidden=True)
+def unit_process(folder: Path, requeue: Annotated[bool, Option("--requeue")] = False) -> None:
+    """Make an attempt at a unit: what engines run."""
+    from pipeline.fleet.engines import slurm
+    from pipeline.fleet.unit import run_unit
+
+    raise Exit(run_unit(folder, slurm.requeue if requeue else None))

@@ -1,0 +1,103 @@
+"""The devices of this machine: a process for each, as many at once as there are devices."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from pipeline.fleet.engines import Queued
+from pipeline.fleet.unit import AGAIN, CORES, attempts, node_name
+
+if TYPE_CHECKING:
+    from pipeline.fleet.run import FleetRun
+
+
+class Local:
+    """Runs units as children of this process."""
+
+    def __init__(self, cluster: Any) -> None:
+        self._places = _places(cluster.at_once)
+        self._waiting = list[int]()
+        self._running = dict[int, tuple[subprocess.Popen[bytes], Mapping[str, str]]]()
+
+    def check(self) -> None:
+        """It is always here."""
+
+    def submit(self, run: "FleetRun", numbers: Collection[int]) -> str:
+        self._waiting += [number for number in numbers if number not in self._running]
+        self._start(run)
+        return str(os.getpid())
+
+    def states(self, run: "FleetRun", numbers: Collection[int]) -> Mapping[int, Queued]:
+        for number, (process, place) in list(self._running.items()):
+            if (code := process.poll()) is None:
+                continue
+            del self._running[number]
+            self._places.append(place)
+            if code == AGAIN or code < 0:
+                self._waiting.append(number)
+        self._start(run)
+        found = dict[int, Queued]()
+        for number in numbers:
+            if number in self._running or self._is_elsewhere(run, number):
+                found[number] = Queued("running")
+            elif number in self._waiting:
+                found[number] = Queued("queued")
+        return found
+
+    def cancel(self, run: "FleetRun", numbers: Collection[int]) -> None:
+        self._waiting = [number for number in self._waiting if number not in numbers]
+        for number in numbers:
+            if number in self._running:
+                self._running[number][0].terminate()
+                self._running[number][0].wait()
+            elif self._is_elsewhere(run, number):
+                with suppress(ProcessLookupError):
+                    os.kill(attempts(run.unit_folder(number))[-1].pid, signal.SIGTERM)
+
+    def _start(self, run: "FleetRun") -> None:
+        while self._waiting and self._places:
+            number, place = self._waiting.pop(0), self._places.pop(0)
+            folder = run.unit_folder(number)
+            command = [sys.executable, "-P", "-m", "lora_workbench", "fleet", "unit", str(folder)]
+            # of a group of its own: Ctrl-C is this process's to pass on
+            process = subprocess.Popen(
+                command,
+                env={**os.environ, **place},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            self._running[number] = process, place
+
+    def _is_elsewhere(self, run: "FleetRun", number: int) -> bool:
+        """Whether a process of another command runs the unit on this machine."""
+        made = attempts(run.unit_folder(number))
+        if not made or made[-1].node != node_name():
+            return False
+        try:
+            os.kill(made[-1].pid, 0)
+        except (ProcessLookupError, OverflowError):
+            return False
+        except PermissionError:
+            pass
+        return True
+
+
+def _places(most: int) -> list[Mapping[str, str]]:
+    """The environment of each process: its GPU, or its cores."""
+    import torch
+
+    if count := torch.cuda.device_count():
+        given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        names: Sequence[str] = given.split(",") if given else list(map(str, range(count)))
+        return [{"CUDA_VISIBLE_DEVICES": name} for name in names[: min(count, most)]]
+    cores = sorted(os.sched_getaffinity(0))
+    number = min(len(cores), most)
+    return [{CORES: ",".join(map(str, cores[n::number]))} for n in range(number)]
+
+
+ENGINE = Local

@@ -1,0 +1,151 @@
+"""Slurm, by plain sbatch: an array with a task for each unit, requeued until it has ended."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import UserError
+from pipeline.fleet.engines import Queued
+
+if TYPE_CHECKING:
+    from pipeline.fleet.run import FleetRun
+
+SCRIPT = "sbatch.sh"
+WAITS = (
+    "PENDING",
+    "CONFIGURING",
+    "REQUEUED",
+    "REQUEUE_HOLD",
+    "REQUEUE_FED",
+    "SUSPENDED",
+    "RESV_DEL_HOLD",
+)
+RUNS = ("RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "STOPPED")
+# what a job may find in the environment of the shell that submits it, and must not
+FOREIGN = re.compile(r"SLURM_(?!CONF)|LORA_WORK|LORA_CORES|DVC_")
+
+
+class Slurm:
+    """Submits units with the cluster's settings."""
+
+    def __init__(self, cluster: Any) -> None:
+        self._cluster = cluster
+
+    def check(self) -> None:
+        if shutil.which("sbatch") is None:
+            raise UserError(
+                "sbatch is not on this machine. Run this on a login node of the cluster, or write "
+                "the files for one with `lora fleet emit slurm`."
+            )
+
+    def submit(self, run: "FleetRun", numbers: Collection[int]) -> str:
+        self.check()
+        script = run.folder / SCRIPT
+        script.write_text(batch_script(run), encoding="utf-8")
+        array = f"{','.join(map(str, sorted(numbers)))}%{self._cluster.at_once}"
+        command = ["sbatch", "--parsable", f"--array={array}", *self._options(run), str(script)]
+        environment = {k: v for k, v in os.environ.items() if not FOREIGN.match(k)}
+        told = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        if told.returncode:
+            raise UserError(_refusal(run.cluster, told.stderr))
+        return told.stdout.strip().partition(";")[0]
+
+    def states(self, run: "FleetRun", numbers: Collection[int]) -> Mapping[int, Queued]:
+        jobs = ",".join(job for job, _ in run.jobs)
+        rows = _query(jobs) if jobs else {}
+        found = dict[int, Queued]()
+        for number in numbers:
+            # the last job that has the unit
+            job = next((job for job, of in reversed(run.jobs) if number in of), "")
+            state, node, reason = rows.get(f"{job}_{number}", ("", "", ""))
+            if state in RUNS:
+                found[number] = Queued("running", node)
+            elif state in WAITS:
+                found[number] = Queued("queued", "", reason)
+            elif state == "CANCELLED":
+                found[number] = Queued("stopped", node, reason)
+        return found
+
+    def cancel(self, run: "FleetRun", numbers: Collection[int]) -> None:
+        tasks = [f"{job}_{n}" for job, of in run.jobs for n in of if n in numbers]
+        # the signal to the batch shell too: it passes it on, and a checkpoint is written
+        subprocess.run(
+            ["scancel", "--full", "--signal=TERM", *tasks], capture_output=True, check=False
+        )
+        subprocess.run(["scancel", *tasks], capture_output=True, check=False)
+
+    def _options(self, run: "FleetRun") -> list[str]:
+        cluster, folder = self._cluster, run.folder
+        options = {
+            "job-name": f"lora-{run.name}",
+            "output": folder / "slurm-%a.log",
+            "open-mode": "append",
+            "chdir": run.root,
+            "time": max(1, cluster.time // 60),
+            "signal": f"B:USR1@{cluster.warn}",
+        }
+        if cluster.cpus:
+            options["cpus-per-task"] = cluster.cpus
+        if cluster.memory:
+            options["mem"] = cluster.memory
+        if cluster.gpus:
+            options["gpus"] = cluster.gpus
+        options |= cluster.options
+        return ["--requeue", *(f"--{key}={value}" for key, value in options.items())]
+
+
+def batch_script(run: "FleetRun") -> str:
+    """The script of a task: an attempt at its unit; if it is to go on, the job is requeued."""
+    units = run.folder.resolve() / "units"
+    lora = shlex.join([sys.executable, "-P", "-m", "lora_workbench", "fleet", "unit"])
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            *run.settings.setup,
+            f'exec {lora} --requeue {shlex.quote(str(units))}/"$SLURM_ARRAY_TASK_ID"',
+            "",
+        ]
+    )
+
+
+def requeue() -> None:
+    """Put this job back into the queue; Slurm ends it."""
+    if job := os.environ.get("SLURM_JOB_ID"):
+        subprocess.run(["scontrol", "requeue", job], check=False)
+
+
+def _query(jobs: str) -> dict[str, tuple[str, str, str]]:
+    """JOB_TASK → state, node and reason, of what squeue still knows."""
+    command = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={jobs}"]
+    told = subprocess.run(
+        [*command, "--format=%i|%T|%N|%r"], capture_output=True, text=True, check=False
+    )
+    rows = dict[str, tuple[str, str, str]]()
+    for line in told.stdout.splitlines():
+        with suppress(ValueError):
+            name, state, node, reason = line.strip().split("|")
+            rows[name] = state, node, reason
+    return rows
+
+
+def _refusal(cluster: str, errors: str) -> str:
+    """What sbatch says, with the key that it is about."""
+    said = next((line for line in errors.splitlines() if line.strip()), "sbatch failed")
+    said = re.sub(r"^sbatch: (error: )?", "", said.strip())
+    more = [re.sub(r"^sbatch: (error: )?", "", line.strip()) for line in errors.splitlines()]
+    text = " ".join(dict.fromkeys([said, *filter(None, more)]))
+    for key in ("partition", "account", "qos", "constraint", "reservation"):
+        if key in text.lower():
+            return (
+                f"{cluster}.options.{key}: Slurm refuses it: {text}. See `sinfo`; edit fleet.yaml."
+            )
+    return f"{cluster}: Slurm refuses the job: {text}. Edit fleet.yaml."
+
+
+ENGINE = Slurm

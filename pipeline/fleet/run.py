@@ -1,0 +1,237 @@
+"""A run of a fleet: units of one stage in `runs/STAGE/fleet/ID/`, and the loop that waits for them.
+
+    run.json        cluster, jobs of the engine
+    units/N/        the units
+
+`ID` is the beginning of the key of what the run makes. The same command again finds the same run.
+"""
+
+import json
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.errors import UserError
+from pipeline.files.artifact import write_file
+from pipeline.fleet.engines import ENGINES, Engine, Queued
+from pipeline.fleet.settings import Cluster, read_cluster
+from pipeline.fleet.unit import (
+    MOST_VAIN,
+    Ended,
+    Unit,
+    attempts,
+    ended,
+    journal,
+    read_unit,
+    write_unit,
+)
+from pipeline.project.logs.run_state import Journal
+from pipeline.project.runner import Event, Note, Progress
+from pipeline.project.stage_graph import RUNS, Project
+
+RUN, UNITS, FLEET = "run.json", "units", "fleet"
+POLL = 1.0  # seconds between two looks at the units
+State = Literal["waiting", "queued", "running", "done", "failed", "stopped", "lost"]
+ENDED = ("done", "failed")
+
+
+@dataclass(frozen=True)
+class UnitState:
+    """What a unit does now."""
+
+    number: int
+    label: str
+    state: State
+    node: str = ""
+    attempts: int = 0
+    journal: Journal | None = None
+    reason: str = ""  # the error, or why it waits
+
+
+@dataclass
+class FleetRun:
+    """A run, as its folder has it."""
+
+    folder: Path
+    stage: str
+    cluster: str
+    root: Path  # the project's folder
+    jobs: list[tuple[str, list[int]]] = field(default_factory=list)  # of the engine, with units
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @cached_property
+    def settings(self) -> Cluster:
+        """Those of its cluster. Raises UserError."""
+        return read_cluster(self.root, self.cluster)
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The engine of its cluster."""
+        return ENGINES[self.settings.engine](self.settings)
+
+    def unit_folder(self, number: int) -> Path:
+        """The folder of a unit."""
+        return self.folder / UNITS / str(number)
+
+    def numbers(self) -> list[int]:
+        """The numbers of its units."""
+        names = [path.parent.name for path in (self.folder / UNITS).glob("*/unit.json")]
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def save(self) -> None:
+        """Write run.json."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        document = {
+            "stage": self.stage,
+            "cluster": self.cluster,
+            "root": str(self.root),
+            "jobs": self.jobs,
+        }
+        write_file(self.folder / RUN, json.dumps(document, indent=1) + "\n", durable=True)
+
+    def add(self, units: Sequence[Unit]) -> list[int]:
+        """Make folders for more units; returns their numbers."""
+        first = max(self.numbers(), default=0) + 1
+        for number, unit in enumerate(units, first):
+            write_unit(self.unit_folder(number), unit)
+        return list(range(first, first + len(units)))
+
+    def submit(self, numbers: Collection[int]) -> None:
+        """Let the engine start units, anew where they had ended."""
+        for number in numbers:
+            (self.unit_folder(number) / "exit.json").unlink(missing_ok=True)
+        self.save()
+        self.jobs.append((self.engine.submit(self, numbers), sorted(numbers)))
+        self.save()
+
+    def refuse_vain(self, numbers: Collection[int]) -> None:
+        """Raises UserError for a unit whose jobs end before it begins."""
+        for number in numbers:
+            jobs = [job for job, units in self.jobs if number in units]
+            if len(jobs) - len(attempts(self.unit_folder(number))) >= MOST_VAIN:
+                raise UserError(
+                    f"unit {number}: its jobs ({', '.join(jobs)}) end before it begins. See the "
+                    f"logs in {self.folder}, and `setup` in fleet.yaml."
+                )
+
+    def states(self) -> list[UnitState]:
+        """What each unit does: by its files, then by the engine's queue."""
+        numbers = self.numbers()
+        endings = {number: ended(self.unit_folder(number)) for number in numbers}
+        going = [number for number, ending in endings.items() if ending is None]
+        queued = self.engine.states(self, going) if going else {}
+        return [self._state(number, endings[number], queued) for number in numbers]
+
+    def _state(self, number: int, ending: Ended | None, queued: Mapping[int, Queued]) -> UnitState:
+        folder = self.unit_folder(number)
+        made = attempts(folder)
+        node, reason, state = made[-1].node if made else "", "", "waiting"
+        if ending is not None:
+            state, reason = ("failed" if ending.code else "done"), ending.message
+        elif number in queued:
+            now = queued[number]
+            state, node, reason = now.state, now.node or node, now.reason
+        elif made:
+            state = "lost"
+        label = read_unit(folder).label
+        return UnitState(number, label, state, node, len(made), journal(folder), reason)  # type: ignore[arg-type]
+
+
+def fleet_folder(project: Project, stage: str) -> Path:
+    """The folder of a stage's runs."""
+    return project.root / RUNS / stage / FLEET
+
+
+def read_run(folder: Path) -> FleetRun:
+    """The run in a folder. Raises UserError if there is none."""
+    try:
+        document = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        jobs = [(str(job), [int(n) for n in numbers]) for job, numbers in document["jobs"]]
+        stage, cluster = str(document["stage"]), str(document["cluster"])
+        return FleetRun(folder, stage, cluster, Path(document["root"]), jobs)
+    except (OSError, ValueError, TypeError, KeyError):
+        raise UserError(
+            f"{folder} is not a run of a fleet. See `lora fleet`, or start one with --on."
+        ) from None
+
+
+def find_runs(root: Path) -> list[FleetRun]:
+    """The runs of a project, the newest first."""
+    found = list[FleetRun]()
+    for path in (root / RUNS).glob(f"*/{FLEET}/*/{RUN}"):
+        with suppress(UserError):
+            found.append(read_run(path.parent))
+    return sorted(found, key=lambda run: -(run.folder / RUN).stat().st_mtime)
+
+
+def find_run(root: Path, name: str) -> FleetRun:
+    """The run with this name. Raises UserError."""
+    runs = find_runs(root)
+    named = [run for run in runs if run.name.startswith(name)]
+    if len(named) != 1:
+        known = ", ".join(run.name for run in runs) or "none"
+        raise UserError(f"{name} is not one run of a fleet here. There is {known}.")
+    return named[0]
+
+
+def wait(run: FleetRun, report: Callable[[list[UnitState]], object]) -> Iterator[Event]:
+    """Wait until every unit has ended, and start those again that were lost.
+
+    `report` gets the states at each look. Raises UserError for what failed, each once.
+    """
+    told = set[int]()
+    while True:
+        states = run.states()
+        report(states)
+        for unit in states:
+            if unit.state == "failed" and unit.number not in told:
+                told.add(unit.number)
+                yield Note(f"unit {unit.number} ({unit.label}) on {unit.node}: {unit.reason}")
+        again = [unit.number for unit in states if unit.state in ("lost", "waiting")]
+        if again:
+            run.refuse_vain(again)
+            yield Note(f"{run.stage}: units {_listed(again)} are started again")
+            run.submit(again)
+        yield _progress(states)
+        if all(unit.state in (*ENDED, "stopped") for unit in states):
+            break
+        time.sleep(POLL)
+    failed = [unit for unit in states if unit.state != "done"]
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(states)} units did not end well: "
+            f"{_listed([unit.number for unit in failed])}. See `lora fleet logs {run.name} "
+            f"{failed[0].number}`; `lora fleet retry {run.name}` tries them again. What the others "
+            "made is in the cache."
+        )
+
+
+def _progress(states: Sequence[UnitState]) -> Progress:
+    done, total, running = 0, 0, 0
+    for unit in states:
+        seen = unit.journal
+        total += seen.total if seen else 0
+        done += seen.total if seen and unit.state == "done" else seen.done if seen else 0
+        running += unit.state == "running"
+    finished = sum(unit.state == "done" for unit in states)
+    return Progress(done, max(total, 1), f"{finished} of {len(states)} units, {running} run")
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def cancel(run: FleetRun, numbers: Sequence[int] = ()) -> list[int]:
+    """Stop units, by default all that have not ended; returns their numbers."""
+    going: list[Any] = [unit.number for unit in run.states() if unit.state not in ENDED]
+    chosen = [number for number in going if not numbers or number in numbers]
+    if chosen:
+        run.engine.cancel(run, chosen)
+    return chosen

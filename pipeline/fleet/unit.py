@@ -1,0 +1,171 @@
+"""A unit: a `lora` command line in a folder of its own, and the process that runs an attempt at it.
+
+unit.json       command, label, the project's folder, environment
+attempts.jsonl  a line per attempt: node, process, time, and how far the work was
+exit.json       how it ended: it is there once no further attempt is to be made
+log             what the command printed
+runs/           the run folders of its command (LORA_WORK), with checkpoints and curves
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+from pipeline.files.artifact import write_file
+from pipeline.project.logs import run_state
+from pipeline.project.logs.run_state import Journal
+from pipeline.project.stage_graph import RUNS
+
+UNIT, ATTEMPTS, EXIT, LOG = "unit.json", "attempts.jsonl", "exit.json", "log"
+AGAIN = 75  # exit code of an attempt that another one continues: sysexits' EX_TEMPFAIL
+MOST_VAIN = 3  # attempts in a row without progress
+CORES = "LORA_CORES"  # environment variable: the cores that an attempt may use
+LONGEST = 100_000  # bytes of a log that are looked through for its error
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What a unit does. `command`: the arguments of `lora`; `label`: what it makes."""
+
+    command: Sequence[str]
+    label: str
+    root: str  # the folder in which the command runs
+    stage: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+class Attempt(NamedTuple):
+    """A process that ran a unit; `done`: units of work before it."""
+
+    node: str
+    pid: int
+    started: float
+    done: int
+
+
+class Ended(NamedTuple):
+    """How a unit ended: 0, or an error's message."""
+
+    code: int
+    message: str = ""
+
+
+def write_unit(folder: Path, unit: Unit) -> None:
+    """Make a unit's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / UNIT, json.dumps(asdict(unit), ensure_ascii=False, indent=1) + "\n")
+
+
+def read_unit(folder: Path) -> Unit:
+    """The unit in a folder. Raises OSError, ValueError or TypeError for one that is not ours."""
+    return Unit(**json.loads((folder / UNIT).read_text(encoding="utf-8")))
+
+
+def attempts(folder: Path) -> list[Attempt]:
+    """A unit's attempts so far."""
+    made = list[Attempt]()
+    with suppress(OSError):
+        for line in (folder / ATTEMPTS).read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError, TypeError):  # half of a line, of a killed process
+                made.append(Attempt(**json.loads(line)))
+    return made
+
+
+def ended(folder: Path) -> Ended | None:
+    """How a unit ended; None if it has not."""
+    with suppress(OSError, ValueError, TypeError):
+        return Ended(**json.loads((folder / EXIT).read_text(encoding="utf-8")))
+    return None
+
+
+def journal(folder: Path) -> Journal | None:
+    """The journal of a unit's run."""
+    with suppress(OSError, ValueError, TypeError):
+        return run_state.read(folder / RUNS / read_unit(folder).stage)
+    return None
+
+
+def node_name() -> str:
+    """This machine, as its scheduler calls it."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def run_unit(folder: Path, requeue: Callable[[], object] | None = None) -> int:
+    """Make an attempt at a unit; returns 0, the code of an error, or AGAIN.
+
+    `requeue` lets the engine make another attempt, unless SIGTERM, of a user or of an engine that
+    will do so itself, ended this one.
+
+    SIGTERM and SIGUSR1, an engine's warning before a time limit, reach the command as SIGTERM: it
+    writes a checkpoint and ends, and the next attempt goes on from there.
+    """
+    unit = read_unit(folder)
+    seen = journal(folder)
+    earlier, done = attempts(folder), seen.done if seen else 0
+    this = Attempt(node_name(), os.getpid(), time.time(), done)
+    with (folder / ATTEMPTS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(this._asdict()) + "\n")
+    vain = earlier[-MOST_VAIN:]
+    if len(vain) == MOST_VAIN and all(attempt.done == done for attempt in vain):
+        nodes = ", ".join(attempt.node for attempt in vain)
+        return _end(
+            folder, 1, f"no progress in {MOST_VAIN} attempts ({nodes}). See {folder / LOG}."
+        )
+    code, signals = _run(unit, folder)
+    if code in (0, 2) or (code == 1 and not signals):
+        return _end(folder, code, _error_of(folder) if code else "")
+    if requeue is not None and signals.isdisjoint((signal.SIGTERM, signal.SIGINT)):
+        requeue()
+    return AGAIN
+
+
+def _run(unit: Unit, folder: Path) -> tuple[int, set[int]]:
+    """The command's exit code, and the signals that asked it to stop."""
+    environment = {**os.environ, **unit.environment, "LORA_WORK": str(folder)}
+    if cores := environment.get(CORES):
+        numbers = {int(core) for core in cores.split(",")}
+        os.sched_setaffinity(0, numbers)  # the command inherits it
+        environment["OMP_NUM_THREADS"] = str(len(numbers))
+    signals = set[int]()
+    with (folder / LOG).open("ab") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-m", "lora_workbench", *unit.command],
+            cwd=unit.root,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+
+        def stop(number: int, _frame: FrameType | None) -> None:
+            signals.add(number)
+            child.send_signal(signal.SIGTERM)
+
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, stop)
+        return child.wait(), signals
+
+
+def _end(folder: Path, code: int, message: str) -> int:
+    ending: dict[str, Any] = Ended(code, message)._asdict()
+    write_file(folder / EXIT, json.dumps(ending) + "\n", durable=True)
+    return code
+
+
+def _error_of(folder: Path) -> str:
+    """The last error that the command printed."""
+    with (folder / LOG).open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - LONGEST))
+        lines = file.read().decode(errors="replace").splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    return errors[-1].removeprefix("error: ") if errors else f"see {folder / LOG}"
