@@ -12,9 +12,8 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.files import artifact
-from pipeline.project.cache import Cache, Damaged
+from pipeline.project.cache import ADAPTERS, Cache, Damaged
 
-ADAPTERS = "adapters"  # their folder in the cache
 OUTCOME = "outcome"  # in a manifest: the adapter's row of sweep.json, without its values
 
 

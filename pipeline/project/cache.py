@@ -33,6 +33,7 @@ SHORT_KEY = 8  # characters of a key that name an entry to a user
 FACTS = ("kind", "method", "stage", "seed", "params", "inputs", "code", "versions")
 LARGE = 64 * 2**20  # bytes; larger files are hard-linked instead of copied
 NAMED = "named"
+ADAPTERS = "adapters"  # in the place of a stage: each adapter of a sweep, by itself
 NAME = re.compile(r"[A-Za-z0-9_][\w.-]{0,63}", re.ASCII)  # of a run
 WRITE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 # errors of a cache that may only be read: another user's, or one on a read-only disk
@@ -136,9 +137,11 @@ class Cache:
             for entry in self._entries():
                 if entry.path.resolve() in named:
                     continue
-                count[entry.stage] += 1
+                # adapters are not versions of each other
+                kind = entry.key if entry.stage == ADAPTERS else entry.stage
+                count[kind] += 1
                 size += entry.size
-                if count[entry.stage] > keep and entry.used <= limit and size > max_size:
+                if count[kind] > keep and entry.used <= limit and size > max_size:
                     remove(entry.path)
                     removed.append(entry)
         return removed

@@ -16,7 +16,6 @@ from typing import Any, TextIO
 from pipeline.errors import UserError
 from pipeline.files import artifact, base_model
 from pipeline.project import provenance
-from pipeline.project.adapter_entries import store_adapters
 from pipeline.project.cache import SHORT_KEY, Cache, Damaged, cache_key
 from pipeline.project.logs import run_state
 from pipeline.project.logs.run_state import Settings
@@ -201,7 +200,7 @@ def _make(
     settings = Settings(key, manifest["params"])
     replaced = _keep_replaced(cache, stage, target, folder, settings)
     if not force and (yield from _restore(cache, stage, key, target)):
-        store_adapters(cache, target)
+        _store_parts(cache, stage, target)
         run_state.write_settings(folder, made=settings)
         # of a process that was killed right after it had stored the result
         _discard_checkpoints_of(key, folder)
@@ -220,12 +219,21 @@ def _make(
         artifact.seal(out, {**manifest, "commit": provenance.commit(*stage.code), **facts})
     try:
         cache.store(stage.name, key, target)
-        store_adapters(cache, target)
+        _store_parts(cache, stage, target)
     except OSError as error:
         yield Note(f"{stage.name}: done, but not stored in the cache ({error.strerror})")
     run_state.write_settings(folder, made=settings)
     discard_checkpoints(folder)
     yield from replaced
+
+
+def _store_parts(cache: Cache, stage: Stage, target: Path) -> None:
+    """Store the adapters of an artifact that has several, each by itself, if the cache can."""
+    if stage.kind == "adapters":
+        from pipeline.project.adapter_entries import store_adapters
+
+        with suppress(OSError):
+            store_adapters(cache, target)
 
 
 def _make_part(

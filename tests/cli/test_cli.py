@@ -987,7 +987,7 @@ def test_a_reader_that_is_gone_stops_no_training(project: Path) -> None:
 
 def test_cache_shows_and_prunes(cli: Lora, project: Path) -> None:
     entries = json.loads(cli("cache", "--json", cwd=project)[1])
-    assert {entry["stage"] for entry in entries} == set(PIPELINE)
+    assert {entry["stage"] for entry in entries} == {*PIPELINE, "adapters"}
     assert f"{len(entries)} kept" in cli("cache", cwd=project)[1]
     assert "0 removed" in cli("cache", "prune", "--keep", "1", cwd=project)[1]
     assert "0 removed" in cli("cache", "prune", "--max-size", "1 GiB", cwd=project)[1]

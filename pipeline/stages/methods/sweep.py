@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 MAX_ADAPTERS = 256  # adapters in one pass
 MAX_NAME = 100  # characters of a name, which is also a folder's
-TRAINED = "trained.txt"  # in the run folder: the keys of the adapters that trained here
+TRAINED = "trained.jsonl"  # in the run folder: the keys of the adapters that trained here
 # of what stops adapters by comparing them
 WHOLE = (
     "finetune_sweep.search halving compares all adapters at each rung: it trains in one part. Leave "
@@ -472,7 +472,7 @@ def _make_pass(
 def _log_trained(run: Path, keys: Sequence[str]) -> None:
     """Append the keys of adapters that were trained here, not taken from the cache."""
     with (run / TRAINED).open("a", encoding="utf-8") as file:
-        file.writelines(f"{key}\n" for key in keys)
+        file.writelines(f"{json.dumps(key)}\n" for key in keys)
 
 
 def _restored(

@@ -423,7 +423,7 @@ def test_nothing_is_pickled(finished: Path) -> None:
         for path in (finished / folder).rglob("*")
         if path.is_file()
     }
-    assert names <= {".json", ".safetensors", ".csv", ".png", ".md", ".bin", ""}
+    assert names <= {".json", ".jsonl", ".safetensors", ".csv", ".png", ".md", ".bin", ""}
     # a corpus's tokens, as plain numbers; one that is not learned is negative
     for path in finished.rglob("*.bin"):
         assert path.parent.parent.name == "tokens"

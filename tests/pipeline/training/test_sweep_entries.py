@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.files import artifact
-from pipeline.project.adapter_entries import ADAPTERS
+from pipeline.project.cache import ADAPTERS
 from pipeline.project.runner import run, run_part
 from pipeline.stages.methods import sweep
 from pipeline.stages.registry import open_project
@@ -58,7 +58,7 @@ def swept(
 
 def trained(work: Path) -> list[str]:
     log = work / "runs" / "finetune_sweep" / sweep.TRAINED
-    return log.read_text().split() if log.exists() else []
+    return list(map(json.loads, log.read_text().splitlines())) if log.exists() else []
 
 
 def part(
