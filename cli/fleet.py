@@ -1,11 +1,17 @@
 """`lora fleet`: what runs on other devices and machines."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Context, Exit, Option
 
 from cli.options import JsonOption, group
+
+if TYPE_CHECKING:
+    from pipeline.fleet.run import FleetRun, UnitState
 
 app = group()
 fleet = group(help="Runs on other devices and machines.", invoke_without_command=True)
@@ -25,7 +31,7 @@ def show(context: Context, as_json: JsonOption = False) -> None:
         return
     runs = [(run, run.states()) for run in find_runs(Path())]
     if as_json:
-        print_json([])
+        print_json([_document(run, states) for run, states in runs])
         return
     if not runs:
         print_line("No run of a fleet is here. `lora finetune sweep --on local` starts one.")
@@ -39,6 +45,56 @@ def show(context: Context, as_json: JsonOption = False) -> None:
             rows.append([counts[0], unit.state, unit.node, counts[1], step, left, unit.label])
         print_line(f"{run.name}  {run.stage} on {run.cluster}")
         print_table(["unit", "state", "node", "attempts", "step", "left", "adapters"], rows)
+
+
+def _document(run: FleetRun, states: Sequence[UnitState]) -> dict[str, Any]:
+    """A run and its units, for --json."""
+    units = []
+    for unit in states:
+        seen = unit.journal
+        units.append(
+            {
+                "unit": unit.number,
+                "state": unit.state,
+                "node": unit.node,
+                "attempts": unit.attempts,
+                "makes": unit.label.split(),
+                "step": seen.done if seen else 0,
+                "steps": seen.total if seen else 0,
+                "reason": unit.reason,
+            }
+        )
+    return {"run": run.name, "stage": run.stage, "cluster": run.cluster, "units": units}
+
+
+@fleet.command()
+def retry(name: RunArgument, units: UnitsArgument = None) -> None:
+    """Start units again that failed or were stopped, by default all of these."""
+    from cli.console import print_line
+    from pipeline.fleet.run import find_run
+
+    run = find_run(Path(), name)
+    ended = [unit.number for unit in run.states() if unit.state in ("failed", "stopped", "lost")]
+    chosen = [number for number in ended if not units or number in units]
+    if chosen and run.settings.engine != "local":
+        run.submit(chosen)
+    print_line(f"started again: {', '.join(map(str, chosen)) or 'none'}")
+    if run.settings.engine == "local":
+        _collect(run)
+
+
+@fleet.command()
+def collect(name: RunArgument) -> None:
+    """Wait for a run's units, and take what they made: the command that started it, again."""
+    from pipeline.fleet.run import find_run
+
+    _collect(find_run(Path(), name))
+
+
+def _collect(run: FleetRun) -> None:
+    from cli.stages.finetune import send_sweep
+
+    send_sweep(run.root / run.params, run.overrides, run.cluster)
 
 
 @fleet.command()

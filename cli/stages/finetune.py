@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import getdoc
 from pathlib import Path
+from signal import SIGINT
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from typer import Exit, Option, Typer
+from typer import Exit, Option, Typer, confirm
 from typer.main import get_command
 
 from cli.options import (
@@ -34,7 +36,7 @@ from cli.options import (
     project_of,
 )
 from cli.stages import name_run, of_stage, run_stage
-from pipeline.errors import UserError
+from pipeline.errors import Interrupted, UserError
 from pipeline.files.text import in_units
 from pipeline.project.process import world
 
@@ -288,7 +290,7 @@ def _sweep(
         values = grid_around(project, over) if over else _read_grid(grid or ())
         overrides.append(f"finetune_sweep.grid={json.dumps(values)}")
     if on is not None:
-        _send(project_of(params, overrides), overrides, on, parts)
+        send_sweep(params, overrides, on, parts)
     if only is not None:
         _train_part(project_of(params, overrides), only.split(","), checkpoint_every)
         return
@@ -297,12 +299,39 @@ def _sweep(
         _choose(project_of(params, overrides), max_divergence, apply)
 
 
-def _send(project: Project, overrides: Sequence[str], on: str, parts: int | None) -> None:
-    """Train the adapters of a sweep in units on a cluster."""
-    from cli.console import follow
-    from pipeline.fleet.sweeps import run_sweep
+def send_sweep(params: Path, overrides: Sequence[str], on: str, parts: int | None = None) -> None:
+    """Train the adapters of a sweep in units on a cluster, and wait for them.
 
-    follow(run_sweep(project, overrides, on, parts), f"finetune_sweep on {on}")
+    Raises UserError, and Interrupted after Ctrl-C: units of this machine stop, of others if the
+    user says so.
+    """
+    from cli.console import follow
+    from pipeline.fleet.run import cancel
+    from pipeline.fleet.settings import LOCAL
+    from pipeline.fleet.sweeps import FleetSweep
+
+    sweep = FleetSweep(project_of(params, [*overrides]), overrides, on, parts)
+    try:
+        follow(sweep.events(), f"finetune_sweep on {on}")
+    except KeyboardInterrupt:
+        run = sweep.run
+        again = "the same command goes on from their checkpoints"
+        if run.settings.engine == LOCAL or _wants_to_cancel():
+            cancel(run)
+            raise Interrupted(
+                SIGINT, f"the units of {run.name} are stopped; {again}", False
+            ) from None
+        left = f"{run.name} goes on in the queue; `lora fleet collect {run.name}` waits for it"
+        raise Interrupted(SIGINT, left, False) from None
+
+
+def _wants_to_cancel() -> bool:
+    """Whether a user at a terminal wants the units stopped; without a terminal they go on."""
+    if not sys.stdin.isatty():
+        return False
+    return confirm(
+        "Cancel the units? Otherwise they go on, and `lora fleet` shows them", default=False
+    )
 
 
 def _train_part(project: Project, names: Sequence[str], checkpoint_every: int | None) -> None:

@@ -60,6 +60,8 @@ class FleetRun:
     stage: str
     cluster: str
     root: Path  # the project's folder
+    params: str = "params.yaml"
+    overrides: Sequence[str] = ()
     jobs: list[tuple[str, list[int]]] = field(default_factory=list)  # of the engine, with units
 
     @property
@@ -92,6 +94,8 @@ class FleetRun:
             "stage": self.stage,
             "cluster": self.cluster,
             "root": str(self.root),
+            "params": self.params,
+            "overrides": list(self.overrides),
             "jobs": self.jobs,
         }
         write_file(self.folder / RUN, json.dumps(document, indent=1) + "\n", durable=True)
@@ -155,7 +159,8 @@ def read_run(folder: Path) -> FleetRun:
         document = json.loads((folder / RUN).read_text(encoding="utf-8"))
         jobs = [(str(job), [int(n) for n in numbers]) for job, numbers in document["jobs"]]
         stage, cluster = str(document["stage"]), str(document["cluster"])
-        return FleetRun(folder, stage, cluster, Path(document["root"]), jobs)
+        root, params = Path(document["root"]), str(document["params"])
+        return FleetRun(folder, stage, cluster, root, params, document["overrides"], jobs)
     except (OSError, ValueError, TypeError, KeyError):
         raise UserError(
             f"{folder} is not a run of a fleet. See `lora fleet`, or start one with --on."

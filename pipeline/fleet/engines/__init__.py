@@ -1,12 +1,24 @@
 """What runs units. An engine is a file here with `ENGINE`, a class; `Engine` says what it has."""
 
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
 
 from pipeline.extensions import Registry
 
-if TYPE_CHECKING:
-    from pipeline.fleet.run import FleetRun
+
+class Submission(Protocol):
+    """What an engine reads of a run."""
+
+    folder: Path
+    cluster: str  # its name in fleet.yaml
+    root: Path  # the project's folder
+    jobs: list[tuple[str, list[int]]]  # what the engine named its jobs, with their units
+
+    @property
+    def name(self) -> str: ...
+
+    def unit_folder(self, number: int) -> Path: ...
 
 
 class Queued(NamedTuple):
@@ -25,13 +37,13 @@ class Engine(Protocol):
     def check(self) -> None:
         """Raises UserError if the engine is not here."""
 
-    def submit(self, run: "FleetRun", numbers: Collection[int]) -> str:
+    def submit(self, run: Submission, numbers: Collection[int]) -> str:
         """Start these units, or put them into the queue; returns the job's name."""
 
-    def states(self, run: "FleetRun", numbers: Collection[int]) -> Mapping[int, Queued]:
+    def states(self, run: Submission, numbers: Collection[int]) -> Mapping[int, Queued]:
         """What is known of units that have not ended; those that nothing is known of are lost."""
 
-    def cancel(self, run: "FleetRun", numbers: Collection[int]) -> None:
+    def cancel(self, run: Submission, numbers: Collection[int]) -> None:
         """Stop these units. They write a checkpoint where they can."""
 
 

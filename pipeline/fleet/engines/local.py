@@ -6,13 +6,10 @@ import subprocess
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pipeline.fleet.engines import Queued
+from pipeline.fleet.engines import Queued, Submission
 from pipeline.fleet.unit import AGAIN, CORES, attempts, node_name
-
-if TYPE_CHECKING:
-    from pipeline.fleet.run import FleetRun
 
 
 class Local:
@@ -26,12 +23,12 @@ class Local:
     def check(self) -> None:
         """It is always here."""
 
-    def submit(self, run: "FleetRun", numbers: Collection[int]) -> str:
+    def submit(self, run: Submission, numbers: Collection[int]) -> str:
         self._waiting += [number for number in numbers if number not in self._running]
         self._start(run)
         return str(os.getpid())
 
-    def states(self, run: "FleetRun", numbers: Collection[int]) -> Mapping[int, Queued]:
+    def states(self, run: Submission, numbers: Collection[int]) -> Mapping[int, Queued]:
         for number, (process, place) in list(self._running.items()):
             if (code := process.poll()) is None:
                 continue
@@ -48,7 +45,7 @@ class Local:
                 found[number] = Queued("queued")
         return found
 
-    def cancel(self, run: "FleetRun", numbers: Collection[int]) -> None:
+    def cancel(self, run: Submission, numbers: Collection[int]) -> None:
         self._waiting = [number for number in self._waiting if number not in numbers]
         for number in numbers:
             if number in self._running:
@@ -58,7 +55,7 @@ class Local:
                 with suppress(ProcessLookupError):
                     os.kill(attempts(run.unit_folder(number))[-1].pid, signal.SIGTERM)
 
-    def _start(self, run: "FleetRun") -> None:
+    def _start(self, run: Submission) -> None:
         while self._waiting and self._places:
             number, place = self._waiting.pop(0), self._places.pop(0)
             folder = run.unit_folder(number)
@@ -73,7 +70,7 @@ class Local:
             )
             self._running[number] = process, place
 
-    def _is_elsewhere(self, run: "FleetRun", number: int) -> bool:
+    def _is_elsewhere(self, run: Submission, number: int) -> bool:
         """Whether a process of another command runs the unit on this machine."""
         made = attempts(run.unit_folder(number))
         if not made or made[-1].node != node_name():

@@ -6,15 +6,12 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.fleet.engines import Queued
-
-if TYPE_CHECKING:
-    from pipeline.fleet.run import FleetRun
+from pipeline.fleet.engines import Queued, Submission
 
 SCRIPT = "sbatch.sh"
 WAITS = (
@@ -44,10 +41,10 @@ class Slurm:
                 "the files for one with `lora fleet emit slurm`."
             )
 
-    def submit(self, run: "FleetRun", numbers: Collection[int]) -> str:
+    def submit(self, run: Submission, numbers: Collection[int]) -> str:
         self.check()
         script = run.folder / SCRIPT
-        script.write_text(batch_script(run), encoding="utf-8")
+        script.write_text(batch_script(run, self._cluster.setup), encoding="utf-8")
         array = f"{','.join(map(str, sorted(numbers)))}%{self._cluster.at_once}"
         command = ["sbatch", "--parsable", f"--array={array}", *self._options(run), str(script)]
         environment = {k: v for k, v in os.environ.items() if not FOREIGN.match(k)}
@@ -56,7 +53,7 @@ class Slurm:
             raise UserError(_refusal(run.cluster, told.stderr))
         return told.stdout.strip().partition(";")[0]
 
-    def states(self, run: "FleetRun", numbers: Collection[int]) -> Mapping[int, Queued]:
+    def states(self, run: Submission, numbers: Collection[int]) -> Mapping[int, Queued]:
         jobs = ",".join(job for job, _ in run.jobs)
         rows = _query(jobs) if jobs else {}
         found = dict[int, Queued]()
@@ -72,7 +69,7 @@ class Slurm:
                 found[number] = Queued("stopped", node, reason)
         return found
 
-    def cancel(self, run: "FleetRun", numbers: Collection[int]) -> None:
+    def cancel(self, run: Submission, numbers: Collection[int]) -> None:
         tasks = [f"{job}_{n}" for job, of in run.jobs for n in of if n in numbers]
         # the signal to the batch shell too: it passes it on, and a checkpoint is written
         subprocess.run(
@@ -80,7 +77,7 @@ class Slurm:
         )
         subprocess.run(["scancel", *tasks], capture_output=True, check=False)
 
-    def _options(self, run: "FleetRun") -> list[str]:
+    def _options(self, run: Submission) -> list[str]:
         cluster, folder = self._cluster, run.folder
         options = {
             "job-name": f"lora-{run.name}",
@@ -100,14 +97,14 @@ class Slurm:
         return ["--requeue", *(f"--{key}={value}" for key, value in options.items())]
 
 
-def batch_script(run: "FleetRun") -> str:
+def batch_script(run: Submission, setup: Sequence[str]) -> str:
     """The script of a task: an attempt at its unit; if it is to go on, the job is requeued."""
     units = run.folder.resolve() / "units"
     lora = shlex.join([sys.executable, "-P", "-m", "lora_workbench", "fleet", "unit"])
     return "\n".join(
         [
             "#!/bin/bash",
-            *run.settings.setup,
+            *setup,
             f'exec {lora} --requeue {shlex.quote(str(units))}/"$SLURM_ARRAY_TASK_ID"',
             "",
         ]

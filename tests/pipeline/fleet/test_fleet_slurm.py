@@ -1,0 +1,193 @@
+"""Sweeps on Slurm: four nodes on this machine, that die, are lost, are downed, and run out of time."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.fleet.run import find_run
+from pipeline.project.cache import ADAPTERS
+from tests.helpers.projects import BRIEF, LORA, folder_bytes, lora, make_base, new_project, wait_for
+from tests.helpers.slurm import Slurm, cluster
+
+PATIENCE = 240.0
+GRID = ["finetune", "sweep", "--grid", "rank=1,2", "--grid", "seed=0,1,2,3"]
+LONG = ["--set", "finetune_lora.epochs=600", "--checkpoint-every", "100"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(new_project(tmp_path_factory.mktemp("slurm") / "mini"), BRIEF)
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> Iterator[Slurm]:
+    with cluster(tmp_path / "slurm") as nodes:
+        yield nodes
+
+
+@pytest.fixture
+def project(made: Path, tmp_path: Path) -> Path:
+    root = tmp_path / "project"
+    shutil.copytree(made, root)
+    (root / "fleet.yaml").write_text("pool: {engine: slurm, at_once: 4, time: 1h}")
+    return root
+
+
+class Sent:
+    """A sweep that this process sends to the pool."""
+
+    def __init__(self, root: Path, slurm: Slurm, arguments: Sequence[str]) -> None:
+        self.root = root
+        self._process = subprocess.Popen(
+            [LORA, *arguments, "--on", "pool", "--parts", "4"],
+            cwd=root,
+            env=slurm.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def units(self) -> list[Any]:
+        run = find_run(self.root, "")
+        return [run.unit_folder(number) for number in run.numbers()]
+
+    def attempts(self, number: int) -> list[Any]:
+        path = self.root.glob(f"runs/finetune_sweep/fleet/*/units/{number}/attempts.jsonl")
+        lines = [line for found in path for line in found.read_text().splitlines()]
+        return list(map(json.loads, lines))
+
+    def checkpoints(self, number: int) -> list[Path]:
+        unit = f"runs/finetune_sweep/fleet/*/units/{number}"
+        return list(self.root.glob(f"{unit}/runs/finetune_sweep/checkpoint-*"))
+
+    def log(self, number: int) -> str:
+        (path,) = self.root.glob(f"runs/finetune_sweep/fleet/*/units/{number}/log")
+        return path.read_text()
+
+    def end(self) -> str:
+        out, errors = self._process.communicate(timeout=PATIENCE)
+        assert self._process.returncode == 0, errors + out
+        return errors
+
+
+@pytest.fixture
+def send(project: Path, slurm: Slurm) -> Iterator[Callable[..., Sent]]:
+    sent = list[Sent]()
+
+    def start(*arguments: str) -> Sent:
+        sent.append(Sent(project, slurm, arguments))
+        return sent[-1]
+
+    yield start
+    for sweep in sent:
+        sweep._process.kill()
+        sweep._process.communicate()
+
+
+def weights_of(root: Path) -> dict[str, bytes]:
+    files = folder_bytes(root / "artifacts" / "sweep")
+    return {name: data for name, data in files.items() if name.endswith(".safetensors")}
+
+
+def trained(root: Path) -> list[str]:
+    """The keys of all adapters that were trained, in whichever unit."""
+    keys = list[str]()
+    for path in root.glob("runs/**/trained.jsonl"):
+        keys += map(json.loads, path.read_text().splitlines())
+    return keys
+
+
+def assert_as_in_one_pass(root: Path, arguments: Sequence[str]) -> None:
+    """Nothing was trained twice, and the tensors are those of one pass on this machine."""
+    entries = {path.name for path in (root / ".lora-cache" / ADAPTERS).glob("[!.]*/")}
+    assert sorted(trained(root)) == sorted(entries)
+    found = weights_of(root)
+    told = lora(*arguments, "--force", cwd=root)
+    assert told.returncode == 0, told.stderr
+    assert weights_of(root) == found and len(found) == 8
+
+
+def test_a_grid_in_parts_is_one_pass_to_the_bit(
+    project: Path, slurm: Slurm, send: Callable[..., Sent]
+) -> None:
+    brief = [*GRID, "--set", "finetune_lora.epochs=2"]
+    slurm.down(2)
+    errors = send(*brief).end()
+    assert "8 adapters, in 4 units on pool (slurm)" in errors
+    assert "8 of 8 adapters are taken from the cache" in errors
+    told = lora("fleet", "--json", cwd=project, SLURM_CONF=slurm.environment["SLURM_CONF"])
+    (run,) = json.loads(told.stdout)
+    assert {unit["state"] for unit in run["units"]} == {"done"}
+    assert {unit["node"] for unit in run["units"]} <= {"node1", "node3", "node4"}
+    assert_as_in_one_pass(project, brief)
+
+
+def test_what_sbatch_refuses_is_said_by_the_key_of_fleet_yaml(project: Path, slurm: Slurm) -> None:
+    (project / "fleet.yaml").write_text("pool: {engine: slurm, options: {partition: nowhere}}")
+    environment = {"SLURM_CONF": slurm.environment["SLURM_CONF"]}
+    told = lora(*GRID, "--on", "pool", cwd=project, **environment)
+    assert told.returncode == 1 and "Traceback" not in told.stderr
+    assert "pool.options.partition: Slurm refuses it: " in told.stderr
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_costs_the_steps_since_its_checkpoint(
+    project: Path, slurm: Slurm, send: Callable[..., Sent]
+) -> None:
+    sweep = send(*GRID, *LONG)
+    wait_for(lambda: sweep.checkpoints(2), PATIENCE)
+    slurm.kill(int(sweep.attempts(2)[0]["node"].removeprefix("node")))
+    sweep.end()
+    first, *_, last = sweep.attempts(2)
+    assert last["node"] != first["node"] and last["done"] > 0
+    assert "resumed after step" in sweep.log(2)
+    assert_as_in_one_pass(project, [*GRID, *LONG])
+
+
+@pytest.mark.slow
+def test_a_node_that_slurm_lost_while_its_unit_goes_on_trains_nothing_twice(
+    project: Path, slurm: Slurm, send: Callable[..., Sent]
+) -> None:
+    sweep = send(*GRID, *LONG)
+    wait_for(lambda: sweep.checkpoints(2), PATIENCE)
+    slurm.partition(int(sweep.attempts(2)[0]["node"].removeprefix("node")))
+    sweep.end()
+    assert_as_in_one_pass(project, [*GRID, *LONG])
+
+
+@pytest.mark.slow
+def test_before_the_time_limit_a_unit_writes_its_checkpoint_and_goes_on(
+    project: Path, send: Callable[..., Sent]
+) -> None:
+    (project / "fleet.yaml").write_text("pool: {engine: slurm, at_once: 4, time: 60s, warn: 50s}")
+    sweep = send(*GRID, *LONG, "--set", "finetune_lora.epochs=3000")
+    sweep.end()
+    assert all(len(sweep.attempts(number)) > 1 for number in range(1, 5))
+    assert all("resumed after step" in sweep.log(number) for number in range(1, 5))
+    assert_as_in_one_pass(project, [*GRID, *LONG, "--set", "finetune_lora.epochs=3000"])
+
+
+@pytest.mark.slow
+def test_cancelled_units_keep_their_checkpoints_and_a_retry_goes_on(
+    project: Path, slurm: Slurm, send: Callable[..., Sent]
+) -> None:
+    environment = {"SLURM_CONF": slurm.environment["SLURM_CONF"]}
+    sweep = send(*GRID, *LONG)
+    wait_for(lambda: sweep.checkpoints(1) and sweep.checkpoints(2), PATIENCE)
+    run = find_run(project, "").name
+    told = lora("fleet", "cancel", run, "1", "2", cwd=project, **environment)
+    assert told.returncode == 0 and "stopped: 1, 2" in told.stdout, told.stderr
+    _, errors = sweep._process.communicate(timeout=PATIENCE)
+    assert sweep._process.returncode == 1 and "2 of 4 units did not end well" in errors
+    told = lora("fleet", "retry", run, cwd=project, **environment)
+    assert told.returncode == 0 and "started again: 1, 2" in told.stdout, told.stderr
+    told = lora("fleet", "collect", run, cwd=project, **environment)
+    assert told.returncode == 0, told.stderr
+    assert "resumed after step" in sweep.log(1)
+    assert lora(*GRID, *LONG, cwd=project).returncode == 0
+    assert_as_in_one_pass(project, [*GRID, *LONG])

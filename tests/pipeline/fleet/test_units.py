@@ -1,0 +1,250 @@
+"""Units on the devices of this machine: what an attempt leaves, and sweeps that train in parts."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.fleet.run import FleetRun, find_run
+from pipeline.fleet.settings import Cluster, read_cluster
+from pipeline.fleet.sweeps import divided
+from pipeline.fleet.unit import AGAIN, Unit, attempts, ended, write_unit
+from tests.helpers.projects import (
+    BRIEF,
+    LORA,
+    folder_bytes,
+    lora,
+    make_base,
+    new_project,
+    refusal,
+    wait_for,
+)
+
+SWEEP = ["finetune", "sweep", "--set", "finetune_lora.epochs=2"]
+GRID = ["--grid", "rank=1,2,4"]
+LONG = ["--set", "finetune_lora.epochs=4000", "--checkpoint-every", "20"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(new_project(tmp_path_factory.mktemp("fleet") / "mini"), BRIEF)
+
+
+@pytest.fixture
+def project(made: Path) -> Iterator[Path]:
+    yield made
+    for folder in ("runs", ".lora-cache"):
+        subprocess.run(["rm", "-rf", made / folder], check=True)
+
+
+def only_run(root: Path) -> FleetRun:
+    return find_run(root, "")
+
+
+def listed(root: Path) -> list[Any]:
+    told = lora("fleet", "--json", cwd=root)
+    assert told.returncode == 0, told.stderr
+    return list(json.loads(told.stdout))
+
+
+def unit_at(folder: Path, command: Sequence[str]) -> Path:
+    write_unit(folder, Unit(command, "it", str(folder.parent), "finetune_lora"))
+    return folder
+
+
+def attempt(folder: Path, **environment: str) -> int:
+    command = [sys.executable, "-P", "-m", "lora_workbench", "fleet", "unit", str(folder)]
+    return subprocess.run(command, env={**os.environ, **environment}, check=False).returncode
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "must map names to clusters"),
+        (
+            "pool: {engine: pbs}",
+            "pool.engine must be one of local, slurm, got 'pbs'. Edit fleet.yaml",
+        ),
+        ("pool: {engin: slurm}", "unknown key pool.engin. Did you mean engine?"),
+        (
+            "pool: {time: soon}",
+            "pool.time must be a duration such as 90s, 30m, 4h or 2d, got 'soon'",
+        ),
+        ("pool: {memory: much}", "pool.memory must be a size such as 500M or 32G"),
+        ("other: {engine: slurm}", "--on pool: .*has no such cluster. There is local, other. Add"),
+    ],
+)
+def test_a_wrong_fleet_yaml_is_refused_by_its_key(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "fleet.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_cluster(tmp_path, "pool")
+
+
+def test_a_cluster_is_read_and_local_needs_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert read_cluster(tmp_path, "local") == Cluster()
+    other = tmp_path / "mine.yaml"
+    other.write_text("pool: {engine: slurm, time: 4h, warn: 90s, options: {partition: gpu}}")
+    monkeypatch.setenv("LORA_FLEET", str(other))
+    pool = read_cluster(tmp_path, "pool")
+    assert (pool.time, pool.warn, dict(pool.options)) == (14_400, 90, {"partition": "gpu"})
+
+
+@pytest.mark.parametrize(("count", "parts"), [(1, 1), (7, 3), (8, 8), (9, 4), (64, 16)])
+def test_parts_are_all_names_in_order_and_differ_by_one(count: int, parts: int) -> None:
+    names = [f"rank-{n}" for n in range(count)]
+    found = divided(names, parts)
+    assert list(chain(*found)) == names and len(found) == parts
+    assert max(map(len, found)) - min(map(len, found)) <= 1
+
+
+# An attempt
+
+
+def test_an_attempt_that_ends_well_and_one_with_an_error(tmp_path: Path) -> None:
+    good = unit_at(tmp_path / "good", ["calc", "--model", "minigpt"])
+    assert attempt(good, SLURMD_NODENAME="node7") == 0
+    ending = ended(good)
+    assert ending is not None and ending.code == 0
+    assert [made.node for made in attempts(good)] == ["node7"]
+    assert "parameters" in (good / "log").read_text()
+
+    bad = unit_at(tmp_path / "bad", ["calc", "--model", "nothing-like-it"])
+    assert attempt(bad) == 1
+    ending = ended(bad)
+    assert ending is not None and ending.code == 1 and "nothing-like-it" in ending.message
+    assert not ending.message.startswith("error")
+
+
+def test_three_attempts_without_progress_are_the_last(tmp_path: Path) -> None:
+    folder = unit_at(tmp_path / "unit", ["calc"])
+    lines = [{"node": f"node{n}", "pid": 1, "started": 1.0, "done": 0} for n in (7, 9, 7)]
+    (folder / "attempts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert attempt(folder) == 1
+    ending = ended(folder)
+    assert ending is not None
+    assert ending.message.startswith("no progress in 3 attempts (node7, node9, node7). See ")
+
+
+def test_a_killed_command_is_tried_again_and_a_stopped_one_writes_a_checkpoint(
+    project: Path, tmp_path: Path
+) -> None:
+    command = [*SWEEP, *GRID, *LONG, "--only", "rank-1"]
+    write_unit(tmp_path / "unit", Unit(command, "rank-1", str(project), "finetune_sweep"))
+    folder, runs = tmp_path / "unit", tmp_path / "unit" / "runs" / "finetune_sweep"
+
+    def begun() -> subprocess.Popen[bytes]:
+        process = [sys.executable, "-P", "-m", "lora_workbench", "fleet", "unit", str(folder)]
+        started = subprocess.Popen(process)
+        before = {path.name for path in runs.glob("checkpoint-*")}
+        wait_for(lambda: {p.name for p in runs.glob("checkpoint-*")} - before, 60)
+        return started
+
+    process = begun()
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(60) == AGAIN and ended(folder) is None
+    process = begun()
+    assert "resumed after step" in (folder / "log").read_text()
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    assert process.wait(60) == AGAIN and ended(folder) is None
+    assert len(attempts(folder)) == 2 and attempts(folder)[1].done > 0
+
+
+# Sweeps
+
+
+def test_in_units_of_this_machine_a_sweep_is_one_pass_to_the_bit(project: Path) -> None:
+    told = lora(*SWEEP, *GRID, "--on", "local", "--parts", "2", cwd=project)
+    assert told.returncode == 0, told.stderr
+    assert "3 adapters, in 2 units on local (local)" in told.stderr
+    assert "3 of 3 adapters are taken from the cache" in told.stderr and "best:" in told.stdout
+    (run,) = listed(project)
+    assert [(unit["state"], unit["makes"]) for unit in run["units"]] == [
+        ("done", ["rank-1", "rank-2"]),
+        ("done", ["rank-4"]),
+    ]
+    assert "12/12" in lora("fleet", cwd=project).stdout
+    assert "in the cache" in lora("fleet", "logs", run["run"][:4], "1", cwd=project).stdout
+    weights = weights_of(project)
+    assert lora(*SWEEP, *GRID, "--force", cwd=project).returncode == 0
+    assert weights_of(project) == weights and len(weights) == 3
+
+    # grown: the units train what is new
+    told = lora(*SWEEP, "--grid", "rank=1,2,4,8", "--on", "local", cwd=project)
+    assert told.returncode == 0, told.stderr
+    assert "1 adapters, 3 from the cache, in 1 units" in told.stderr
+
+
+def weights_of(root: Path) -> dict[str, bytes]:
+    files = folder_bytes(root / "artifacts" / "sweep")
+    return {name: data for name, data in files.items() if name.endswith(".safetensors")}
+
+
+def test_a_unit_s_error_is_told_once_and_the_others_go_on(project: Path) -> None:
+    grid = ["--set", "finetune_sweep.grid=[{rank: [1]}, {target_modules: [[nothing]]}]"]
+    told = lora(*SWEEP, *grid, "--on", "local", "--parts", "2", cwd=project)
+    assert told.returncode == 1 and "Traceback" not in told.stderr
+    assert told.stderr.count("finetune_sweep, targets-nothing: ") == 1
+    assert "unit 2 (targets-nothing) on " in told.stderr
+    assert "1 of 2 units did not end well: 2. See `lora fleet logs " in told.stderr
+    (run,) = listed(project)
+    assert [unit["state"] for unit in run["units"]] == ["done", "failed"]
+    assert "targets-nothing" in run["units"][1]["reason"]
+
+    again = lora("fleet", "retry", run["run"], cwd=project)
+    assert again.returncode == 1 and "started again: 2" in again.stdout
+    (run,) = listed(project)
+    assert [unit["attempts"] for unit in run["units"]] == [1, 2]
+    told = lora(*SWEEP, "--grid", "rank=1", "--on", "local", cwd=project)
+    assert told.returncode == 0 and "1 of 1 adapters are taken from the cache" in told.stderr
+
+
+def test_what_is_not_there_is_said_with_the_next_step(project: Path) -> None:
+    told = lora(*SWEEP, *GRID, "--on", "nowhere", cwd=project)
+    assert "--on nowhere: " in refusal((told.returncode, told.stdout, told.stderr))
+    (project / "fleet.yaml").write_text("pool: {engine: slurm}")
+    try:
+        told = lora(*SWEEP, *GRID, "--on", "pool", cwd=project, PATH="/nowhere")
+    finally:
+        (project / "fleet.yaml").unlink()
+    assert "sbatch is not on this machine" in refusal((told.returncode, told.stdout, told.stderr))
+    told = lora("fleet", "cancel", "abc", cwd=project)
+    assert "abc is not one run of a fleet here. There is none." in told.stderr
+    assert "No run of a fleet is here" in lora("fleet", cwd=project).stdout
+
+
+def test_halving_says_why_it_is_one_part(project: Path) -> None:
+    halving = ["finetune_sweep.search=halving", "finetune_lora.eval_share=0.3"]
+    halving += ["finetune_sweep.reduction_factor=2"]
+    options = [f"--set={override}" for override in halving]
+    told = lora(*SWEEP, *GRID, *options, "--on", "local", cwd=project)
+    assert told.returncode == 1 and "halving compares all adapters at each rung" in told.stderr
+
+
+def test_ctrl_c_stops_the_units_and_the_same_command_goes_on(project: Path) -> None:
+    command = [LORA, *SWEEP, *GRID, *LONG[:2], "--on", "local", "--parts", "2"]
+    process = subprocess.Popen(command, cwd=project, stderr=subprocess.PIPE, text=True)
+    pattern = "runs/finetune_sweep/fleet/*/units/*/runs/*/checkpoint-*"
+    wait_for(lambda: len({path.parent for path in project.glob(pattern)}) == 2, 120)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "are stopped; the same command goes on from their checkpoints" in errors
+    assert "Traceback" not in errors
+    (run,) = listed(project)
+    assert {unit["state"] for unit in run["units"]} == {"lost"}
