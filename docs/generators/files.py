@@ -40,6 +40,7 @@ PROJECT = {
         "a folder for each stage's run: logs, state, checkpoints, tokens; untracked, and may be "
         "deleted"
     ),
+    "fleet.yaml": "the clusters that `--on` takes ([fleet](../how-to/fleet.md)); personal",
     f"{CACHE}/": (
         "finished artifacts by a digest of what determines them (`lora cache`); `LORA_CACHE` "
         "names another"
