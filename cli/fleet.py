@@ -69,7 +69,7 @@ def _document(run: FleetRun, states: Sequence[UnitState]) -> dict[str, Any]:
 
 @fleet.command()
 def retry(name: RunArgument, units: UnitsArgument = None) -> None:
-    """Start units again that failed or were stopped, by default all of these."""
+    """Start units again that failed or were stopped."""
     from cli.console import print_line
     from pipeline.fleet.run import find_run
 
@@ -85,7 +85,10 @@ def retry(name: RunArgument, units: UnitsArgument = None) -> None:
 
 @fleet.command()
 def collect(name: RunArgument) -> None:
-    """Wait for a run's units, and take what they made: the command that started it, again."""
+    """Wait for a run's units, and take what they made.
+
+    It is the command that started the run, again.
+    """
     from pipeline.fleet.run import find_run
 
     _collect(find_run(Path(), name))
@@ -109,7 +112,9 @@ def cancel(name: RunArgument, units: UnitsArgument = None) -> None:
 
 
 @fleet.command()
-def logs(name: RunArgument, unit: Annotated[int, Argument(metavar="UNIT")]) -> None:
+def logs(
+    name: RunArgument, unit: Annotated[int, Argument(metavar="UNIT", help="Its number.")]
+) -> None:
     """Print what a unit has printed."""
     from cli.console import print_line
     from pipeline.fleet.run import find_run
@@ -120,7 +125,12 @@ def logs(name: RunArgument, unit: Annotated[int, Argument(metavar="UNIT")]) -> N
 
 
 @fleet.command("unit", hidden=True)
-def unit_process(folder: Path, requeue: Annotated[bool, Option("--requeue")] = False) -> None:
+def unit_process(
+    folder: Annotated[Path, Argument(help="The unit's folder.")],
+    requeue: Annotated[
+        bool, Option("--requeue", help="Let Slurm make another attempt where one is needed.")
+    ] = False,
+) -> None:
     """Make an attempt at a unit: what engines run."""
     from pipeline.fleet.engines import slurm
     from pipeline.fleet.unit import run_unit

@@ -221,10 +221,10 @@ def wait(run: FleetRun, report: Callable[[list[UnitState]], object]) -> Iterator
 def _progress(states: Sequence[UnitState]) -> Progress:
     done, total, running = 0, 0, 0
     for unit in states:
-        seen = unit.journal
-        total += seen.total if seen else 0
-        done += seen.total if seen and unit.state == "done" else seen.done if seen else 0
         running += unit.state == "running"
+        if seen := unit.journal:
+            total += seen.total
+            done += seen.total if unit.state == "done" else seen.done
     finished = sum(unit.state == "done" for unit in states)
     return Progress(done, max(total, 1), f"{finished} of {len(states)} units, {running} run")
 

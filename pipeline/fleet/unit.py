@@ -112,12 +112,12 @@ def run_unit(folder: Path, requeue: Callable[[], object] | None = None) -> int:
     unit = read_unit(folder)
     seen = journal(folder)
     earlier, done = attempts(folder), seen.done if seen else 0
-    this = Attempt(node_name(), os.getpid(), time.time(), done)
+    attempt = Attempt(node_name(), os.getpid(), time.time(), done)
     with (folder / ATTEMPTS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(this._asdict()) + "\n")
+        file.write(json.dumps(attempt._asdict()) + "\n")
     vain = earlier[-MOST_VAIN:]
-    if len(vain) == MOST_VAIN and all(attempt.done == done for attempt in vain):
-        nodes = ", ".join(attempt.node for attempt in vain)
+    if len(vain) == MOST_VAIN and all(before.done == done for before in vain):
+        nodes = ", ".join(before.node for before in vain)
         return _end(
             folder, 1, f"no progress in {MOST_VAIN} attempts ({nodes}). See {folder / LOG}."
         )
