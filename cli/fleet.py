@@ -76,28 +76,25 @@ def retry(name: RunArgument, units: UnitsArgument = None) -> None:
     run = find_run(Path(), name)
     ended = [unit.number for unit in run.states() if unit.state in ("failed", "stopped", "lost")]
     chosen = [number for number in ended if not units or number in units]
-    if chosen and run.settings.engine != "local":
+    if chosen and run.engine.has_queue:
         run.submit(chosen)
     print_line(f"started again: {', '.join(map(str, chosen)) or 'none'}")
-    if run.settings.engine == "local":
+    if not run.engine.has_queue:
         _collect(run)
 
 
 @fleet.command()
 def collect(name: RunArgument) -> None:
-    """Wait for a run's units, and take what they made.
-
-    It is the command that started the run, again.
-    """
+    """Wait for a run's units, and write the table of the sweep."""
     from pipeline.fleet.run import find_run
 
     _collect(find_run(Path(), name))
 
 
 def _collect(run: FleetRun) -> None:
-    from cli.stages.finetune import send_sweep
+    from cli.stages.finetune import sweep
 
-    send_sweep(run.root / run.params, run.overrides, run.cluster)
+    sweep(run.root / run.params, [*run.overrides], on=run.cluster)
 
 
 @fleet.command()

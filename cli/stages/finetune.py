@@ -56,7 +56,7 @@ def _method(name: str) -> Any:
     stage = METHODS[name]
     form = ", in PEFT's format" if stage.kind == "adapter" else ""
     summary = f"{stage.summary} → {stage.path}{form}.\n\n{getdoc(stage.settings)}"
-    command = _sweep if stage.kind == "adapters" else _distributes(stage)
+    command = sweep if stage.kind == "adapters" else _distributes(stage)
     single = Typer(rich_markup_mode=None, add_completion=False)
     single.command(name, help=summary, cls=SettingsCommand)(command)
     return get_command(single)
@@ -234,7 +234,7 @@ def _print_plan(project: Project, stage: Stage) -> None:
             )
 
 
-def _sweep(
+def sweep(
     params: ParamsOption = DEFAULT_PARAMS,
     overrides: SetOption = None,
     force: ForceOption = False,
@@ -289,8 +289,14 @@ def _sweep(
             )
         values = grid_around(project, over) if over else _read_grid(grid or ())
         overrides.append(f"finetune_sweep.grid={json.dumps(values)}")
+    if on is None and parts is not None:
+        raise UserError("--parts divides what --on sends. Name a cluster with --on.")
+    if on is not None and (force or only is not None):
+        raise UserError(
+            "--on trains what the cache has not, all of it. Leave out --force and --only."
+        )
     if on is not None:
-        send_sweep(params, overrides, on, parts)
+        _send_sweep(params, overrides, on, parts)
     if only is not None:
         _train_part(project_of(params, overrides), only.split(","), checkpoint_every)
         return
@@ -299,7 +305,7 @@ def _sweep(
         _choose(project_of(params, overrides), max_divergence, apply)
 
 
-def send_sweep(params: Path, overrides: Sequence[str], on: str, parts: int | None = None) -> None:
+def _send_sweep(params: Path, overrides: Sequence[str], on: str, parts: int | None = None) -> None:
     """Train the adapters of a sweep in units on a cluster, and wait for them.
 
     Raises UserError, and Interrupted after Ctrl-C: units of this machine stop, of others if the
@@ -307,16 +313,15 @@ def send_sweep(params: Path, overrides: Sequence[str], on: str, parts: int | Non
     """
     from cli.console import follow
     from pipeline.fleet.run import cancel
-    from pipeline.fleet.settings import LOCAL
     from pipeline.fleet.sweeps import FleetSweep
 
-    sweep = FleetSweep(project_of(params, [*overrides]), overrides, on, parts)
+    sent = FleetSweep(project_of(params, [*overrides]), overrides, on, parts)
     try:
-        follow(sweep.events(), f"finetune_sweep on {on}")
+        follow(sent.events(), f"finetune_sweep on {on}")
     except KeyboardInterrupt:
-        run = sweep.run
+        run = sent.run
         again = "the same command goes on from their checkpoints"
-        if run.settings.engine == LOCAL or _wants_to_cancel():
+        if not run.engine.has_queue or _wants_to_cancel():
             cancel(run)
             raise Interrupted(
                 SIGINT, f"the units of {run.name} are stopped; {again}", False

@@ -8,19 +8,21 @@
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pipeline.errors import UserError
 from pipeline.files.artifact import write_file
 from pipeline.fleet.engines import ENGINES, Engine, Queued
 from pipeline.fleet.settings import Cluster, read_cluster
 from pipeline.fleet.unit import (
+    EXIT,
     MOST_VAIN,
+    UNIT,
     Ended,
     Unit,
     attempts,
@@ -84,7 +86,7 @@ class FleetRun:
 
     def numbers(self) -> list[int]:
         """The numbers of its units."""
-        names = [path.parent.name for path in (self.folder / UNITS).glob("*/unit.json")]
+        names = [path.parent.name for path in (self.folder / UNITS).glob(f"*/{UNIT}")]
         return sorted(int(name) for name in names if name.isdecimal())
 
     def save(self) -> None:
@@ -110,7 +112,7 @@ class FleetRun:
     def submit(self, numbers: Collection[int]) -> None:
         """Let the engine start units, anew where they had ended."""
         for number in numbers:
-            (self.unit_folder(number) / "exit.json").unlink(missing_ok=True)
+            (self.unit_folder(number) / EXIT).unlink(missing_ok=True)
         self.save()
         self.jobs.append((self.engine.submit(self, numbers), sorted(numbers)))
         self.save()
@@ -135,17 +137,16 @@ class FleetRun:
 
     def _state(self, number: int, ending: Ended | None, queued: Mapping[int, Queued]) -> UnitState:
         folder = self.unit_folder(number)
-        made = attempts(folder)
-        node, reason, state = made[-1].node if made else "", "", "waiting"
+        unit, made = read_unit(folder), attempts(folder)
+        node, reason = made[-1].node if made else "", ""
+        state: State = "lost" if made else "waiting"
         if ending is not None:
             state, reason = ("failed" if ending.code else "done"), ending.message
         elif number in queued:
             now = queued[number]
             state, node, reason = now.state, now.node or node, now.reason
-        elif made:
-            state = "lost"
-        label = read_unit(folder).label
-        return UnitState(number, label, state, node, len(made), journal(folder), reason)  # type: ignore[arg-type]
+        seen = journal(folder, unit)
+        return UnitState(number, unit.label, state, node, len(made), seen, reason)
 
 
 def fleet_folder(project: Project, stage: str) -> Path:
@@ -186,15 +187,14 @@ def find_run(root: Path, name: str) -> FleetRun:
     return named[0]
 
 
-def wait(run: FleetRun, report: Callable[[list[UnitState]], object]) -> Iterator[Event]:
+def wait(run: FleetRun) -> Iterator[Event]:
     """Wait until every unit has ended, and start those again that were lost.
 
-    `report` gets the states at each look. Raises UserError for what failed, each once.
+    Each error is told once. Raises UserError if a unit did not end well.
     """
     told = set[int]()
     while True:
         states = run.states()
-        report(states)
         for unit in states:
             if unit.state == "failed" and unit.number not in told:
                 told.add(unit.number)
@@ -235,7 +235,7 @@ def _listed(numbers: Sequence[int]) -> str:
 
 def cancel(run: FleetRun, numbers: Sequence[int] = ()) -> list[int]:
     """Stop units, by default all that have not ended; returns their numbers."""
-    going: list[Any] = [unit.number for unit in run.states() if unit.state not in ENDED]
+    going = [unit.number for unit in run.states() if unit.state not in ENDED]
     chosen = [number for number in going if not numbers or number in numbers]
     if chosen:
         run.engine.cancel(run, chosen)

@@ -68,10 +68,6 @@ class Cluster(Section, frozen=True, kw_only=True):
         Mapping[str, str], ALLOW_EMPTY, "further options of the engine, such as {partition: gpu}"
     ] = field(default_factory=dict)
     setup: Annotated[Names, "shell lines before a unit, such as module load cuda"] = ()
-    store: Annotated[
-        str, ALLOW_EMPTY, "a DVC remote for results; empty: the cache's folder is shared"
-    ] = ""
-    address: Annotated[str, ALLOW_EMPTY, "of a Ray cluster; empty: one that it starts here"] = ""
 
 
 def read_clusters(root: Path) -> dict[str, Cluster]:

@@ -1,18 +1,16 @@
 """A sweep on a fleet: a pass of its search is divided into parts, each a unit."""
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from math import ceil
 
 from pipeline.errors import UserError
-from pipeline.fleet.run import FleetRun, UnitState, fleet_folder, read_run, wait
+from pipeline.fleet.run import FleetRun, fleet_folder, read_run, wait
 from pipeline.fleet.unit import Unit
 from pipeline.project.adapter_entries import outcomes
 from pipeline.project.cache import ADAPTERS, SHORT_KEY, Cache, cache_key
 from pipeline.project.runner import Event, Note, input_facts
 from pipeline.project.stage_graph import Project
 from pipeline.stages.methods.sweep import STAGE, WHOLE, Passes, entry_keys
-
-Report = Callable[[list[UnitState]], object]
 
 
 class FleetSweep:
@@ -37,11 +35,8 @@ class FleetSweep:
         )
         self.run.engine.check()
 
-    def events(self, report: Report = id) -> Generator[Event, None, None]:
-        """Train what the cache has not, pass after pass; `report` gets the units' states.
-
-        Raises UserError.
-        """
+    def events(self) -> Generator[Event, None, None]:
+        """Train what the cache has not, pass after pass. Raises UserError."""
         passes = Passes(self._project)
         while adapters := passes.ask():
             keys = entry_keys(self._project, self._facts, adapters)
@@ -50,7 +45,7 @@ class FleetSweep:
             missing = [name for name, key in keys.items() if not self._cache.has(ADAPTERS, key)]
             if missing:
                 yield from self._start(missing, len(adapters))
-                yield from wait(self.run, report)
+                yield from wait(self.run)
             if not (made := outcomes(self._cache, keys)):
                 raise UserError(
                     f"The units of {self.run.name} have ended, and the cache in "
@@ -79,9 +74,8 @@ class FleetSweep:
         params = self._project.params.file
         command = ["finetune", "sweep", "--params", params, "--only", ",".join(names)]
         command += [f"--set={override}" for override in self._overrides]
-        environment = {"LORA_CACHE": str(self._project.cache.resolve())}
-        root = str(self._project.root)
-        return Unit(command, " ".join(names), root, STAGE.name, environment)
+        root, cache = str(self._project.root), str(self._project.cache.resolve())
+        return Unit(command, " ".join(names), root, STAGE.name, cache)
 
 
 def divided(names: Sequence[str], parts: int) -> list[list[str]]:

@@ -1,6 +1,6 @@
 """A unit: a `lora` command line in a folder of its own, and the process that runs an attempt at it.
 
-unit.json       command, label, the project's folder, environment
+unit.json       command, label, the project's folder, the cache
 attempts.jsonl  a line per attempt: node, process, time, and how far the work was
 exit.json       how it ended: it is there once no further attempt is to be made
 log             what the command printed
@@ -14,17 +14,18 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
+from pipeline.errors import UserError
 from pipeline.files.artifact import write_file
 from pipeline.project.logs import run_state
 from pipeline.project.logs.run_state import Journal
-from pipeline.project.stage_graph import RUNS
+from pipeline.project.stage_graph import RUNS, WORK
 
 UNIT, ATTEMPTS, EXIT, LOG = "unit.json", "attempts.jsonl", "exit.json", "log"
 AGAIN = 75  # exit code of an attempt that another one continues: sysexits' EX_TEMPFAIL
@@ -41,7 +42,7 @@ class Unit:
     label: str
     root: str  # the folder in which the command runs
     stage: str
-    environment: Mapping[str, str] = field(default_factory=dict)
+    cache: str  # the cache's folder, which the units share
 
 
 class Attempt(NamedTuple):
@@ -67,8 +68,13 @@ def write_unit(folder: Path, unit: Unit) -> None:
 
 
 def read_unit(folder: Path) -> Unit:
-    """The unit in a folder. Raises OSError, ValueError or TypeError for one that is not ours."""
-    return Unit(**json.loads((folder / UNIT).read_text(encoding="utf-8")))
+    """The unit in a folder. Raises UserError if there is none."""
+    try:
+        return Unit(**json.loads((folder / UNIT).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise UserError(
+            f"{folder / UNIT} is not a unit. Remove its run, and start it again."
+        ) from None
 
 
 def attempts(folder: Path) -> list[Attempt]:
@@ -88,11 +94,9 @@ def ended(folder: Path) -> Ended | None:
     return None
 
 
-def journal(folder: Path) -> Journal | None:
-    """The journal of a unit's run."""
-    with suppress(OSError, ValueError, TypeError):
-        return run_state.read(folder / RUNS / read_unit(folder).stage)
-    return None
+def journal(folder: Path, unit: Unit) -> Journal | None:
+    """The journal of the unit's run; None before its first."""
+    return run_state.read(folder / RUNS / unit.stage)
 
 
 def node_name() -> str:
@@ -110,7 +114,7 @@ def run_unit(folder: Path, requeue: Callable[[], object] | None = None) -> int:
     writes a checkpoint and ends, and the next attempt goes on from there.
     """
     unit = read_unit(folder)
-    seen = journal(folder)
+    seen = journal(folder, unit)
     earlier, done = attempts(folder), seen.done if seen else 0
     attempt = Attempt(node_name(), os.getpid(), time.time(), done)
     with (folder / ATTEMPTS).open("a", encoding="utf-8") as file:
@@ -131,12 +135,18 @@ def run_unit(folder: Path, requeue: Callable[[], object] | None = None) -> int:
 
 def _run(unit: Unit, folder: Path) -> tuple[int, set[int]]:
     """The command's exit code, and the signals that asked it to stop."""
-    environment = {**os.environ, **unit.environment, "LORA_WORK": str(folder)}
+    environment = {**os.environ, "LORA_CACHE": unit.cache, WORK: str(folder)}
     if cores := environment.get(CORES):
-        numbers = {int(core) for core in cores.split(",")}
-        os.sched_setaffinity(0, numbers)  # the command inherits it
-        environment["OMP_NUM_THREADS"] = str(len(numbers))
-    signals = set[int]()
+        os.sched_setaffinity(0, map(int, cores.split(",")))  # the command inherits it
+    signals, children = set[int](), list[subprocess.Popen[bytes]]()
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        signals.add(number)
+        for child in children:
+            child.send_signal(signal.SIGTERM)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, stop)
     with (folder / LOG).open("ab") as log:
         child = subprocess.Popen(
             [sys.executable, "-P", "-m", "lora_workbench", *unit.command],
@@ -146,13 +156,9 @@ def _run(unit: Unit, folder: Path) -> tuple[int, set[int]]:
             stdout=log,
             stderr=log,
         )
-
-        def stop(number: int, _frame: FrameType | None) -> None:
-            signals.add(number)
+        children.append(child)
+        if signals:  # before there was a child to pass them to
             child.send_signal(signal.SIGTERM)
-
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, stop)
         return child.wait(), signals
 
 

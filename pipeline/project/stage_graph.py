@@ -24,6 +24,7 @@ from pipeline.project.params.load import Params, inherit, parse, read_text
 from pipeline.project.params.schema import Section
 
 ARTIFACTS, RUNS, CACHE = "artifacts", "runs", ".lora-cache"
+WORK = "LORA_WORK"  # environment variable: `work_folder`
 # below a project: where `dvc exp run --queue` and `--temp` run copies of it
 EXPERIMENTS = (".dvc", "tmp", "exps")
 
@@ -45,7 +46,7 @@ def work_folder(root: Path) -> Path:
 
     What a unit reads and has not made itself is the project's.
     """
-    return Path(os.environ.get("LORA_WORK") or root)
+    return Path(os.environ.get(WORK) or root)
 
 
 class Look(NamedTuple):
@@ -365,8 +366,8 @@ class Project:
         return self.parent if self.parent and is_parents else self
 
     def artifact(self, stage: str) -> Path:
-        made = self.output(stage)
-        return made if made.exists() else self._place(stage)
+        place, made = self._place(stage), self.output(stage)
+        return made if made != place and made.exists() else place
 
     def output(self, stage: str) -> Path:
         """Where a stage writes its artifact: where it is read, unless LORA_WORK says otherwise."""

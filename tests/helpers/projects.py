@@ -149,6 +149,12 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
     }
 
 
+def swept_weights(root: Path) -> dict[str, bytes]:
+    """The tensors of a sweep's adapters, to the bit. Losses are summed with those of neighbours."""
+    files = folder_bytes(root / "artifacts" / "sweep")
+    return {name: data for name, data in files.items() if name.endswith(".safetensors")}
+
+
 def lora(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """`lora …` in a process of its own."""
     variables = {

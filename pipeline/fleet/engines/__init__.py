@@ -32,6 +32,8 @@ class Queued(NamedTuple):
 class Engine(Protocol):
     """Made with the cluster's settings. Errors are UserError, with the key of fleet.yaml."""
 
+    has_queue: bool  # whether units go on when the command that submitted them has ended
+
     def __init__(self, cluster: Any) -> None: ...
 
     def check(self) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from functools import cached_property
 from typing import Any
 
 from pipeline.fleet.engines import Queued, Submission
@@ -15,10 +16,17 @@ from pipeline.fleet.unit import AGAIN, CORES, attempts, node_name
 class Local:
     """Runs units as children of this process."""
 
+    has_queue = False
+
     def __init__(self, cluster: Any) -> None:
-        self._places = _places(cluster.at_once)
+        self._most = cluster.at_once
         self._waiting = list[int]()
         self._running = dict[int, tuple[subprocess.Popen[bytes], Mapping[str, str]]]()
+
+    @cached_property
+    def _places(self) -> list[Mapping[str, str]]:
+        """The environments of the processes that may still start."""
+        return _places(self._most)  # it loads torch, which a look at the units does not need
 
     def check(self) -> None:
         """It is always here."""
@@ -85,16 +93,25 @@ class Local:
 
 
 def _places(most: int) -> list[Mapping[str, str]]:
-    """The environment of each process: its GPU, or its cores."""
+    """The environment of each process: its GPU, or its share of the cores."""
     import torch
 
-    if count := torch.cuda.device_count():
+    from pipeline.models.device import best_device, cores
+
+    if best_device().type == "cuda":
+        count = torch.cuda.device_count()
         given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         names: Sequence[str] = given.split(",") if given else list(map(str, range(count)))
         return [{"CUDA_VISIBLE_DEVICES": name} for name in names[: min(count, most)]]
-    cores = sorted(os.sched_getaffinity(0))
-    number = min(len(cores), most)
-    return [{CORES: ",".join(map(str, cores[n::number]))} for n in range(number)]
+    number = min(cores(), most)
+    places: list[dict[str, str]] = [
+        {"OMP_NUM_THREADS": str(cores() // number)} for _ in range(number)
+    ]
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        allowed = sorted(map(str, os.sched_getaffinity(0)))
+        for n, place in enumerate(places):
+            place[CORES] = ",".join(allowed[n::number])
+    return [*places]
 
 
 ENGINE = Local

@@ -12,6 +12,8 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.fleet.engines import Queued, Submission
+from pipeline.fleet.unit import CORES
+from pipeline.project.stage_graph import WORK
 
 SCRIPT = "sbatch.sh"
 WAITS = (
@@ -25,11 +27,14 @@ WAITS = (
 )
 RUNS = ("RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "STOPPED")
 # what a job may find in the environment of the shell that submits it, and must not
-FOREIGN = re.compile(r"SLURM_(?!CONF)|LORA_WORK|LORA_CORES|DVC_")
+FOREIGN = re.compile(rf"SLURM_(?!CONF)|{WORK}|{CORES}|DVC_")
+UNKNOWN_JOB = "Invalid job id"  # squeue's words for jobs that ended a while ago
 
 
 class Slurm:
     """Submits units with the cluster's settings."""
+
+    has_queue = True
 
     def __init__(self, cluster: Any) -> None:
         self._cluster = cluster
@@ -37,8 +42,8 @@ class Slurm:
     def check(self) -> None:
         if shutil.which("sbatch") is None:
             raise UserError(
-                "sbatch is not on this machine. Run this on a login node of the cluster, or write "
-                "the files for one with `lora fleet emit slurm`."
+                "sbatch is not on this machine. Run this on a login node of the cluster, or choose "
+                "another with --on."
             )
 
     def submit(self, run: Submission, numbers: Collection[int]) -> str:
@@ -54,9 +59,13 @@ class Slurm:
         return told.stdout.strip().partition(";")[0]
 
     def states(self, run: Submission, numbers: Collection[int]) -> Mapping[int, Queued]:
-        jobs = ",".join(job for job, _ in run.jobs)
-        rows = _query(jobs) if jobs else {}
-        found = dict[int, Queued]()
+        rows, found = dict[str, tuple[str, str, str]](), dict[int, Queued]()
+        if run.jobs:
+            told = _query([job for job, _ in run.jobs])
+            # an answer that did not come says nothing of the units
+            if told.returncode and UNKNOWN_JOB not in told.stderr:
+                return dict.fromkeys(numbers, Queued("queued", "", told.stderr.strip()))
+            rows = _parse(told.stdout)
         for number in numbers:
             # the last job that has the unit
             job = next((job for job, of in reversed(run.jobs) if number in of), "")
@@ -117,14 +126,18 @@ def requeue() -> None:
         subprocess.run(["scontrol", "requeue", job], check=False)
 
 
-def _query(jobs: str) -> dict[str, tuple[str, str, str]]:
-    """JOB_TASK → state, node and reason, of what squeue still knows."""
-    command = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={jobs}"]
-    told = subprocess.run(
+def _query(jobs: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """What squeue still knows of jobs: a line for each task."""
+    command = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(jobs)}"]
+    return subprocess.run(
         [*command, "--format=%i|%T|%N|%r"], capture_output=True, text=True, check=False
     )
+
+
+def _parse(lines: str) -> dict[str, tuple[str, str, str]]:
+    """JOB_TASK → state, node and reason."""
     rows = dict[str, tuple[str, str, str]]()
-    for line in told.stdout.splitlines():
+    for line in lines.splitlines():
         with suppress(ValueError):
             name, state, node, reason = line.strip().split("|")
             rows[name] = state, node, reason
@@ -133,10 +146,8 @@ def _query(jobs: str) -> dict[str, tuple[str, str, str]]:
 
 def _refusal(cluster: str, errors: str) -> str:
     """What sbatch says, with the key that it is about."""
-    said = next((line for line in errors.splitlines() if line.strip()), "sbatch failed")
-    said = re.sub(r"^sbatch: (error: )?", "", said.strip())
-    more = [re.sub(r"^sbatch: (error: )?", "", line.strip()) for line in errors.splitlines()]
-    text = " ".join(dict.fromkeys([said, *filter(None, more)]))
+    said = [re.sub(r"^sbatch: (error: )?", "", line.strip()) for line in errors.splitlines()]
+    text = " ".join(dict.fromkeys(filter(None, said))) or "it does not say why"
     for key in ("partition", "account", "qos", "constraint", "reservation"):
         if key in text.lower():
             return (

@@ -462,11 +462,11 @@ def _make_pass(
         yield Note(f"{job.stage.name}: {count} are taken from the cache")
         # a checkpoint is of the adapters that trained together
         job = replace(job, key=f"{job.key} without {' '.join(found)}")
-    trained = {}
+    rows = found
     if missing:
-        trained = yield from _train_pass(job, missing, {**earlier, **found}, part)
+        rows = found | (yield from _train_pass(job, missing, {**earlier, **found}, part))
         _log_trained(job.run, [entries[name] for name in missing if name in entries])
-    return {name: found[name] if name in found else trained[name] for name in adapters}
+    return {name: rows[name] for name in adapters}
 
 
 def _log_trained(run: Path, keys: Sequence[str]) -> None:
@@ -485,17 +485,17 @@ def _restored(
     from pipeline.training.saving import save_logs
 
     cache, found = Cache(job.project.cache), dict[str, Any]()
-    for name in entries.keys() & adapters.keys():
-        outcome = restore_adapter(cache, entries[name], job.out / name)
-        if outcome is None:
+    for name, (values, _) in adapters.items():
+        outcome = name in entries and restore_adapter(cache, entries[name], job.out / name)
+        if not outcome:
             continue
-        found[name] = {"values": adapters[name][0], **outcome}
+        found[name] = {"values": values, **outcome}
         if outcome["state"] == DIVERGED:
             shutil.rmtree(job.out / name)
         else:
             (job.run / name).mkdir(exist_ok=True)
             save_logs(job.out / name, job.run / name)
-    return {name: found[name] for name in adapters if name in found}
+    return found
 
 
 def _train_pass(

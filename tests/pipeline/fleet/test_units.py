@@ -20,11 +20,11 @@ from pipeline.fleet.unit import AGAIN, Unit, attempts, ended, write_unit
 from tests.helpers.projects import (
     BRIEF,
     LORA,
-    folder_bytes,
     lora,
     make_base,
     new_project,
     refusal,
+    swept_weights,
     wait_for,
 )
 
@@ -56,7 +56,7 @@ def listed(root: Path) -> list[Any]:
 
 
 def unit_at(folder: Path, command: Sequence[str]) -> Path:
-    write_unit(folder, Unit(command, "it", str(folder.parent), "finetune_lora"))
+    write_unit(folder, Unit(command, "it", str(folder.parent), "finetune_lora", str(folder)))
     return folder
 
 
@@ -142,7 +142,10 @@ def test_a_killed_command_is_tried_again_and_a_stopped_one_writes_a_checkpoint(
     project: Path, tmp_path: Path
 ) -> None:
     command = [*SWEEP, *GRID, *LONG, "--only", "rank-1"]
-    write_unit(tmp_path / "unit", Unit(command, "rank-1", str(project), "finetune_sweep"))
+    write_unit(
+        tmp_path / "unit",
+        Unit(command, "rank-1", str(project), "finetune_sweep", str(project / "cache")),
+    )
     folder, runs = tmp_path / "unit", tmp_path / "unit" / "runs" / "finetune_sweep"
 
     def begun() -> subprocess.Popen[bytes]:
@@ -180,19 +183,17 @@ def test_in_units_of_this_machine_a_sweep_is_one_pass_to_the_bit(project: Path) 
     ]
     assert "12/12" in lora("fleet", cwd=project).stdout
     assert "in the cache" in lora("fleet", "logs", run["run"][:4], "1", cwd=project).stdout
-    weights = weights_of(project)
+    weights = swept_weights(project)
     assert lora(*SWEEP, *GRID, "--force", cwd=project).returncode == 0
-    assert weights_of(project) == weights and len(weights) == 3
+    assert swept_weights(project) == weights and len(weights) == 3
+
+    again = lora("fleet", "collect", run["run"], cwd=project)
+    assert again.returncode == 0 and "best:" in again.stdout, again.stderr
 
     # grown: the units train what is new
     told = lora(*SWEEP, "--grid", "rank=1,2,4,8", "--on", "local", cwd=project)
     assert told.returncode == 0, told.stderr
     assert "1 adapters, 3 from the cache, in 1 units" in told.stderr
-
-
-def weights_of(root: Path) -> dict[str, bytes]:
-    files = folder_bytes(root / "artifacts" / "sweep")
-    return {name: data for name, data in files.items() if name.endswith(".safetensors")}
 
 
 def test_a_unit_s_error_is_told_once_and_the_others_go_on(project: Path) -> None:
@@ -206,10 +207,11 @@ def test_a_unit_s_error_is_told_once_and_the_others_go_on(project: Path) -> None
     assert [unit["state"] for unit in run["units"]] == ["done", "failed"]
     assert "targets-nothing" in run["units"][1]["reason"]
 
+    assert lora("fleet", "collect", run["run"], cwd=project).returncode == 1
     again = lora("fleet", "retry", run["run"], cwd=project)
     assert again.returncode == 1 and "started again: 2" in again.stdout
     (run,) = listed(project)
-    assert [unit["attempts"] for unit in run["units"]] == [1, 2]
+    assert [unit["attempts"] for unit in run["units"]] == [1, 3]
     told = lora(*SWEEP, "--grid", "rank=1", "--on", "local", cwd=project)
     assert told.returncode == 0 and "1 of 1 adapters are taken from the cache" in told.stderr
 
@@ -226,6 +228,56 @@ def test_what_is_not_there_is_said_with_the_next_step(project: Path) -> None:
     told = lora("fleet", "cancel", "abc", cwd=project)
     assert "abc is not one run of a fleet here. There is none." in told.stderr
     assert "No run of a fleet is here" in lora("fleet", cwd=project).stdout
+
+
+def test_a_look_at_the_units_loads_no_torch_and_names_what_is_no_unit(project: Path) -> None:
+    assert lora(*SWEEP, *GRID, "--on", "local", "--parts", "1", cwd=project).returncode == 0
+    code = "import sys; sys.argv = ['lora', 'fleet']; from cli.main import main; "
+    code += "import atexit; atexit.register(lambda: print('torch' in sys.modules)); main()"
+    told = subprocess.run([sys.executable, "-c", code], cwd=project, capture_output=True, text=True)
+    assert told.returncode == 0 and told.stdout.endswith("False\n"), told.stderr
+    (unit,) = project.glob("runs/finetune_sweep/fleet/*/units/1/unit.json")
+    unit.write_text("[")
+    told = lora("fleet", cwd=project)
+    assert "unit.json is not a unit. Remove its run" in refusal(
+        (told.returncode, told.stdout, told.stderr)
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--parts", "2"], "--parts divides what --on sends"),
+        (["--on", "local", "--force"], "Leave out --force and --only"),
+        (["--on", "local", "--only", "rank-1"], "Leave out --force and --only"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(
+    project: Path, options: list[str], message: str
+) -> None:
+    told = lora(*SWEEP, *GRID, *options, cwd=project)
+    assert message in refusal((told.returncode, told.stdout, told.stderr))
+    assert not (project / "runs" / "finetune_sweep").exists()
+
+
+def test_a_queue_that_does_not_answer_says_nothing_of_its_units(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else all units would be submitted once more whenever the controller is busy."""
+    squeue = tmp_path / "squeue"
+    squeue.write_text(
+        "#!/bin/sh\necho 'squeue: error: Unable to contact slurm controller' >&2\nexit 1\n"
+    )
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "fleet.yaml").write_text("pool: {engine: slurm}")
+    run = FleetRun(tmp_path / "run", "finetune_sweep", "pool", tmp_path, jobs=[("12", [1, 2])])
+    run.add([Unit(["calc"], name, str(tmp_path), "finetune_sweep", "cache") for name in "ab"])
+    assert {unit.state for unit in run.states()} == {"queued"}
+    squeue.write_text(
+        "#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2\nexit 1\n"
+    )
+    assert {unit.state for unit in run.states()} == {"waiting"}
 
 
 def test_halving_says_why_it_is_one_part(project: Path) -> None:

@@ -19,12 +19,12 @@ from tests.helpers.projects import (
     BRIEF,
     LORA,
     STAGES,
-    folder_bytes,
     lora,
     make_base,
     new_project,
     note_texts,
     played,
+    swept_weights,
 )
 
 STAGE = STAGES["finetune_sweep"]
@@ -73,23 +73,17 @@ def part(
     return trained(work)
 
 
-def weights_of(root: Path) -> dict[str, bytes]:
-    """The trained tensors, to the bit. Losses are summed with those that train beside them."""
-    files = folder_bytes(root / "artifacts" / "sweep")
-    return {name: data for name, data in files.items() if name.endswith(".safetensors")}
-
-
 def test_a_grid_that_grew_trains_only_what_is_new(project: Path) -> None:
     _, first, _ = swept(project, {"grid": {"rank": [1, 2]}})
     manifest, second, notes = swept(project, {"grid": {"rank": [1, 2, 4]}})
-    grown = weights_of(project)
+    grown = swept_weights(project)
     assert len(first) == 2 and len(second) == 1
     assert {*first, *second} == set(manifest["entries"].values())
     assert any("2 of 3 adapters are taken from the cache" in note for note in notes)
 
     _, again, _ = swept(project, {"grid": {"rank": [1, 2, 4]}}, force=True)
     assert len(again) == 3
-    assert weights_of(project) == grown  # to the bit, as one pass trains them
+    assert swept_weights(project) == grown  # to the bit, as one pass trains them
 
 
 def test_a_name_and_the_order_of_a_grid_are_no_part_of_an_adapter(project: Path) -> None:
@@ -113,7 +107,7 @@ def test_other_settings_data_or_texts_train_anew(project: Path) -> None:
 def test_parts_that_train_apart_are_one_pass_to_the_bit(project: Path, tmp_path: Path) -> None:
     grid = {"grid": {"rank": [1, 2, 4], "seed": [0, 1]}}
     _, _, _ = swept(project, grid, HELD_OUT)
-    whole = weights_of(project)
+    whole = swept_weights(project)
     shutil.rmtree(project / ".lora-cache" / ADAPTERS)
     shutil.rmtree(project / ".lora-cache" / "finetune_sweep")
     shutil.rmtree(project / "artifacts" / "sweep")
@@ -126,7 +120,7 @@ def test_parts_that_train_apart_are_one_pass_to_the_bit(project: Path, tmp_path:
     assert not (project / "artifacts" / "sweep").exists()
     manifest, more, _ = swept(project, grid, HELD_OUT)
     assert more == [] and sorted(keys) == sorted(manifest["entries"].values())
-    assert weights_of(project) == whole
+    assert swept_weights(project) == whole
     # the curves are there to look at, although nothing trained here
     assert all((project / "runs" / "finetune_sweep" / name / "loss.csv").exists() for name in names)
 
@@ -162,7 +156,7 @@ def test_parts_of_generations_told_in_order_draw_what_one_process_draws(
 ) -> None:
     pytest.importorskip("optuna")
     manifest, _, _ = swept(project, DRAWN, HELD_OUT)
-    names, whole = list(manifest["adapters"]), weights_of(project)
+    names, whole = list(manifest["adapters"]), swept_weights(project)
     shutil.rmtree(project / ".lora-cache" / ADAPTERS)
     shutil.rmtree(project / ".lora-cache" / "finetune_sweep")
 
@@ -173,7 +167,7 @@ def test_parts_of_generations_told_in_order_draw_what_one_process_draws(
         assert len(part(project, tmp_path / str(n), chosen, DRAWN, HELD_OUT)) == len(chosen)
     again, more, _ = swept(project, DRAWN, HELD_OUT)
     assert more == [] and list(again["adapters"]) == names
-    assert weights_of(project) == whole
+    assert swept_weights(project) == whole
 
 
 def test_halving_is_one_part_and_says_why(project: Path, tmp_path: Path) -> None:
