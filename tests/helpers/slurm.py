@@ -1,7 +1,7 @@
 """A Slurm cluster on this machine: munged, a controller and nodes, each with its own processes.
 
 No systemd, cgroups or database. How a node dies, and with it everything that a test leaves, stands
-in `machine.py`.
+in `machine_process.py`.
 """
 
 import os
@@ -11,19 +11,15 @@ import shutil
 import socket
 import stat
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import machine
-
-PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin", "/sbin"])
-PATIENCE = 120.0  # seconds, for a busy machine
+from tests.helpers.machines import PATH, PATIENCE, Machine, Switch, alone
 
 CONF = """\
 ClusterName=tests
@@ -52,8 +48,12 @@ SelectTypeParameters=CR_CPU_Memory
 DefMemPerCPU=1000
 SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=0
 SlurmdParameters=config_overrides
-ReturnToService=2
+# A node that `down` set down stays so; one that was lost returns.
+ReturnToService=1
+# A dead node is asked for MessageTimeout, and meanwhile no other is heard: above SlurmdTimeout all
+# nodes would be set down, and their jobs requeued. With 2 s a node is down after 10, with 10 s 26.
 SlurmdTimeout=5
+MessageTimeout=2
 KillWait=2
 CompleteWait=0
 MinJobAge=600
@@ -62,19 +62,6 @@ GresTypes=gpu
 NodeName=DEFAULT CPUs={cpus} RealMemory={memory} {resources}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
-
-# What makes a process a machine of its own: address, host name, process ids, and files that name
-# hosts. The name server refuses at once: else each look-up waits 10 s.
-UNSHARE = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "sh", "-ec"]
-ENTER = """
-mount -t proc proc /proc
-mount --bind "$0/hosts" /etc/hosts
-mount --bind "$0/resolv.conf" /etc/resolv.conf
-hostname "$1"
-shift
-exec "$@"
-"""
-
 
 IDLE_NODES = "sinfo", "-h", "-N", "-t", "idle"
 
@@ -92,120 +79,20 @@ class Job:
     restarts: int
 
 
-class Machine:
-    """A process of `machine.py`; `prefix` may put it into namespaces."""
-
-    def __init__(self, log: Path, disk: str, command: Sequence[str], prefix: Sequence[str]) -> None:
-        python = [sys.executable, "-I", "-S", machine.__file__, disk, *command]
-        self._log = log
-        with log.open("a") as errors:
-            self._process = subprocess.Popen(
-                [*prefix, *python],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env={**os.environ, "PATH": PATH},
-            )
-        self.pid = self._process.pid
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._words, self._answers = self._process.stdin, self._process.stdout
-
-    def start(self) -> None:
-        self.await_answer()
-        self.tell("start")
-
-    def tell(self, word: str) -> None:
-        with suppress(BrokenPipeError):
-            print(word, file=self._words, flush=True)
-        self.await_answer()
-
-    def await_answer(self) -> None:
-        """To the last word, or that it is ready."""
-        if not self._answers.readline():
-            raise OSError(self._log.read_text(encoding="utf-8").strip()[-300:])
-
-    def begin_to_die(self) -> None:
-        with suppress(BrokenPipeError):
-            self._words.close()
-
-    def die(self) -> None:
-        self.begin_to_die()
-        self._process.wait(PATIENCE)
-        self._answers.close()
-
-    @property
-    def is_dead(self) -> bool:
-        return self._process.returncode is not None
-
-
-class Switch:
-    """A network of machines, in a namespace: a bridge there, a link to it here. Both vanish with
-    its process.
-    """
-
-    def __init__(self, log: Path) -> None:
-        self._machine = Machine(log, f"{log}.disk", [], ["unshare", "--net"])
-        try:
-            self._machine.await_answer()
-            self._link()
-        except BaseException:
-            self._machine.die()
-            raise
-
-    def _link(self) -> None:
-        # A name that is taken is another cluster's. 198.18.0.0/15 is for such tests (RFC 2544).
-        for subnet in range(256):
-            self._subnet, link = subnet, f"slurm-test{subnet}"
-            new = f"ip link add {link} type veth peer name uplink netns {self._machine.pid}"
-            done = subprocess.run(new.split(), env={"PATH": PATH}, capture_output=True, text=True)
-            if "exists" not in done.stderr:
-                break
-        if done.returncode:
-            raise OSError(done.stderr.strip())
-        _ip(None, f"addr add {self.address(254)}/24 dev {link}", f"link set {link} up")
-        hub = "link add hub type bridge", "link set hub up", "link set uplink master hub up"
-        _ip(self._machine, *hub)
-
-    def address(self, number: int) -> str:
-        return f"198.18.{self._subnet}.{number}"
-
-    def connect(self, number: int, node: Machine) -> None:
-        # The same hardware address after a restart: others remember it.
-        hardware = f"address 02:00:00:00:00:{number:02x}"
-        port = f"port{node.pid}"
-        link = f"link add {port} type veth peer name eth0 {hardware} netns {node.pid}"
-        _ip(self._machine, link, f"link set {port} master hub up")
-        up = "link set eth0 up", "link set lo up"
-        _ip(node, f"addr add {self.address(number)}/24 dev eth0", *up)
-
-    def die(self) -> None:
-        self._machine.die()
-
-
-def _ip(where: Machine | None, *commands: str) -> None:
-    enter = ["nsenter", "--net", "--target", str(where.pid)] if where else []
-    environment, text = {"PATH": PATH}, "\n".join(commands)
-    command = [*enter, "ip", "-batch", "-"]
-    done = subprocess.run(command, input=text, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise OSError(done.stderr.strip())
-
-
 class Slurm:
     """Nodes count from 1: node 2 is node2 in Slurm's words."""
 
     def __init__(
         self, folder: Path, nodes: int, cpus: int, gpus: int, switch: Switch | None
     ) -> None:
-        self.folder, self._switch = folder, switch
+        self.folder, self.switch = folder, switch
         self._numbers = range(1, nodes + 1)
         # A test may run in a job of another cluster.
         inherited = [name for name in os.environ if not name.startswith(("SLURM", "SBATCH"))]
         self.environment = {name: os.environ[name] for name in inherited}
-        self.environment |= {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": PATH}
+        self.environment |= {"SLURM_CONF": str(folder / "client.conf"), "PATH": PATH}
         # Sockets lie there. Their paths have 107 characters at most; a test's folder may have more.
-        self._disk = f"/tmp/slurm-{secrets.token_hex(4)}"
+        self.disk = Path(f"/tmp/slurm-{secrets.token_hex(4)}")
         self._machines: dict[str, Machine] = {}
         self._configure(cpus, gpus)
 
@@ -217,7 +104,7 @@ class Slurm:
             control=self._address(254),
             port=self._port,
             folder=self.folder,
-            disk=self._disk,
+            disk=self.disk,
             cpus=cpus,
             memory=max(4000, 1000 * cpus),
             resources=f"Gres=gpu:{gpus}" if gpus else "",
@@ -227,6 +114,8 @@ class Slurm:
             text += f"NodeName=node{number} NodeAddr={self._address(number)} Port={port}\n"
             hosts += f"{self._address(number)} node{number}\n"
         files = {"slurm.conf": text, "hosts": hosts, "cgroup.conf": "CgroupPlugin=disabled\n"}
+        # a command on a busy machine has patience
+        files["client.conf"] = text.replace("MessageTimeout=2", "MessageTimeout=60")
         files["resolv.conf"] = "nameserver 127.0.0.1\n"
         files["munge.key"] = secrets.token_hex(32)
         if gpus:
@@ -239,39 +128,44 @@ class Slurm:
             os.mknod(self.folder / f"nvidia{number}", stat.S_IFCHR, os.makedev(195, number))
 
     def _address(self, number: int) -> str:
-        return self._switch.address(number) if self._switch else "127.0.0.1"
+        return self.switch.address(number) if self.switch else "127.0.0.1"
 
     def start(self) -> None:
         """Returns when all nodes are idle. Raises OSError or AssertionError if they cannot be."""
         (self.folder / "state").mkdir()
-        munge = Path(f"{self._disk}-munge")
+        munge = Path(f"{self.disk}-munge")
         munge.mkdir()
         options = [f"--{file}-file={munge}/{file}" for file in ("log", "pid", "seed")]
-        options += ["--force", "--foreground", f"--key-file={self.folder}/munge.key"]
+        options += [
+            "--force",
+            "--foreground",
+            "--origin=127.0.0.1",
+            f"--key-file={self.folder}/munge.key",
+        ]
         self._machine("munge", "munged", *options, f"--socket={munge}/socket").start()
         self.wait_for((munge / "socket").exists)
-        self._machine("slurmctld", "slurmctld", "-D", "-f", self.environment["SLURM_CONF"]).start()
+        self._machine("slurmctld", "slurmctld", "-D", "-f", str(self.folder / "slurm.conf")).start()
         # A node that begins before the controller answers waits a second until it asks again.
         self.wait_for(self._controller_answers)
         self._boot(self._numbers)
         self.wait_for(lambda: self.run(*IDLE_NODES).count("\n") == len(self._numbers))
 
     def _boot(self, numbers: Iterable[int]) -> None:
-        daemon = ["slurmd", "-D", "-f", self.environment["SLURM_CONF"], "-N"]
+        daemon = ["slurmd", "-D", "-f", str(self.folder / "slurm.conf"), "-N"]
         # all at a time: each starts a Python
         nodes = {n: self._machine(f"node{n}", *daemon, f"node{n}") for n in numbers}
         for number, node in nodes.items():
             node.await_answer()
-            if self._switch:
-                self._switch.connect(number, node)
+            if self.switch:
+                self.switch.connect(number, node)
             node.tell("start")
 
     def _machine(self, name: str, program: str, *arguments: str) -> Machine:
         is_node = name.startswith("node")
-        alone = [*UNSHARE, ENTER, str(self.folder), name] if self._switch and is_node else []
+        prefix = alone(self.folder, name) if self.switch and is_node else []
         command = [shutil.which(program, path=PATH) or program, *arguments]
         log = self.folder / f"{name}.err"
-        self._machines[name] = Machine(log, f"{self._disk}-{name}", command, alone)
+        self._machines[name] = Machine(log, f"{self.disk}-{name}", command, prefix)
         return self._machines[name]
 
     def _controller_answers(self) -> bool:
