@@ -12,9 +12,9 @@ from tests.helpers import machine_process
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin", "/sbin"])
 PATIENCE = 120.0  # seconds, for a busy machine
 
-# What makes a process a machine of its own: address, host name, process ids, and files that name
-# hosts. The name server refuses at once: else each look-up waits 10 s.
-UNSHARE = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "sh", "-ec"]
+# What makes a process a machine of its own: host name, process ids, files that name hosts, and a
+# network. The name server refuses at once: one that does not answer takes 10 s for each look-up.
+UNSHARE = ["unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child"]
 ENTER = """
 mount -t proc proc /proc
 mount --bind "$0/hosts" /etc/hosts
@@ -25,9 +25,10 @@ exec "$@"
 """
 
 
-def alone(folder: Path, name: str) -> list[str]:
+def alone(folder: Path, name: str, network: bool) -> list[str]:
     """What starts a command in namespaces; `hosts` and `resolv.conf` lie in `folder`."""
-    return [*UNSHARE, ENTER, str(folder), name]
+    net = ["--net"] if network else []
+    return [*UNSHARE, *net, "sh", "-ec", ENTER, str(folder), name]
 
 
 class Machine:

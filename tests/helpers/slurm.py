@@ -21,47 +21,7 @@ import pytest
 
 from tests.helpers.machines import PATH, PATIENCE, Machine, Switch, alone
 
-CONF = """\
-ClusterName=tests
-SlurmctldHost={host}({control})
-SlurmctldPort={port}
-SlurmUser=root
-SlurmdUser=root
-# Of auth/slurm all clusters of a machine would have one socket, /run/slurm/sack.socket.
-AuthType=auth/munge
-CredType=cred/munge
-# A requeued job waits as long: 120 s by default, and 5 is the least that Slurm takes.
-AuthInfo=socket={disk}-munge/socket,cred_expire=5
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={disk}-%n
-SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd-%n.pid
-SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd-%n.log
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
-MpiDefault=none
-SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU_Memory
-DefMemPerCPU=1000
-SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=0
-SlurmdParameters=config_overrides
-# A node that `down` set down stays so; one that was lost returns.
-ReturnToService=1
-# A dead node is asked for MessageTimeout, and meanwhile no other is heard: above SlurmdTimeout all
-# nodes would be set down, and their jobs requeued. With 2 s a node is down after 10, with 10 s 26.
-SlurmdTimeout=5
-MessageTimeout=2
-KillWait=2
-CompleteWait=0
-MinJobAge=600
-MailProg=/bin/true
-GresTypes=gpu
-NodeName=DEFAULT CPUs={cpus} RealMemory={memory} {resources}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
-"""
+CONF = Path(__file__).with_suffix(".conf").read_text(encoding="utf-8")
 
 IDLE_NODES = "sinfo", "-h", "-N", "-t", "idle"
 
@@ -100,7 +60,7 @@ class Slurm:
         # below those that the system gives to clients: one may take it while a daemon is down
         self._port, *ports = _free_ports(1 + len(self._numbers))
         text = CONF.format(
-            host=socket.gethostname().split(".")[0],
+            host="slurmctld" if self.switch else socket.gethostname().split(".")[0],
             control=self._address(254),
             port=self._port,
             folder=self.folder,
@@ -109,7 +69,7 @@ class Slurm:
             memory=max(4000, 1000 * cpus),
             resources=f"Gres=gpu:{gpus}" if gpus else "",
         )
-        hosts = "127.0.0.1 localhost\n"
+        hosts = f"127.0.0.1 localhost\n{self._address(254)} slurmctld\n"
         for number, port in zip(self._numbers, ports, strict=True):
             text += f"NodeName=node{number} NodeAddr={self._address(number)} Port={port}\n"
             hosts += f"{self._address(number)} node{number}\n"
@@ -120,9 +80,9 @@ class Slurm:
         files["munge.key"] = secrets.token_hex(32)
         if gpus:
             files["gres.conf"] = f"Name=gpu File={self.folder}/nvidia[0-{gpus - 1}]\n"
+        (self.folder / "munge.key").touch(0o600)
         for name, content in files.items():
             (self.folder / name).write_text(content, encoding="utf-8")
-        (self.folder / "munge.key").chmod(0o600)
         # GPUs in name only: Slurm hands out their numbers as CUDA_VISIBLE_DEVICES.
         for number in range(gpus):
             os.mknod(self.folder / f"nvidia{number}", stat.S_IFCHR, os.makedev(195, number))
@@ -161,8 +121,7 @@ class Slurm:
             node.tell("start")
 
     def _machine(self, name: str, program: str, *arguments: str) -> Machine:
-        is_node = name.startswith("node")
-        prefix = alone(self.folder, name) if self.switch and is_node else []
+        prefix = alone(self.folder, name, program == "slurmd") if self.switch else []
         command = [shutil.which(program, path=PATH) or program, *arguments]
         log = self.folder / f"{name}.err"
         self._machines[name] = Machine(log, f"{self.disk}-{name}", command, prefix)
