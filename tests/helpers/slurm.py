@@ -23,6 +23,7 @@ from tests.helpers.machines import PATH, PATIENCE, Machine, Switch, alone
 
 CONF = Path(__file__).with_suffix(".conf").read_text(encoding="utf-8")
 
+TO_START = 30.0  # seconds; it takes 0.3, and where it never ends each test waits
 IDLE_NODES = "sinfo", "-h", "-N", "-t", "idle"
 
 
@@ -103,12 +104,12 @@ class Slurm:
             f"--key-file={self.folder}/munge.key",
         ]
         self._machine("munge", "munged", *options, f"--socket={munge}/socket").start()
-        self.wait_for((munge / "socket").exists)
+        self.wait_for((munge / "socket").exists, TO_START)
         self._machine("slurmctld", "slurmctld", "-D", "-f", str(self.folder / "slurm.conf")).start()
         # A node that begins before the controller answers waits a second until it asks again.
-        self.wait_for(self._controller_answers)
+        self.wait_for(self._controller_answers, TO_START)
         self._boot(self._numbers)
-        self.wait_for(lambda: self.run(*IDLE_NODES).count("\n") == len(self._numbers))
+        self.wait_for(lambda: self.run(*IDLE_NODES).count("\n") == len(self._numbers), TO_START)
 
     def _boot(self, numbers: Iterable[int]) -> None:
         daemon = ["slurmd", "-D", "-f", str(self.folder / "slurm.conf"), "-N"]
