@@ -1,7 +1,7 @@
-"""A Slurm cluster on this machine: a controller and nodes, each a daemon with its own processes.
+"""A Slurm cluster on this machine: munged, a controller and nodes, each with its own processes.
 
-No munge, systemd or cgroups. How a node dies, and with it everything that a test leaves, stands in
-`machine.py`.
+No systemd, cgroups or database. How a node dies, and with it everything that a test leaves, stands
+in `machine_process.py`.
 """
 
 import os
@@ -11,68 +11,20 @@ import shutil
 import socket
 import stat
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import machine
+from tests.helpers.machines import PATH, PATIENCE, Machine, Switch, alone
 
-PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin", "/sbin"])
-PATIENCE = 120.0  # seconds, for a busy machine
+CONF = Path(__file__).with_suffix(".conf").read_text(encoding="utf-8")
 
-CONF = """\
-ClusterName=tests
-SlurmctldHost={host}({control})
-SlurmctldPort={port}
-SlurmUser=root
-SlurmdUser=root
-AuthType=auth/slurm
-CredType=auth/slurm
-# A requeued job waits as long: 120 s by default, and 5 is the least that Slurm takes.
-AuthInfo=cred_expire=5
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={disk}-%n
-SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd-%n.pid
-SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd-%n.log
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
-MpiDefault=none
-SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU_Memory
-DefMemPerCPU=1000
-SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=0
-SlurmdParameters=config_overrides
-ReturnToService=2
-SlurmdTimeout=5
-KillWait=2
-CompleteWait=0
-MinJobAge=600
-MailProg=/bin/true
-GresTypes=gpu
-NodeName=DEFAULT CPUs={cpus} RealMemory={memory} {resources}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
-"""
-
-# What makes a process a machine of its own: address, host name, process ids, and files that name
-# hosts. The name server refuses at once: else each look-up waits 10 s.
-UNSHARE = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "sh", "-ec"]
-ENTER = """
-mount -t proc proc /proc
-mount --bind "$0/hosts" /etc/hosts
-mount --bind "$0/resolv.conf" /etc/resolv.conf
-hostname "$1"
-shift
-exec "$@"
-"""
+TO_START = 30.0  # seconds; it takes 0.3, and where it never ends each test waits
+IDLE_NODES = "sinfo", "-h", "-N", "-t", "idle"
 
 
 @dataclass(frozen=True)
@@ -88,197 +40,104 @@ class Job:
     restarts: int
 
 
-class Machine:
-    """A process of `machine.py`; `prefix` may put it into namespaces."""
-
-    def __init__(self, log: Path, disk: str, command: str, prefix: Sequence[str] = ()) -> None:
-        python = [sys.executable, "-I", "-S", machine.__file__, disk, *command.split()]
-        self._log = log
-        with log.open("a") as errors:
-            self._process = subprocess.Popen(
-                [*prefix, *python],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env={**os.environ, "PATH": PATH},
-            )
-        self.pid = self._process.pid
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._words, self._answers = self._process.stdin, self._process.stdout
-
-    def tell(self, word: str) -> None:
-        with suppress(BrokenPipeError):
-            print(word, file=self._words, flush=True)
-        self.await_answer()
-
-    def await_answer(self) -> None:
-        """To the last word, or that it is ready."""
-        if not self._answers.readline():
-            raise OSError(self._log.read_text(encoding="utf-8").strip()[-300:])
-
-    def begin_to_die(self) -> None:
-        with suppress(BrokenPipeError):
-            self._words.close()
-
-    def die(self) -> None:
-        self.begin_to_die()
-        self._process.wait(PATIENCE)
-        self._answers.close()
-
-    @property
-    def is_dead(self) -> bool:
-        return self._process.returncode is not None
-
-
-class Switch:
-    """A network of machines, in a namespace: a bridge there, a link to it here. Both vanish with
-    its process.
-    """
-
-    def __init__(self, log: Path) -> None:
-        self._machine = Machine(log, f"{log}.disk", "none", ["unshare", "--net"])
-        try:
-            self._machine.await_answer()
-            self._link()
-        except BaseException:
-            self._machine.die()
-            raise
-
-    def _link(self) -> None:
-        # A name that is taken is another cluster's. 198.18.0.0/15 is for such tests (RFC 2544).
-        for subnet in range(256):
-            self._subnet, link = subnet, f"slurm-test{subnet}"
-            new = f"ip link add {link} type veth peer name uplink netns {self._machine.pid}"
-            done = subprocess.run(new.split(), env={"PATH": PATH}, capture_output=True, text=True)
-            if "exists" not in done.stderr:
-                break
-        if done.returncode:
-            raise OSError(done.stderr.strip())
-        _ip(None, f"addr add {self.address(254)}/24 dev {link}", f"link set {link} up")
-        hub = "link add hub type bridge", "link set hub up", "link set uplink master hub up"
-        _ip(self._machine, *hub)
-
-    def address(self, number: int) -> str:
-        return f"198.18.{self._subnet}.{number}"
-
-    def connect(self, number: int, node: Machine) -> None:
-        # The same hardware address after a restart: others remember it.
-        hardware = f"address 02:00:00:00:00:{number:02x}"
-        port = f"port{node.pid}"
-        link = f"link add {port} type veth peer name eth0 {hardware} netns {node.pid}"
-        _ip(self._machine, link, f"link set {port} master hub up")
-        up = "link set eth0 up", "link set lo up"
-        _ip(node, f"addr add {self.address(number)}/24 dev eth0", *up)
-
-    def die(self) -> None:
-        self._machine.die()
-
-
-def _ip(where: Machine | None, *commands: str) -> None:
-    enter = ["nsenter", "--net", "--target", str(where.pid)] if where else []
-    environment, text = {"PATH": PATH}, "\n".join(commands)
-    command = [*enter, "ip", "-batch", "-"]
-    done = subprocess.run(command, input=text, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise OSError(done.stderr.strip())
-
-
 class Slurm:
     """Nodes count from 1: node 2 is node2 in Slurm's words."""
 
     def __init__(
         self, folder: Path, nodes: int, cpus: int, gpus: int, switch: Switch | None
     ) -> None:
-        self.folder, self._switch = folder, switch
+        self.folder, self.switch = folder, switch
         self._numbers = range(1, nodes + 1)
         # A test may run in a job of another cluster.
         inherited = [name for name in os.environ if not name.startswith(("SLURM", "SBATCH"))]
         self.environment = {name: os.environ[name] for name in inherited}
-        self.environment |= {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": PATH}
+        self.environment |= {"SLURM_CONF": str(folder / "client.conf"), "PATH": PATH}
         # Sockets lie there. Their paths have 107 characters at most; a test's folder may have more.
-        self._disk = f"/tmp/slurm-{secrets.token_hex(4)}"
-        self._machines: dict[int, Machine] = {}
+        self.disk = Path(f"/tmp/slurm-{secrets.token_hex(4)}")
+        self._machines: dict[str, Machine] = {}
         self._configure(cpus, gpus)
 
     def _configure(self, cpus: int, gpus: int) -> None:
         # below those that the system gives to clients: one may take it while a daemon is down
         self._port, *ports = _free_ports(1 + len(self._numbers))
         text = CONF.format(
-            host=socket.gethostname().split(".")[0],
+            host="slurmctld" if self.switch else socket.gethostname().split(".")[0],
             control=self._address(254),
             port=self._port,
             folder=self.folder,
-            disk=self._disk,
+            disk=self.disk,
             cpus=cpus,
             memory=max(4000, 1000 * cpus),
             resources=f"Gres=gpu:{gpus}" if gpus else "",
         )
-        hosts = "127.0.0.1 localhost\n"
+        hosts = f"127.0.0.1 localhost\n{self._address(254)} slurmctld\n"
         for number, port in zip(self._numbers, ports, strict=True):
             text += f"NodeName=node{number} NodeAddr={self._address(number)} Port={port}\n"
             hosts += f"{self._address(number)} node{number}\n"
         files = {"slurm.conf": text, "hosts": hosts, "cgroup.conf": "CgroupPlugin=disabled\n"}
+        # a command on a busy machine has patience
+        files["client.conf"] = text.replace("MessageTimeout=2", "MessageTimeout=60")
         files["resolv.conf"] = "nameserver 127.0.0.1\n"
-        files["slurm.key"] = secrets.token_hex(512)
+        files["munge.key"] = secrets.token_hex(32)
         if gpus:
             files["gres.conf"] = f"Name=gpu File={self.folder}/nvidia[0-{gpus - 1}]\n"
+        (self.folder / "munge.key").touch(0o600)
         for name, content in files.items():
             (self.folder / name).write_text(content, encoding="utf-8")
-        (self.folder / "slurm.key").chmod(0o600)
         # GPUs in name only: Slurm hands out their numbers as CUDA_VISIBLE_DEVICES.
         for number in range(gpus):
             os.mknod(self.folder / f"nvidia{number}", stat.S_IFCHR, os.makedev(195, number))
 
     def _address(self, number: int) -> str:
-        return self._switch.address(number) if self._switch else "127.0.0.1"
+        return self.switch.address(number) if self.switch else "127.0.0.1"
 
     def start(self) -> None:
-        """Returns when all nodes are idle. Raises OSError if they are not in time."""
+        """Returns when all nodes are idle. Raises OSError or AssertionError if they cannot be."""
         (self.folder / "state").mkdir()
-        slurmctld = f"{shutil.which('slurmctld', path=PATH)} -D -f {self.folder}/slurm.conf"
-        controller = Machine(self.folder / "slurmctld.err", f"{self._disk}-control", slurmctld)
-        self._machines[0] = controller
-        controller.await_answer()
-        controller.tell("start")
+        munge = Path(f"{self.disk}-munge")
+        munge.mkdir()
+        options = [f"--{file}-file={munge}/{file}" for file in ("log", "pid", "seed")]
+        options += [
+            "--force",
+            "--foreground",
+            "--origin=127.0.0.1",
+            f"--key-file={self.folder}/munge.key",
+        ]
+        self._machine("munge", "munged", *options, f"--socket={munge}/socket").start()
+        self.wait_for((munge / "socket").exists, TO_START)
+        self._machine("slurmctld", "slurmctld", "-D", "-f", str(self.folder / "slurm.conf")).start()
+        # A node that begins before the controller answers waits a second until it asks again.
+        self.wait_for(self._controller_answers, TO_START)
         self._boot(self._numbers)
-        end = time.monotonic() + PATIENCE
-        while self.run("sinfo", "-h", "-N", "-t", "idle").count("\n") < len(self._numbers):
-            if time.monotonic() > end:
-                raise OSError((self.folder / "slurmctld.log").read_text(encoding="utf-8")[-300:])
-            time.sleep(0.02)
+        self.wait_for(lambda: self.run(*IDLE_NODES).count("\n") == len(self._numbers), TO_START)
 
     def _boot(self, numbers: Iterable[int]) -> None:
-        slurmd = f"{shutil.which('slurmd', path=PATH)} -D -f {self.folder}/slurm.conf -N node"
-        for number in numbers:
-            name = f"node{number}"
-            alone = [*UNSHARE, ENTER, str(self.folder), name] if self._switch else []
-            log, command = self.folder / f"slurmd-{name}.err", f"{slurmd}{number}"
-            self._machines[number] = Machine(log, f"{self._disk}-{name}", command, alone)
-        for number in numbers:
-            self._machines[number].await_answer()
-            if self._switch:
-                self._switch.connect(number, self._machines[number])
-        self._await_controller()
-        for number in numbers:
-            self._machines[number].tell("start")
+        daemon = ["slurmd", "-D", "-f", str(self.folder / "slurm.conf"), "-N"]
+        # all at a time: each starts a Python
+        nodes = {n: self._machine(f"node{n}", *daemon, f"node{n}") for n in numbers}
+        for number, node in nodes.items():
+            node.await_answer()
+            if self.switch:
+                self.switch.connect(number, node)
+            node.tell("start")
 
-    def _await_controller(self) -> None:
-        """A node that begins before waits a second until it asks again."""
-        end = time.monotonic() + PATIENCE
-        while True:
-            try:
-                return socket.create_connection((self._address(254), self._port), 5).close()
-            except OSError:
-                if time.monotonic() > end:
-                    raise
-            time.sleep(0.01)
+    def _machine(self, name: str, program: str, *arguments: str) -> Machine:
+        prefix = alone(self.folder, name, program == "slurmd") if self.switch else []
+        command = [shutil.which(program, path=PATH) or program, *arguments]
+        log = self.folder / f"{name}.err"
+        self._machines[name] = Machine(log, f"{self.disk}-{name}", command, prefix)
+        return self._machines[name]
+
+    def _controller_answers(self) -> bool:
+        with suppress(OSError), socket.create_connection((self._address(254), self._port), 5):
+            return True
+        return False
 
     def stop(self) -> None:
-        for node in self._machines.values():
-            node.begin_to_die()
-        for node in self._machines.values():
-            node.die()
+        for running in self._machines.values():
+            running.begin_to_die()
+        for running in self._machines.values():
+            running.die()
 
     def run(self, *command: str) -> str:
         """Output of a command that must not fail."""
@@ -288,18 +147,19 @@ class Slurm:
 
     def kill(self, number: int) -> None:
         """The machine dies: the daemon, and every process of its jobs."""
-        self._machines[number].die()
+        self._machines[f"node{number}"].die()
 
     def partition(self, number: int) -> None:
         """The controller loses the node, whose jobs go on."""
-        self._machines[number].tell("stop")
+        self._machines[f"node{number}"].tell("stop")
 
     def restore(self, number: int) -> None:
         """After `kill` or `partition`: the daemon runs again."""
-        if self._machines[number].is_dead:
+        node = self._machines[f"node{number}"]
+        if node.is_dead:
             self._boot([number])
         else:
-            self._machines[number].tell("start")
+            node.tell("start")
 
     def down(self, number: int) -> None:
         self._update(number, "DOWN", "Reason=test")
@@ -363,7 +223,7 @@ def cluster(
 
     With `namespaces` each is a machine to the others: its own address, host name and process ids.
     """
-    _require("slurmctld", "slurmd", "sbatch", *(("ip", "unshare") if namespaces else ()))
+    _require("slurmctld", "slurmd", "sbatch", "munged", *(("ip", "unshare") if namespaces else ()))
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as running:
@@ -374,7 +234,7 @@ def cluster(
             slurm = Slurm(folder, nodes, cpus, gpus, switch)
             running.callback(slurm.stop)
             slurm.start()
-        except OSError as error:
+        except (OSError, AssertionError) as error:
             pytest.skip(f"Slurm does not start here: {error}")
         yield slurm
 

@@ -1,6 +1,6 @@
 """A machine of a test's cluster: one daemon, and whatever becomes a child of it.
 
-`python machine.py DISK COMMAND…` reads a word a line: "start" starts the command, "stop" kills it
+`python machine_process.py DISK COMMAND…` reads a word a line: "start" starts the command, "stop" kills it
 alone, and leaves what it started. The end of input is the death of the machine: everything that
 ever came of the command is killed, and the folder DISK is gone. So nothing outlives a test, not
 even one that was killed.
