@@ -295,6 +295,6 @@ def following(title: str, quiet: bool = False) -> "Iterator[Callable[[Event], No
                 )
                 tasks.append(task)
             else:
-                progress.update(tasks[0], completed=event.done, text=event.text)
+                progress.update(tasks[0], total=event.total, completed=event.done, text=event.text)
 
         yield show

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Context, Exit, Option
 
 from cli.options import JsonOption, group
+from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from pipeline.fleet.run import FleetRun, UnitState
@@ -117,7 +118,11 @@ def logs(
     from pipeline.fleet.run import find_run
     from pipeline.fleet.unit import LOG
 
-    path = find_run(Path(), name).unit_folder(unit) / LOG
+    run = find_run(Path(), name)
+    if unit not in run.numbers():
+        last = len(run.numbers())
+        raise UserError(f"{run.name} has no unit {unit}. Its units are 1 to {last}: `lora fleet`.")
+    path = run.unit_folder(unit) / LOG
     print_line(path.read_text(encoding="utf-8", errors="replace") if path.is_file() else "")
 
 

@@ -168,3 +168,16 @@ def test_the_time_that_is_left_is_shown_also_where_a_step_takes_minutes(
     console.follow(slow(), "train")
     assert isinstance(terminal.file, StringIO)
     assert "6/8 loss 0.5 0:10:00" in terminal.file.getvalue()
+
+
+def test_a_total_that_is_known_later_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Console(file=StringIO(), force_terminal=True, width=100, color_system=None)
+    monkeypatch.setattr(console, "stderr", terminal)
+
+    def units() -> Generator[Progress, None, None]:
+        yield Progress(0, 1, "none runs")
+        yield Progress(30, 120, "4 run")
+
+    console.follow(units(), "sweep")
+    assert isinstance(terminal.file, StringIO)
+    assert "30/120 4 run" in terminal.file.getvalue()

@@ -183,6 +183,8 @@ def test_in_units_of_this_machine_a_sweep_is_one_pass_to_the_bit(project: Path) 
     ]
     assert "12/12" in lora("fleet", cwd=project).stdout
     assert "in the cache" in lora("fleet", "logs", run["run"][:4], "1", cwd=project).stdout
+    told = lora("fleet", "logs", run["run"], "9", cwd=project)
+    assert told.returncode == 1 and "has no unit 9. Its units are 1 to 2" in told.stderr
     weights = swept_weights(project)
     assert lora(*SWEEP, *GRID, "--force", cwd=project).returncode == 0
     assert swept_weights(project) == weights and len(weights) == 3
