@@ -7,6 +7,7 @@
 """
 
 import json
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -60,8 +61,8 @@ class FleetRun:
     stage: str
     cluster: str
     root: Path  # the project's folder
-    params: str = "params.yaml"
-    overrides: Sequence[str] = ()
+    command: Sequence[str] = ()  # the arguments of `lora` that started it
+    place: Path = Path()  # the folder in which they were typed
     jobs: list[tuple[str, list[int]]] = field(default_factory=list)  # of the engine, with units
 
     @property
@@ -94,8 +95,8 @@ class FleetRun:
             "stage": self.stage,
             "cluster": self.cluster,
             "root": str(self.root),
-            "params": self.params,
-            "overrides": list(self.overrides),
+            "command": list(self.command),
+            "place": str(self.place),
             "jobs": self.jobs,
         }
         write_file(self.folder / RUN, json.dumps(document, indent=1) + "\n", durable=True)
@@ -106,6 +107,19 @@ class FleetRun:
         for number, unit in enumerate(units, first):
             write_unit(self.unit_folder(number), unit)
         return list(range(first, first + len(units)))
+
+    def start(self, units: Sequence[Unit]) -> list[int]:
+        """Submit units that the run has not yet, and those that did not end well.
+
+        A unit is told by its label. Returns the numbers of what was submitted.
+        """
+        states = self.states()
+        known = {unit.label for unit in states}
+        numbers = self.add([unit for unit in units if unit.label not in known])
+        numbers += [unit.number for unit in states if unit.state in ("failed", "stopped")]
+        if numbers:
+            self.submit(numbers)
+        return numbers
 
     def submit(self, numbers: Collection[int]) -> None:
         """Let the engine start units, anew where they had ended."""
@@ -148,9 +162,13 @@ class FleetRun:
         return UnitState(number, label, state, node, len(made), journal(folder), reason)  # type: ignore[arg-type]
 
 
-def fleet_folder(project: Project, stage: str) -> Path:
-    """The folder of a stage's runs."""
-    return project.root / RUNS / stage / FLEET
+def open_run(project: Project, stage: str, name: str, cluster: str) -> FleetRun:
+    """The run of this name that this command starts, or goes on with. Raises UserError."""
+    folder = project.root / RUNS / stage / FLEET / name
+    jobs = read_run(folder).jobs if folder.is_dir() else []
+    run = FleetRun(folder, stage, cluster, project.root, sys.argv[1:], Path.cwd(), jobs)
+    run.engine.check()
+    return run
 
 
 def read_run(folder: Path) -> FleetRun:
@@ -159,8 +177,9 @@ def read_run(folder: Path) -> FleetRun:
         document = json.loads((folder / RUN).read_text(encoding="utf-8"))
         jobs = [(str(job), [int(n) for n in numbers]) for job, numbers in document["jobs"]]
         stage, cluster = str(document["stage"]), str(document["cluster"])
-        root, params = Path(document["root"]), str(document["params"])
-        return FleetRun(folder, stage, cluster, root, params, document["overrides"], jobs)
+        command = [str(word) for word in document["command"]]
+        root, place = Path(document["root"]), Path(document["place"])
+        return FleetRun(folder, stage, cluster, root, command, place, jobs)
     except (OSError, ValueError, TypeError, KeyError):
         raise UserError(
             f"{folder} is not a run of a fleet. See `lora fleet`, or start one with --on."

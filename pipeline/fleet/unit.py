@@ -42,6 +42,7 @@ class Unit:
     root: str  # the folder in which the command runs
     stage: str
     environment: Mapping[str, str] = field(default_factory=dict)
+    nodes: int = 1  # machines that run the command together
 
 
 class Attempt(NamedTuple):
@@ -136,10 +137,14 @@ def _run(unit: Unit, folder: Path) -> tuple[int, set[int]]:
         numbers = {int(core) for core in cores.split(",")}
         os.sched_setaffinity(0, numbers)  # the command inherits it
         environment["OMP_NUM_THREADS"] = str(len(numbers))
-    signals = set[int]()
+    signals, command = set[int](), [sys.executable, "-P", "-m", "lora_workbench", *unit.command]
+    if unit.nodes > 1:
+        from pipeline.fleet.engines.slurm import together
+
+        command = together(command, unit.nodes)
     with (folder / LOG).open("ab") as log:
         child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "lora_workbench", *unit.command],
+            command,
             cwd=unit.root,
             env=environment,
             stdin=subprocess.DEVNULL,
