@@ -1,7 +1,7 @@
-"""A Slurm cluster on this machine: a controller and nodes, each a daemon with its own processes.
+"""A Slurm cluster on this machine: munged, a controller and nodes, each with its own processes.
 
-No munge, systemd or cgroups. How a node dies, and with it everything that a test leaves, stands in
-`machine.py`.
+No systemd, cgroups or database. How a node dies, and with it everything that a test leaves, stands
+in `machine.py`.
 """
 
 import os
@@ -31,10 +31,11 @@ SlurmctldHost={host}({control})
 SlurmctldPort={port}
 SlurmUser=root
 SlurmdUser=root
-AuthType=auth/slurm
-CredType=auth/slurm
+# Of auth/slurm all clusters of a machine would have one socket, /run/slurm/sack.socket.
+AuthType=auth/munge
+CredType=cred/munge
 # A requeued job waits as long: 120 s by default, and 5 is the least that Slurm takes.
-AuthInfo=cred_expire=5
+AuthInfo=socket={disk}-munge/socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={disk}-%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -75,6 +76,9 @@ exec "$@"
 """
 
 
+IDLE_NODES = "sinfo", "-h", "-N", "-t", "idle"
+
+
 @dataclass(frozen=True)
 class Job:
     """A row of squeue. `name` is what scontrol and scancel take: 12, or 12_3 of an array."""
@@ -91,8 +95,8 @@ class Job:
 class Machine:
     """A process of `machine.py`; `prefix` may put it into namespaces."""
 
-    def __init__(self, log: Path, disk: str, command: str, prefix: Sequence[str] = ()) -> None:
-        python = [sys.executable, "-I", "-S", machine.__file__, disk, *command.split()]
+    def __init__(self, log: Path, disk: str, command: Sequence[str], prefix: Sequence[str]) -> None:
+        python = [sys.executable, "-I", "-S", machine.__file__, disk, *command]
         self._log = log
         with log.open("a") as errors:
             self._process = subprocess.Popen(
@@ -106,6 +110,10 @@ class Machine:
         self.pid = self._process.pid
         assert self._process.stdin is not None and self._process.stdout is not None
         self._words, self._answers = self._process.stdin, self._process.stdout
+
+    def start(self) -> None:
+        self.await_answer()
+        self.tell("start")
 
     def tell(self, word: str) -> None:
         with suppress(BrokenPipeError):
@@ -137,7 +145,7 @@ class Switch:
     """
 
     def __init__(self, log: Path) -> None:
-        self._machine = Machine(log, f"{log}.disk", "none", ["unshare", "--net"])
+        self._machine = Machine(log, f"{log}.disk", [], ["unshare", "--net"])
         try:
             self._machine.await_answer()
             self._link()
@@ -198,7 +206,7 @@ class Slurm:
         self.environment |= {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": PATH}
         # Sockets lie there. Their paths have 107 characters at most; a test's folder may have more.
         self._disk = f"/tmp/slurm-{secrets.token_hex(4)}"
-        self._machines: dict[int, Machine] = {}
+        self._machines: dict[str, Machine] = {}
         self._configure(cpus, gpus)
 
     def _configure(self, cpus: int, gpus: int) -> None:
@@ -220,12 +228,12 @@ class Slurm:
             hosts += f"{self._address(number)} node{number}\n"
         files = {"slurm.conf": text, "hosts": hosts, "cgroup.conf": "CgroupPlugin=disabled\n"}
         files["resolv.conf"] = "nameserver 127.0.0.1\n"
-        files["slurm.key"] = secrets.token_hex(512)
+        files["munge.key"] = secrets.token_hex(32)
         if gpus:
             files["gres.conf"] = f"Name=gpu File={self.folder}/nvidia[0-{gpus - 1}]\n"
         for name, content in files.items():
             (self.folder / name).write_text(content, encoding="utf-8")
-        (self.folder / "slurm.key").chmod(0o600)
+        (self.folder / "munge.key").chmod(0o600)
         # GPUs in name only: Slurm hands out their numbers as CUDA_VISIBLE_DEVICES.
         for number in range(gpus):
             os.mknod(self.folder / f"nvidia{number}", stat.S_IFCHR, os.makedev(195, number))
@@ -234,51 +242,48 @@ class Slurm:
         return self._switch.address(number) if self._switch else "127.0.0.1"
 
     def start(self) -> None:
-        """Returns when all nodes are idle. Raises OSError if they are not in time."""
+        """Returns when all nodes are idle. Raises OSError or AssertionError if they cannot be."""
         (self.folder / "state").mkdir()
-        slurmctld = f"{shutil.which('slurmctld', path=PATH)} -D -f {self.folder}/slurm.conf"
-        controller = Machine(self.folder / "slurmctld.err", f"{self._disk}-control", slurmctld)
-        self._machines[0] = controller
-        controller.await_answer()
-        controller.tell("start")
+        munge = Path(f"{self._disk}-munge")
+        munge.mkdir()
+        options = [f"--{file}-file={munge}/{file}" for file in ("log", "pid", "seed")]
+        options += ["--force", "--foreground", f"--key-file={self.folder}/munge.key"]
+        self._machine("munge", "munged", *options, f"--socket={munge}/socket").start()
+        self.wait_for((munge / "socket").exists)
+        self._machine("slurmctld", "slurmctld", "-D", "-f", self.environment["SLURM_CONF"]).start()
+        # A node that begins before the controller answers waits a second until it asks again.
+        self.wait_for(self._controller_answers)
         self._boot(self._numbers)
-        end = time.monotonic() + PATIENCE
-        while self.run("sinfo", "-h", "-N", "-t", "idle").count("\n") < len(self._numbers):
-            if time.monotonic() > end:
-                raise OSError((self.folder / "slurmctld.log").read_text(encoding="utf-8")[-300:])
-            time.sleep(0.02)
+        self.wait_for(lambda: self.run(*IDLE_NODES).count("\n") == len(self._numbers))
 
     def _boot(self, numbers: Iterable[int]) -> None:
-        slurmd = f"{shutil.which('slurmd', path=PATH)} -D -f {self.folder}/slurm.conf -N node"
-        for number in numbers:
-            name = f"node{number}"
-            alone = [*UNSHARE, ENTER, str(self.folder), name] if self._switch else []
-            log, command = self.folder / f"slurmd-{name}.err", f"{slurmd}{number}"
-            self._machines[number] = Machine(log, f"{self._disk}-{name}", command, alone)
-        for number in numbers:
-            self._machines[number].await_answer()
+        daemon = ["slurmd", "-D", "-f", self.environment["SLURM_CONF"], "-N"]
+        # all at a time: each starts a Python
+        nodes = {n: self._machine(f"node{n}", *daemon, f"node{n}") for n in numbers}
+        for number, node in nodes.items():
+            node.await_answer()
             if self._switch:
-                self._switch.connect(number, self._machines[number])
-        self._await_controller()
-        for number in numbers:
-            self._machines[number].tell("start")
+                self._switch.connect(number, node)
+            node.tell("start")
 
-    def _await_controller(self) -> None:
-        """A node that begins before waits a second until it asks again."""
-        end = time.monotonic() + PATIENCE
-        while True:
-            try:
-                return socket.create_connection((self._address(254), self._port), 5).close()
-            except OSError:
-                if time.monotonic() > end:
-                    raise
-            time.sleep(0.01)
+    def _machine(self, name: str, program: str, *arguments: str) -> Machine:
+        is_node = name.startswith("node")
+        alone = [*UNSHARE, ENTER, str(self.folder), name] if self._switch and is_node else []
+        command = [shutil.which(program, path=PATH) or program, *arguments]
+        log = self.folder / f"{name}.err"
+        self._machines[name] = Machine(log, f"{self._disk}-{name}", command, alone)
+        return self._machines[name]
+
+    def _controller_answers(self) -> bool:
+        with suppress(OSError), socket.create_connection((self._address(254), self._port), 5):
+            return True
+        return False
 
     def stop(self) -> None:
-        for node in self._machines.values():
-            node.begin_to_die()
-        for node in self._machines.values():
-            node.die()
+        for running in self._machines.values():
+            running.begin_to_die()
+        for running in self._machines.values():
+            running.die()
 
     def run(self, *command: str) -> str:
         """Output of a command that must not fail."""
@@ -288,18 +293,19 @@ class Slurm:
 
     def kill(self, number: int) -> None:
         """The machine dies: the daemon, and every process of its jobs."""
-        self._machines[number].die()
+        self._machines[f"node{number}"].die()
 
     def partition(self, number: int) -> None:
         """The controller loses the node, whose jobs go on."""
-        self._machines[number].tell("stop")
+        self._machines[f"node{number}"].tell("stop")
 
     def restore(self, number: int) -> None:
         """After `kill` or `partition`: the daemon runs again."""
-        if self._machines[number].is_dead:
+        node = self._machines[f"node{number}"]
+        if node.is_dead:
             self._boot([number])
         else:
-            self._machines[number].tell("start")
+            node.tell("start")
 
     def down(self, number: int) -> None:
         self._update(number, "DOWN", "Reason=test")
@@ -363,7 +369,7 @@ def cluster(
 
     With `namespaces` each is a machine to the others: its own address, host name and process ids.
     """
-    _require("slurmctld", "slurmd", "sbatch", *(("ip", "unshare") if namespaces else ()))
+    _require("slurmctld", "slurmd", "sbatch", "munged", *(("ip", "unshare") if namespaces else ()))
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as running:
@@ -374,7 +380,7 @@ def cluster(
             slurm = Slurm(folder, nodes, cpus, gpus, switch)
             running.callback(slurm.stop)
             slurm.start()
-        except OSError as error:
+        except (OSError, AssertionError) as error:
             pytest.skip(f"Slurm does not start here: {error}")
         yield slurm
 
