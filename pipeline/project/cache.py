@@ -27,6 +27,7 @@ from typing import Any, BinaryIO
 
 from pipeline.errors import UserError
 from pipeline.files import artifact
+from pipeline.files.locks import flock
 
 SHORT_KEY = 8  # characters of a key that name an entry to a user
 # keys of a manifest that determine an artifact
@@ -188,7 +189,8 @@ class Cache:
         """Other processes wait: nobody prunes an entry while it is copied, or stores one twice.
 
         Who may only read the cache shares the lock, so that the owner waits; without a lock file
-        there is nobody to wait for.
+        there is nobody to wait for. A file system without flock does without: entries appear and go
+        by a rename.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         path = self.root / ".lock"
@@ -205,7 +207,7 @@ class Cache:
             file = path.open("rb")
             mode = fcntl.LOCK_SH
         with file:
-            fcntl.flock(file, mode)
+            flock(file, mode)
             yield
 
 

@@ -113,6 +113,38 @@ def test_a_leftover_whose_number_no_process_has_is_cleared(tmp_path: Path) -> No
     assert names(tmp_path) == ["x"]
 
 
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_another_machine_writes_is_left_alone_for_a_day(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: int
+) -> None:
+    monkeypatch.setattr("pipeline.files.locks.host", lambda: "node-7.cluster")
+    with artifact.beside(tmp_path / "x") as folder:
+        name = folder.name.replace(f".{os.getpid()}-", f".{gone}-")  # of no process here
+        assert name.endswith("-node_7_cluster.tmp") and artifact.is_temporary(name)
+    left = tmp_path / name
+    if kind == "folder":
+        left.mkdir()
+        (left / "model").write_text("half", encoding="utf-8")
+        os.utime(left / "model", (0, 0))  # a link to an old file, made just now
+    else:
+        left.write_text("half", encoding="utf-8")
+    monkeypatch.undo()
+    fill(tmp_path / "x", "one")
+    assert names(tmp_path) == [name, "x"]
+    later = time.time() + artifact.DAY + 1
+    monkeypatch.setattr("pipeline.files.artifact.time.time", lambda: later)
+    fill(tmp_path / "x", "two")
+    assert names(tmp_path) == ["x"]
+
+
+@pytest.fixture
+def gone() -> int:
+    """The id of a process that has ended."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
 KILLED_BETWEEN_TWO_RENAMES = """
 import os, signal, sys
 from pathlib import Path
@@ -186,7 +218,7 @@ def test_leftovers_of_this_process_s_number_from_before_are_told_by_its_start(
     """
     with artifact.writing(tmp_path / "x") as folder:
         assert artifact.is_temporary(folder.name)
-        told = re.fullmatch(rf"\.x\.{os.getpid()}-(\d+)\.tmp", folder.name)
+        told = re.fullmatch(rf"\.x\.{os.getpid()}-(\d+)-\w+\.tmp", folder.name)
     assert told
     living = subprocess.Popen(["sleep", "60"])
     left = [
