@@ -52,7 +52,7 @@ def writing(target: Path) -> Iterator[Path]:
     """
     with beside(target) as folder:
         yield folder
-        old = _sibling(target, "old")
+        old = sibling(target, "old")
         # The contents reach the disk before the name does. Renamed first, the folder could have its
         # name after a power cut, and files without their bytes.
         sync_tree(folder)
@@ -78,7 +78,7 @@ def beside(target: Path) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     _recover(target)
-    folder = _sibling(target, "tmp")
+    folder = sibling(target, "tmp")
     folder.mkdir()
     try:
         yield folder
@@ -96,7 +96,7 @@ def write_file(path: Path, contents: str | Iterable[bytes], durable: bool = Fals
     # Written in place, the file would be cut short by a full disk or a kill, and a reader would
     # meet half of it. Beside the target, as a rename is atomic only within one file system; with
     # the process's id, as two may write at a time.
-    new = _sibling(path, "tmp")
+    new = sibling(path, "tmp")
     try:
         _recover(path)
         with new.open("wb") as file:
@@ -156,7 +156,7 @@ def is_temporary(name: str) -> bool:
     return bool(_TEMPORARY.fullmatch(name))
 
 
-def _sibling(target: Path, kind: str) -> Path:
+def sibling(target: Path, kind: str) -> Path:
     """A path beside `target` with this process's id and machine and, since ids are reused, its
     start time.
     """

@@ -16,15 +16,10 @@ from pipeline.files.locks import Holder, Lock
 from pipeline.project import runner
 from pipeline.project.logs import run_state
 from pipeline.stages.registry import open_project
+from tests.helpers.process import NO_FLOCK
 from tests.helpers.projects import BRIEF, STAGES, new_project, wait_for
 
 ELSEWHERE = "node7"
-NO_FLOCK = """
-import errno, fcntl, os
-def missing(*_):
-    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-fcntl.flock = missing
-"""
 
 
 @pytest.fixture(params=["ENOSYS", "EOPNOTSUPP", "ENOLCK"])
