@@ -28,6 +28,7 @@ from typing import Any, BinaryIO
 from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.files.locks import flock
+from pipeline.project.provenance import public
 
 SHORT_KEY = 8  # characters of a key that name an entry to a user
 # keys of a manifest that determine an artifact
@@ -47,7 +48,10 @@ def cache_key(facts: Mapping[str, Any]) -> str:
     """The key of the artifact with these facts in its manifest; empty if one is missing."""
     if any(name not in facts for name in FACTS):
         return ""
-    text = json.dumps({name: facts[name] for name in FACTS}, sort_keys=True)
+    determining = {name: facts[name] for name in FACTS}
+    if isinstance(facts["versions"], Mapping):  # else not a manifest of ours
+        determining["versions"] = public(facts["versions"])
+    text = json.dumps(determining, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
