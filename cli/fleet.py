@@ -164,4 +164,5 @@ def unit_process(
     from pipeline.fleet.engines import slurm
     from pipeline.fleet.unit import run_unit
 
-    raise Exit(run_unit(folder, slurm.requeue if requeue else None))
+    hooks = (slurm.requeue, slurm.together) if requeue else ()
+    raise Exit(run_unit(folder, *hooks))

@@ -101,11 +101,15 @@ def node_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def run_unit(folder: Path, requeue: Callable[[], object] | None = None) -> int:
+def run_unit(
+    folder: Path,
+    requeue: Callable[[], object] | None = None,
+    together: Callable[[Sequence[str], int], list[str]] | None = None,
+) -> int:
     """Make an attempt at a unit; returns 0, the code of an error, or AGAIN.
 
     `requeue` lets the engine make another attempt, unless SIGTERM, of a user or of an engine that
-    will do so itself, ended this one.
+    will do so itself, ended this one. `together` makes a command run on so many of its machines.
 
     SIGTERM and SIGUSR1, an engine's warning before a time limit, reach the command as SIGTERM: it
     writes a checkpoint and ends, and the next attempt goes on from there.
@@ -122,7 +126,10 @@ def run_unit(folder: Path, requeue: Callable[[], object] | None = None) -> int:
         return _end(
             folder, 1, f"no progress in {MOST_VAIN} attempts ({nodes}). See {folder / LOG}."
         )
-    code, signals = _run(unit, folder)
+    command = [sys.executable, "-P", "-m", "lora_workbench", *unit.command]
+    if together is not None and unit.nodes > 1:
+        command = together(command, unit.nodes)
+    code, signals = _run(command, unit, folder)
     if code in (0, 2) or (code == 1 and not signals):
         return _end(folder, code, _error_of(folder) if code else "")
     if requeue is not None and signals.isdisjoint((signal.SIGTERM, signal.SIGINT)):
@@ -130,18 +137,14 @@ def run_unit(folder: Path, requeue: Callable[[], object] | None = None) -> int:
     return AGAIN
 
 
-def _run(unit: Unit, folder: Path) -> tuple[int, set[int]]:
+def _run(command: Sequence[str], unit: Unit, folder: Path) -> tuple[int, set[int]]:
     """The command's exit code, and the signals that asked it to stop."""
     environment = {**os.environ, **unit.environment, "LORA_WORK": str(folder)}
     if cores := environment.get(CORES):
         numbers = {int(core) for core in cores.split(",")}
         os.sched_setaffinity(0, numbers)  # the command inherits it
         environment["OMP_NUM_THREADS"] = str(len(numbers))
-    signals, command = set[int](), [sys.executable, "-P", "-m", "lora_workbench", *unit.command]
-    if unit.nodes > 1:
-        from pipeline.fleet.engines.slurm import together
-
-        command = together(command, unit.nodes)
+    signals = set[int]()
     with (folder / LOG).open("ab") as log:
         child = subprocess.Popen(
             command,
