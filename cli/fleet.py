@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from typer import Argument, Context, Exit, Option
 
-from cli.options import JsonOption, group
+from cli.options import DEFAULT_PARAMS, JsonOption, SetOption, group
+from cli.stages.finetune import read_grid
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -68,6 +71,35 @@ def _document(run: FleetRun, states: Sequence[UnitState]) -> dict[str, Any]:
     return {"run": run.name, "stage": run.stage, "cluster": run.cluster, "units": units}
 
 
+@fleet.command("run")
+def run_methods(
+    methods: Annotated[list[str], Argument(metavar="METHOD…", help="Methods, such as lora dora.")],
+    vary: Annotated[
+        list[str] | None,
+        Option(metavar="KEY=VALUE,…", help="Values to run each with: seed=0,1,2; may be repeated."),
+    ] = None,
+    projects: Annotated[
+        list[Path] | None,
+        Option("--project", metavar="DIR", help="Project to run them in; may be repeated."),
+    ] = None,
+    overrides: SetOption = None,
+    on: Annotated[str, Option("--on", metavar="NAME", help="Cluster of fleet.yaml.")] = "local",
+) -> None:
+    """Train methods with several seeds, settings and bases.
+
+    Each is a unit, after what it needs.
+    """
+    from cli.console import print_line
+    from cli.stages.finetune import wait_for
+    from pipeline.fleet.stages import FleetStages, varied
+    from pipeline.stages.registry import GRAPH
+
+    values = read_grid(vary or (), "--vary")
+    paths = [folder / DEFAULT_PARAMS for folder in projects or [Path()]]
+    wait_for(FleetStages(varied(paths, methods, values, overrides or (), GRAPH), on))
+    print_line("all in the cache: `lora runs` lists them, `lora runs apply KEY` takes one")
+
+
 @fleet.command()
 def retry(name: RunArgument, units: UnitsArgument = None) -> None:
     """Start units again that failed or were stopped."""
@@ -92,10 +124,10 @@ def collect(name: RunArgument) -> None:
     _collect(find_run(Path(), name))
 
 
-def _collect(run: FleetRun) -> None:
-    from cli.stages.finetune import sweep
-
-    sweep(run.root / run.params, [*run.overrides], on=run.cluster)
+def _collect(run: FleetRun) -> NoReturn:
+    """The command that started the run, again, in the folder in which it was typed."""
+    command = [sys.executable, "-P", "-m", "lora_workbench", *run.command]
+    raise Exit(subprocess.run(command, cwd=run.place, check=False).returncode)
 
 
 @fleet.command()
@@ -137,4 +169,5 @@ def unit_process(
     from pipeline.fleet.engines import slurm
     from pipeline.fleet.unit import run_unit
 
-    raise Exit(run_unit(folder, slurm.requeue if requeue else None))
+    hooks = (slurm.requeue, slurm.together) if requeue else ()
+    raise Exit(run_unit(folder, *hooks))

@@ -20,6 +20,7 @@ from cli.options import (
     NameOption,
     NodeRankOption,
     NodesOption,
+    OnOption,
     PlainOption,
     SettingsCommand,
     ShardOption,
@@ -158,6 +159,7 @@ def train(
     node_rank: NodeRankOption = None,
     shard: ShardOption = None,
     name: NameOption = None,
+    on: OnOption = None,
     _device: DeviceOption = None,
 ) -> None:
     """Fine-tune a base on your data, in one command.
@@ -174,7 +176,7 @@ def train(
     from pipeline.stages.quickstart import begin
     from pipeline.stages.registry import GRAPH, open_project
 
-    machines = Machines(devices, nodes, endpoint, node_rank, shard)
+    machines = Machines(devices, nodes, endpoint, node_rank, shard, on)
     machines.check()
     params = out / "params.yaml"
     chosen, values = _names(methods), _with_template(values, no_template)

@@ -107,6 +107,10 @@ NodeRankOption = Annotated[
         "--node-rank", min=0, help="With --nnodes: this machine's number, 0 at --rdzv-endpoint."
     ),
 ]
+OnOption = Annotated[
+    str | None,
+    Option("--on", metavar="NAME", help="Run it in units: local, or a cluster of fleet.yaml."),
+]
 ShardOption = Annotated[
     bool | None,
     Option(

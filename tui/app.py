@@ -247,7 +247,7 @@ class Workbench(App[None]):
         """
         pids = {"engine": self.inference and self.inference.pid, "lora-tui": os.getpid()}
         running = self.project_watch.running
-        if running and running.run:
+        if running and running.run and running.run.process.is_here:
             pids = {running.stage.name: running.run.pid, **pids}
         return {name: pid for name, pid in pids.items() if pid}
 

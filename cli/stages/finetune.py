@@ -27,6 +27,7 @@ from cli.options import (
     NameOption,
     NodeRankOption,
     NodesOption,
+    OnOption,
     ParamsOption,
     SetOption,
     SettingsCommand,
@@ -41,6 +42,8 @@ from pipeline.files.text import in_units
 from pipeline.project.process import world
 
 if TYPE_CHECKING:
+    from pipeline.fleet.stages import FleetStages
+    from pipeline.fleet.sweeps import FleetSweep
     from pipeline.project.stage_graph import Project, Stage
 
 
@@ -101,9 +104,10 @@ def _distributes(stage: Stage) -> Callable[..., None]:
             bool, Option("--apply", help="Then write the values of --set into the params file.")
         ] = False,
         name: NameOption = None,
+        on: OnOption = None,
         _device: DeviceOption = None,
     ) -> None:
-        machines = Machines(devices, nodes, endpoint, node_rank, shard)
+        machines = Machines(devices, nodes, endpoint, node_rank, shard, on)
         machines.check()
         overrides = of_stage(overrides, stage)
         if apply and (dry_run or not overrides):
@@ -128,14 +132,22 @@ class Machines(NamedTuple):
     endpoint: str | None
     node_rank: int | None
     shard: bool | None
+    on: str | None = None  # the cluster whose machines they are
 
     @property
     def launches(self) -> bool:
         """Whether this process starts others; not under torchrun, which has."""
-        return self.devices * self.nodes > 1 and world().world_size == 1
+        return self.devices * self.nodes > 1 and world().world_size == 1 and self.on is None
 
     def check(self) -> None:
         """Raises UserError for options that contradict each other."""
+        if self.on is not None:
+            if self.endpoint is not None or self.node_rank is not None:
+                raise UserError(
+                    "--on finds machines that meet by itself. Leave out --rdzv-endpoint and "
+                    "--node-rank."
+                )
+            return
         if self.shard and not self.launches and world().world_size == 1:
             raise UserError(
                 "--shard shares the base among several devices. Say how many with --devices."
@@ -170,6 +182,8 @@ class Machines(NamedTuple):
         project = Project(params, overrides)
         if name is not None:
             project.refuse_name(name, stage.name)
+        if self.on is not None:
+            self._send(stage, project.pipeline, overrides, checkpoint_every)
         if not self.launches or stage.kind == "adapters":
             run_stage(
                 stage.name, params, overrides, force, checkpoint_every, self.shard, apply=apply
@@ -191,6 +205,24 @@ class Machines(NamedTuple):
         is_here = project.artifact(stage.name).is_dir()  # with several machines, on the first
         if name is not None and is_here and world().is_main_process:
             name_run(name, stage.name, params, overrides)
+
+    def _send(
+        self,
+        stage: Stage,
+        project: Project,
+        overrides: Sequence[str],
+        checkpoint_every: int | None,
+    ) -> None:
+        """Train the stage in a unit; its result is then in the cache."""
+        from pipeline.fleet.stages import FleetStages, StageRun
+
+        more = [f"--devices={self.devices}"] * (self.devices > 1)
+        if checkpoint_every is not None:
+            more.append(f"--checkpoint-every={checkpoint_every}")
+        if self.shard is not None:
+            more.append("--shard" if self.shard else "--no-shard")
+        wanted = StageRun(project, overrides, project.stage(stage.name), more)
+        wait_for(FleetStages([wanted], self.on or "", self.nodes))
 
 
 def _print_plan(project: Project, stage: Stage) -> None:
@@ -261,10 +293,7 @@ def sweep(
     apply: Annotated[
         bool, Option("--apply", help="Write the best adapter's values into finetune_lora.")
     ] = False,
-    on: Annotated[
-        str | None,
-        Option("--on", metavar="NAME", help="Train in units: local, or a cluster of fleet.yaml."),
-    ] = None,
+    on: OnOption = None,
     parts: Annotated[int | None, Option(min=1, help="With --on: units of a pass.")] = None,
     only: Annotated[
         str | None,
@@ -287,7 +316,7 @@ def sweep(
             raise UserError(
                 "--over, --grid and --set finetune_sweep.grid each make the grid. Give one of them."
             )
-        values = grid_around(project, over) if over else _read_grid(grid or ())
+        values = grid_around(project, over) if over else read_grid(grid or ())
         overrides.append(f"finetune_sweep.grid={json.dumps(values)}")
     if on is None and parts is not None:
         raise UserError("--parts divides what --on sends. Name a cluster with --on.")
@@ -296,7 +325,7 @@ def sweep(
             "--on trains what the cache has not, all of it. Leave out --force and --only."
         )
     if on is not None:
-        _send_sweep(params, overrides, on, parts)
+        send_sweep(params, overrides, on, parts)
     if only is not None:
         _train_part(project_of(params, overrides), only.split(","), checkpoint_every)
         return
@@ -305,21 +334,26 @@ def sweep(
         _choose(project_of(params, overrides), max_divergence, apply)
 
 
-def _send_sweep(params: Path, overrides: Sequence[str], on: str, parts: int | None = None) -> None:
-    """Train the adapters of a sweep in units on a cluster, and wait for them.
+def send_sweep(params: Path, overrides: Sequence[str], on: str, parts: int | None = None) -> None:
+    """Train the adapters of a sweep in units on a cluster, and wait for them."""
+    from pipeline.fleet.sweeps import FleetSweep
+
+    wait_for(FleetSweep(project_of(params, [*overrides]), overrides, on, parts))
+
+
+def wait_for(sent: FleetSweep | FleetStages) -> None:
+    """Show how units go, until all have ended.
 
     Raises UserError, and Interrupted after Ctrl-C: units of this machine stop, of others if the
     user says so.
     """
     from cli.console import follow
     from pipeline.fleet.run import cancel
-    from pipeline.fleet.sweeps import FleetSweep
 
-    sent = FleetSweep(project_of(params, [*overrides]), overrides, on, parts)
+    run = sent.run
     try:
-        follow(sent.events(), f"finetune_sweep on {on}")
+        follow(sent.events(), f"{run.stage} on {run.cluster}")
     except KeyboardInterrupt:
-        run = sent.run
         again = "the same command goes on from their checkpoints"
         if not run.engine.has_queue or _wants_to_cancel():
             cancel(run)
@@ -353,25 +387,26 @@ def _train_part(project: Project, names: Sequence[str], checkpoint_every: int | 
     )
 
 
-def _read_grid(options: Sequence[str]) -> dict[str, Any]:
-    """Key → values of each `--grid`. Raises UserError."""
+def read_grid(options: Sequence[str], option: str = "--grid") -> dict[str, list[Any]]:
+    """Key → values of each `option`. Raises UserError."""
     from pipeline.files import strict_yaml
     from pipeline.project.params.schema import ValueSource, check_value, hints
     from pipeline.stages.methods.sweep import FinetuneSweep
 
-    grid: dict[str, Any] = {}
-    for option in options:
-        key, equals, text = option.partition("=")
+    grid: dict[str, list[Any]] = {}
+    for given in options:
+        key, equals, text = given.partition("=")
         try:
             values = strict_yaml.load(f"[{text}]")
         except ValueError:
             values = None
         if not equals or not values or key in grid:
             raise UserError(
-                f"--grid takes a key once with its values, such as rank=4,8,16, got {option!r}."
+                f"{option} takes a key once with its values, such as rank=4,8,16, got {given!r}."
             )
         grid[key] = values
-    check_value(hints(FinetuneSweep)["grid"], grid, "--grid", ValueSource("--grid"))
+    if option == "--grid":
+        check_value(hints(FinetuneSweep)["grid"], grid, option, ValueSource(option))
     return grid
 
 

@@ -54,7 +54,8 @@ MANIFEST_KEYS = {
     "params": "the settings that it was made with, defaults included",
     "inputs": "sha256 of each artifact and data file that was read",
     "code": "sha256 of the modules that the stage imports",
-    "versions": "versions of Python and of the libraries that affect its bytes",
+    "versions": "versions of Python and of the libraries that affect its bytes; of torch 2.9.0+cu128 and "
+    "2.9.0+cpu, 2.9.0 is compared",
     "commit": "the last git commit that changed this code, or null",
     "files": "sha256 of each file beside the manifest; `lora adapters verify` compares",
     "base": (

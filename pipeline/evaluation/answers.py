@@ -24,7 +24,8 @@ class Answers:
 
     def __init__(self, tasks: Sequence[Task], templated: bool) -> None:
         self.tasks, self._templated = tasks, templated
-        self._base: dict[str, Sequence[Scores]] = {}
+        # task → the base's score of each example
+        self.base: dict[str, Sequence[Scores]] = {}
         # task → a row per example: its prompt, and each model's answer
         self._rows: dict[str, list[dict[str, Any]]] = {}
         for task in tasks:
@@ -46,8 +47,8 @@ class Answers:
                 choices = task.kind.choices
                 texts = choices(example.row) if choices else None
                 row["answers"][loaded.name] = {**_answer(answer, texts), **scored}
-            measured[task.name] = summary(scores, self._base.get(task.name))
-            self._base.setdefault(task.name, scores)
+            measured[task.name] = summary(scores, self.base.get(task.name))
+            self.base.setdefault(task.name, scores)
         return {"tasks": measured} if measured else {}
 
     def copy(self, model: str, other: str) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.errors import UserError
+from pipeline.files import locks
 
 Read = TypeVar("Read")
 
@@ -31,8 +32,9 @@ LARGEST_JSON = 50_000_000
 # layers or labels of a config, for each of which transformers makes an entry as it reads it
 MOST_LISTED = 1_000_000
 _TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
-# target, process id, start time, kind
-_TEMPORARY = re.compile(r"\.(.+)\.(\d+)(?:-(\d*))?\.(tmp|old)", re.DOTALL)
+# target, process id, start time, machine, kind
+_TEMPORARY = re.compile(r"\.(.+)\.(\d+)(?:-(\d*)(?:-(\w+))?)?\.(tmp|old)", re.DOTALL)
+DAY = 86_400  # seconds
 # What commands write into a folder of their own. A folder with anything else in it is not replaced.
 _WRITTEN = re.compile(
     r".*\.(json|jinja|safetensors|gguf|model|tiktoken|py)|loss\.csv|README\.md|Modelfile|merges\.txt|vocab\.txt|"
@@ -50,7 +52,7 @@ def writing(target: Path) -> Iterator[Path]:
     """
     with beside(target) as folder:
         yield folder
-        old = _sibling(target, "old")
+        old = sibling(target, "old")
         # The contents reach the disk before the name does. Renamed first, the folder could have its
         # name after a power cut, and files without their bytes.
         sync_tree(folder)
@@ -76,7 +78,7 @@ def beside(target: Path) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     _recover(target)
-    folder = _sibling(target, "tmp")
+    folder = sibling(target, "tmp")
     folder.mkdir()
     try:
         yield folder
@@ -94,7 +96,7 @@ def write_file(path: Path, contents: str | Iterable[bytes], durable: bool = Fals
     # Written in place, the file would be cut short by a full disk or a kill, and a reader would
     # meet half of it. Beside the target, as a rename is atomic only within one file system; with
     # the process's id, as two may write at a time.
-    new = _sibling(path, "tmp")
+    new = sibling(path, "tmp")
     try:
         _recover(path)
         with new.open("wb") as file:
@@ -154,10 +156,17 @@ def is_temporary(name: str) -> bool:
     return bool(_TEMPORARY.fullmatch(name))
 
 
-def _sibling(target: Path, kind: str) -> Path:
-    """A path beside `target` with this process's id and, since ids are reused, its start time."""
-    _, started = _process_state(os.getpid())
-    return target.parent / f".{target.name}.{os.getpid()}-{started}.{kind}"
+def sibling(target: Path, kind: str) -> Path:
+    """A path beside `target` with this process's id and machine and, since ids are reused, its
+    start time.
+    """
+    _, started = locks.process_state(os.getpid())
+    return target.parent / f".{target.name}.{os.getpid()}-{started}-{_machine()}.{kind}"
+
+
+def _machine() -> str:
+    """This machine's name without the characters that part the name of a temporary folder."""
+    return re.sub(r"\W", "_", locks.host())
 
 
 def _recover(target: Path) -> None:
@@ -167,14 +176,31 @@ def _recover(target: Path) -> None:
     except OSError:  # there is no folder yet, or it cannot be listed
         return
     for leftover in siblings:
-        # The start time is missing where the system has no /proc, and in names that earlier
-        # versions wrote.
         match = _TEMPORARY.fullmatch(leftover.name)
-        if match and match[1] == target.name and not _is_running(int(match[2]), match[3] or ""):
-            if match[4] == "old" and not target.exists():
+        if match and match[1] == target.name and is_abandoned(leftover):
+            if match[5] == "old" and not target.exists():
                 leftover.rename(target)
             else:
                 _remove(leftover)
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether nobody goes on writing this hidden file or folder: its process is gone."""
+    # The start time is missing where the system has no /proc, and with the machine in names that
+    # earlier versions wrote.
+    match = _TEMPORARY.fullmatch(path.name)
+    if not match:
+        return True
+    pid, started, machine = int(match[2]), match[3] or "", match[4] or _machine()
+    if machine == _machine():
+        return pid == os.getpid() or not locks.is_running(pid, started)
+    # Of another machine's process nobody here knows. One that writes changes something every few
+    # seconds, or is stopped for the night at most; ctime, as a link keeps the mtime of its file.
+    try:
+        latest = max(part.stat().st_ctime for part in (path, *path.rglob("*")))
+    except FileNotFoundError:  # it has just become the target
+        return False
+    return time.time() - latest > DAY
 
 
 def _remove(path: Path) -> None:
@@ -183,33 +209,6 @@ def _remove(path: Path) -> None:
         path.unlink()
     else:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_running(pid: int, started: str) -> bool:
-    """Whether another process with this id, and start time `started` if known, is still running."""
-    try:
-        os.kill(pid, 0)
-    # a number from a file's name may be larger than the system knows
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    state, now = _process_state(pid)
-    return (
-        pid != os.getpid()
-        and state not in ("Z", "X")
-        and (not started or not now or now == started)
-    )
-
-
-def _process_state(pid: int) -> tuple[str, str]:
-    """(state, start in clock ticks since boot) of a process; empty if /proc does not tell."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return "", ""
-    fields = stat.rpartition(")")[2].split()
-    return fields[0], fields[19]  # fields 3 and 22 of proc(5)
 
 
 def sync_tree(folder: Path) -> None:

@@ -7,6 +7,7 @@
 """
 
 import json
+import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -36,6 +37,7 @@ from pipeline.project.runner import Event, Note, Progress
 from pipeline.project.stage_graph import RUNS, Project
 
 RUN, UNITS, FLEET = "run.json", "units", "fleet"
+STARTS = ("finetune", "train", "evaluate", "fleet")  # the commands that start runs
 POLL = 1.0  # seconds between two looks at the units
 State = Literal["waiting", "queued", "running", "done", "failed", "stopped", "lost"]
 ENDED = ("done", "failed")
@@ -62,8 +64,8 @@ class FleetRun:
     stage: str
     cluster: str
     root: Path  # the project's folder
-    params: str = "params.yaml"
-    overrides: Sequence[str] = ()
+    command: Sequence[str] = ()  # the arguments of `lora` that started it
+    place: Path = Path()  # the folder in which they were typed
     jobs: list[tuple[str, list[int]]] = field(default_factory=list)  # of the engine, with units
 
     @property
@@ -96,8 +98,8 @@ class FleetRun:
             "stage": self.stage,
             "cluster": self.cluster,
             "root": str(self.root),
-            "params": self.params,
-            "overrides": list(self.overrides),
+            "command": list(self.command),
+            "place": str(self.place),
             "jobs": self.jobs,
         }
         write_file(self.folder / RUN, json.dumps(document, indent=1) + "\n", durable=True)
@@ -108,6 +110,19 @@ class FleetRun:
         for number, unit in enumerate(units, first):
             write_unit(self.unit_folder(number), unit)
         return list(range(first, first + len(units)))
+
+    def start(self, units: Sequence[Unit]) -> list[int]:
+        """Submit units that the run has not yet, and those that did not end well.
+
+        A unit is told by its label. Returns the numbers of what was submitted.
+        """
+        states = self.states()
+        known = {unit.label for unit in states}
+        numbers = self.add([unit for unit in units if unit.label not in known])
+        numbers += [unit.number for unit in states if unit.state in ("failed", "stopped")]
+        if numbers:
+            self.submit(numbers)
+        return numbers
 
     def submit(self, numbers: Collection[int]) -> None:
         """Let the engine start units, anew where they had ended."""
@@ -149,9 +164,13 @@ class FleetRun:
         return UnitState(number, unit.label, state, node, len(made), seen, reason)
 
 
-def fleet_folder(project: Project, stage: str) -> Path:
-    """The folder of a stage's runs."""
-    return project.root / RUNS / stage / FLEET
+def open_run(project: Project, stage: str, name: str, cluster: str) -> FleetRun:
+    """The run of this name that this command starts, or goes on with. Raises UserError."""
+    folder = project.root / RUNS / stage / FLEET / name
+    jobs = read_run(folder).jobs if folder.is_dir() else []
+    run = FleetRun(folder, stage, cluster, project.root, sys.argv[1:], Path.cwd(), jobs)
+    run.engine.check()
+    return run
 
 
 def read_run(folder: Path) -> FleetRun:
@@ -160,8 +179,12 @@ def read_run(folder: Path) -> FleetRun:
         document = json.loads((folder / RUN).read_text(encoding="utf-8"))
         jobs = [(str(job), [int(n) for n in numbers]) for job, numbers in document["jobs"]]
         stage, cluster = str(document["stage"]), str(document["cluster"])
-        root, params = Path(document["root"]), str(document["params"])
-        return FleetRun(folder, stage, cluster, root, params, document["overrides"], jobs)
+        command = [str(word) for word in document["command"]]
+        root, place = Path(document["root"]), Path(document["place"])
+        # `lora fleet collect` runs it, and run.json may have come with the project
+        if not command or command[0] not in STARTS:
+            raise ValueError
+        return FleetRun(folder, stage, cluster, root, command, place, jobs)
     except (OSError, ValueError, TypeError, KeyError):
         raise UserError(
             f"{folder} is not a run of a fleet. See `lora fleet`, or start one with --on."

@@ -4,7 +4,7 @@ from collections.abc import Generator, Iterator, Sequence
 from math import ceil
 
 from pipeline.errors import UserError
-from pipeline.fleet.run import FleetRun, fleet_folder, read_run, wait
+from pipeline.fleet.run import open_run, wait
 from pipeline.fleet.unit import Unit
 from pipeline.project.adapter_entries import outcomes
 from pipeline.project.cache import ADAPTERS, SHORT_KEY, Cache, cache_key
@@ -28,12 +28,7 @@ class FleetSweep:
         if stage.check:
             stage.check(project)
         self._facts, self._cache = input_facts(project, stage), Cache(project.cache)
-        folder = fleet_folder(project, stage.name) / cache_key(self._facts)[:SHORT_KEY]
-        jobs = read_run(folder).jobs if folder.is_dir() else []
-        self.run = FleetRun(
-            folder, stage.name, cluster, project.root, project.params.file, self._overrides, jobs
-        )
-        self.run.engine.check()
+        self.run = open_run(project, stage.name, cache_key(self._facts)[:SHORT_KEY], cluster)
 
     def events(self) -> Generator[Event, None, None]:
         """Train what the cache has not, pass after pass. Raises UserError."""
@@ -56,19 +51,17 @@ class FleetSweep:
 
     def _start(self, missing: Sequence[str], total: int) -> Iterator[Event]:
         """Submit units for adapters that none has yet, and those that did not end well."""
-        run, states = self.run, self.run.states()
-        taken = {name for unit in states for name in unit.label.split()}
+        run = self.run
+        taken = {name for unit in run.states() for name in unit.label.split()}
         new = [name for name in missing if name not in taken]
         count = min(self._parts or run.settings.at_once, len(new))
-        numbers = run.add([self._unit(names) for names in divided(new, count)])
-        numbers += [unit.number for unit in states if unit.state in ("failed", "stopped")]
+        units = [self._unit(names) for names in divided(new, count)]
         cached = f", {total - len(missing)} from the cache" if len(missing) < total else ""
         yield Note(
-            f"{STAGE.name}: {len(missing)} adapters{cached}, in {len(numbers)} units on "
+            f"{STAGE.name}: {len(missing)} adapters{cached}, in {len(units)} units on "
             f"{run.cluster} ({run.settings.engine}); run {run.name}"
         )
-        if numbers:
-            run.submit(numbers)
+        run.start(units)
 
     def _unit(self, names: Sequence[str]) -> Unit:
         params = self._project.params.file

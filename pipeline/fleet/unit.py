@@ -43,6 +43,7 @@ class Unit:
     root: str  # the folder in which the command runs
     stage: str
     cache: str  # the cache's folder, which the units share
+    nodes: int = 1  # machines that run the command together
 
 
 class Attempt(NamedTuple):
@@ -104,11 +105,15 @@ def node_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def run_unit(folder: Path, requeue: Callable[[], object] | None = None) -> int:
+def run_unit(
+    folder: Path,
+    requeue: Callable[[], object] | None = None,
+    together: Callable[[Sequence[str], int], list[str]] | None = None,
+) -> int:
     """Make an attempt at a unit; returns 0, the code of an error, or AGAIN.
 
     `requeue` lets the engine make another attempt, unless SIGTERM, of a user or of an engine that
-    will do so itself, ended this one.
+    will do so itself, ended this one. `together` makes a command run on so many of its machines.
 
     SIGTERM and SIGUSR1, an engine's warning before a time limit, reach the command as SIGTERM: it
     writes a checkpoint and ends, and the next attempt goes on from there.
@@ -125,7 +130,10 @@ def run_unit(folder: Path, requeue: Callable[[], object] | None = None) -> int:
         return _end(
             folder, 1, f"no progress in {MOST_VAIN} attempts ({nodes}). See {folder / LOG}."
         )
-    code, signals = _run(unit, folder)
+    command = [sys.executable, "-P", "-m", "lora_workbench", *unit.command]
+    if together is not None and unit.nodes > 1:
+        command = together(command, unit.nodes)
+    code, signals = _run(command, unit, folder)
     if code in (0, 2) or (code == 1 and not signals):
         return _end(folder, code, _error_of(folder) if code else "")
     if requeue is not None and signals.isdisjoint((signal.SIGTERM, signal.SIGINT)):
@@ -133,7 +141,7 @@ def run_unit(folder: Path, requeue: Callable[[], object] | None = None) -> int:
     return AGAIN
 
 
-def _run(unit: Unit, folder: Path) -> tuple[int, set[int]]:
+def _run(command: Sequence[str], unit: Unit, folder: Path) -> tuple[int, set[int]]:
     """The command's exit code, and the signals that asked it to stop."""
     environment = {**os.environ, "LORA_CACHE": unit.cache, WORK: str(folder)}
     if cores := environment.get(CORES):
@@ -149,7 +157,7 @@ def _run(unit: Unit, folder: Path) -> tuple[int, set[int]]:
         signal.signal(number, stop)
     with (folder / LOG).open("ab") as log:
         child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "lora_workbench", *unit.command],
+            command,
             cwd=unit.root,
             env=environment,
             stdin=subprocess.DEVNULL,

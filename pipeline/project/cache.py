@@ -3,8 +3,8 @@
 A named run is a folder that looks like artifacts/, <root>/named/<name>/: links to entries, which are
 kept as long as it is there, and what was measured of them.
 
-The key covers everything that determines an artifact's bytes. Entries appear atomically by rename,
-are verified against their manifest on use, and are guarded by a lock. Large files are hard links,
+The key covers everything that determines an artifact's bytes. Entries appear and go atomically by
+rename, and every copy is verified against its manifest. Large files are hard links,
 so that a real model takes no extra space; they are read-only, because an edit in place would change
 both copies.
 """
@@ -27,6 +27,8 @@ from typing import Any, BinaryIO
 
 from pipeline.errors import UserError
 from pipeline.files import artifact
+from pipeline.files.locks import flock
+from pipeline.project.provenance import public
 
 SHORT_KEY = 8  # characters of a key that name an entry to a user
 # keys of a manifest that determine an artifact
@@ -38,13 +40,19 @@ NAME = re.compile(r"[A-Za-z0-9_][\w.-]{0,63}", re.ASCII)  # of a run
 WRITE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 # errors of a cache that may only be read: another user's, or one on a read-only disk
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+# errors of reading an entry that is removed meanwhile; ESTALE on NFS
+VANISHED = (errno.ENOENT, errno.ESTALE)
+ATTEMPTS = 3  # at an entry that others remove and store again
 
 
 def cache_key(facts: Mapping[str, Any]) -> str:
     """The key of the artifact with these facts in its manifest; empty if one is missing."""
     if any(name not in facts for name in FACTS):
         return ""
-    text = json.dumps({name: facts[name] for name in FACTS}, sort_keys=True)
+    determining = {name: facts[name] for name in FACTS}
+    if isinstance(facts["versions"], Mapping):  # else not a manifest of ours
+        determining["versions"] = public(facts["versions"])
+    text = json.dumps(determining, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -74,30 +82,60 @@ class Cache:
 
         Raises Damaged, and OSError if the cache or the target cannot be written.
         """
+        # Without a lock: a shared one would let removals wait for every copy over a slow network,
+        # and not every file system has one. What is verified is the copy. So nobody gets a part of
+        # an entry that is removed meanwhile, or a mixture with another that takes its place.
+        self.root.mkdir(parents=True, exist_ok=True)
         entry = self.root / stage / key
-        with self._lock():
+        for _ in range(ATTEMPTS):
             if not entry.is_dir():
-                return False
+                break
             try:
-                # a file of it may have been edited through one of its hard links
+                with artifact.writing(target) as folder:
+                    copy_contents(entry, folder)
+                    artifact.verify(folder)
+            except (UserError, OSError) as error:
+                if isinstance(error, OSError) and error.errno not in VANISHED:
+                    raise
+                self._remove_damaged(entry)
+            else:
+                # another user's entry: only its time of last use is not updated
+                with suppress(OSError):
+                    (entry / artifact.MANIFEST).touch()
+                return True
+        return False
+
+    def _remove_damaged(self, entry: Path) -> None:
+        """Remove an entry that is there and differs from its manifest, which raises Damaged.
+
+        A file of it may have been edited through one of its hard links.
+        """
+        with suppress(FileNotFoundError):  # another process removes it
+            before = entry.stat()
+            try:
                 artifact.verify(entry)
             except UserError as error:
-                remove(entry)
-                raise Damaged(str(error)) from None
-            with artifact.writing(target) as folder:
-                copy_contents(entry, folder)
-            # another user's entry: only its time of last use is not updated
-            with suppress(OSError):
-                (entry / artifact.MANIFEST).touch()
-        return True
+                with self._lock():
+                    now = entry.stat()
+                    # else another process has stored it again meanwhile
+                    if (now.st_ino, now.st_ctime_ns) == (before.st_ino, before.st_ctime_ns):
+                        remove(entry)
+                        raise Damaged(str(error)) from None
 
     def store(self, stage: str, key: str, source: Path) -> None:
         """Store a copy of `source`, unless the key exists already."""
+        # Without a lock: no rename replaces a folder that is not empty, so that of two copies the
+        # second is dropped.
         entry = self.root / stage / key
-        with self._lock():
-            if not entry.is_dir():
-                with artifact.writing(entry) as folder:
-                    copy_contents(source, folder)
+        if not entry.is_dir():
+            with artifact.beside(entry) as folder:
+                copy_contents(source, folder)
+                artifact.sync_tree(folder)
+                try:
+                    folder.rename(entry)
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
 
     def has(self, stage: str, key: str) -> bool:
         """Whether there is an entry; it may be damaged."""
@@ -130,9 +168,9 @@ class Cache:
         count = Counter[str]()  # stage → entries so far
         size = 0  # of the entries so far
         with self._lock():
-            # of a killed process: a running one would hold the lock
             for unfinished in self.root.glob("*/.*/"):
-                shutil.rmtree(unfinished)
+                if artifact.is_abandoned(unfinished):
+                    shutil.rmtree(unfinished, ignore_errors=True)
             named = self._linked()
             for entry in self._entries():
                 if entry.path.resolve() in named:
@@ -188,10 +226,11 @@ class Cache:
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
-        """Other processes wait: nobody prunes an entry while it is copied, or stores one twice.
+        """Other processes wait to remove or name entries, or to list them.
 
         Who may only read the cache shares the lock, so that the owner waits; without a lock file
-        there is nobody to wait for.
+        there is nobody to wait for. A file system without flock does without: entries appear and go
+        by a rename.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         path = self.root / ".lock"
@@ -208,15 +247,16 @@ class Cache:
             file = path.open("rb")
             mode = fcntl.LOCK_SH
         with file:
-            fcntl.flock(file, mode)
+            flock(file, mode)
             yield
 
 
 def remove(folder: Path) -> None:
     """Remove it whole, also if the process is killed, so that nobody finds a part of it."""
-    aside = folder.with_name(f".{folder.name}")  # by the dot `prune` knows what is unfinished
+    aside = artifact.sibling(folder, "tmp")  # which `prune` removes if this process is killed
     shutil.rmtree(aside, ignore_errors=True)
-    shutil.rmtree(folder.rename(aside))
+    with suppress(FileNotFoundError):  # without flock two may do so at once
+        shutil.rmtree(folder.rename(aside))
 
 
 def copy_contents(source: Path, target: Path) -> None:
@@ -247,7 +287,11 @@ def _try_link(path: Path, target: Path) -> bool:
 
 
 def _entry(path: Path) -> CacheEntry:
-    files = [file.stat() for file in path.rglob("*") if file.is_file()]
+    files = []
+    with suppress(FileNotFoundError):  # without flock it may be removed meanwhile
+        for file in path.rglob("*"):
+            if file.is_file():
+                files.append(file.stat())
     used = 0.0
     with suppress(FileNotFoundError):
         used = (path / artifact.MANIFEST).stat().st_mtime

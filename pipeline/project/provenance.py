@@ -147,3 +147,11 @@ def versions(*more: str) -> Mapping[str, str]:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
+
+
+def public(versions: Mapping[str, str]) -> dict[str, str]:
+    """The versions by which results are compared: of torch 2.9.0+cu128 the public part, 2.9.0.
+
+    What follows the + is the build for a device, and what one device made is a result for all.
+    """
+    return {library: str(number).partition("+")[0] for library, number in versions.items()}

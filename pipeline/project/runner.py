@@ -1,8 +1,6 @@
 """Run a stage: lock, look in the cache, work in a temporary folder, seal and cache the artifact."""
 
-import fcntl
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -11,10 +9,11 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.files import artifact, base_model
+from pipeline.files.locks import Lock
 from pipeline.project import provenance
 from pipeline.project.cache import SHORT_KEY, Cache, Damaged, cache_key
 from pipeline.project.logs import run_state
@@ -163,8 +162,10 @@ def _recorded(
 ) -> Generator[Event, None, None]:
     """The events of a stage's work under its lock; they are written to its journal."""
     folder = project.run_folder(stage.name)
-    with (yield from _lock(folder, stage)), run_state.writing(folder) as writer:
-        for event in _with_findings(stage, events):
+    with (yield from _lock(folder, stage)) as lock, run_state.writing(folder) as writer:
+        text = f"{stage.name}: the file system of {folder} has no flock: a heartbeat is the lock"
+        notes = [Note(text)] * (not lock.has_flock)
+        for event in chain(notes, _with_findings(stage, events)):
             if isinstance(event, Note):
                 writer.note(event.text)
             else:
@@ -295,20 +296,14 @@ def keep(cache: Cache, stage: Stage, target: Path) -> None:
             cache.store(stage.name, key, target)
 
 
-def _lock(folder: Path, stage: Stage) -> Generator[Event, None, TextIO]:
-    """Acquire the run folder's lock. It is held until the file is closed or the process dies."""
+def _lock(folder: Path, stage: Stage) -> Generator[Event, None, Lock]:
+    """Acquire the run folder's lock."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / run_state.LOCK).open("a+")  # the kernel frees it, however the process ends
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        yield Note(f"{stage.name}: waiting for process {file.read()}, which is running it")
-        fcntl.flock(file, fcntl.LOCK_EX)
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    return file
+    lock = Lock(folder / run_state.LOCK)
+    if not lock.acquire(wait=False):
+        yield Note(f"{stage.name}: waiting for {lock.holder or 'a process'}, which is running it")
+        lock.acquire()
+    return lock
 
 
 def input_facts(project: Project, stage: Stage, digests: Digests = DIGESTS) -> Facts:

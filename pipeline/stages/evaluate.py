@@ -15,6 +15,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.answers import Answers
 from pipeline.evaluation.comparison import cost, stages_by_variant, weight_bytes
 from pipeline.evaluation.limits import verdict
+from pipeline.evaluation.measured_entries import FIRST, MeasuredEntries
 from pipeline.evaluation.measuring import MEASURED, measuring
 from pipeline.evaluation.samples import count_answers, sample_answers
 from pipeline.evaluation.tasks import Task, read_tasks
@@ -30,7 +31,7 @@ from pipeline.inference.score import (
     score,
     score_answers,
 )
-from pipeline.project.cache import NAMED
+from pipeline.project.cache import NAMED, Cache
 from pipeline.project.logs.run_log import LOSS, final_loss, flat_from, read_steps
 from pipeline.project.params.load import TRAINING
 from pipeline.project.params.sections import Evaluate, Training
@@ -121,6 +122,12 @@ class _Measured:
         self.predictions: dict[str, Any] = {}
         self.samples: dict[str, Any] = {}
 
+    def begin(self, loaded: LoadedModel, scores: Mapping[str, Any]) -> None:
+        """Compare with a first model whose `scores` of tasks are known."""
+        if self._settings.old_data:
+            self._before = score(loaded, _old_examples(self._job, loaded))
+        self.answers.base.update(scores)
+
     def add(self, loaded: LoadedModel, samples: bool = True) -> dict[str, Any]:
         """What a model kept and what it learned; `samples`: whether it answers questions too."""
         settings, name = self._settings, loaded.name
@@ -179,33 +186,25 @@ def measure(
     adapter that failed. Raises UserError if all did.
     """
     project, settings = job.project, job.project.params.evaluate
-    measured = _Measured(job)
     folders, trusted = variant_folders(project), project.params.origin.trust_remote_code
     if not folders:
         raise UserError(
             "The pipeline has made no base yet, from which forgetting counts. Run `lora pretrain`."
         )
-    pool, first = ModelPool(), next(iter(folders))
-    reference = pool.load_next(first, *folders[first], trusted)
-    numbers = {**measured.add(reference, samples=False), **_cost(project, first)}
+    reference = _Reference(job, *next(iter(folders.items())), trusted)
     facts = {"settings": job.key, "kind": "evaluation", "stage": MEASURED}
     earlier, inputs = _measured_before(job)
-    metrics = {reference.name: numbers, **earlier}
+    metrics = {reference.name: reference.numbers(), **earlier}
     problems, named = list[str](), list[str]()
-    named_runs = project.cache / NAMED
     for done, adapter in enumerate(adapters, 1):
-        # a named run's adapter: by its name
-        root = named_runs if adapter.is_relative_to(named_runs) else project.root
-        name = Path(os.path.relpath(adapter, root)).as_posix()
+        name = measured_name(project, adapter)
         try:
             # before it is loaded: the numbers are of these files
             digest = artifact.digest(adapter)
-            if (adapter / CONFIG).exists():
-                on = base or find_base(adapter, project.root)
-                loaded = pool.load_next(name, on, adapter, trusted)
-            else:  # a whole model
-                loaded = pool.load_next(name, adapter, None, trusted)
-            metrics[name] = {**measured.add(loaded), **_cost_of_adapter(adapter)}
+            metrics[name] = {
+                **reference.measure(name, adapter, digest, base),
+                **_cost_of_adapter(adapter),
+            }
             inputs[name] = digest
             named.append(name)
         except UserError as error:
@@ -221,6 +220,63 @@ def measure(
     if len(problems) == len(adapters):
         raise UserError(*problems)
     return {**metrics, **_gate(settings, metrics, named)}, problems
+
+
+def measured_name(project: Project, adapter: Path) -> str:
+    """The name of an adapter in the metrics: of a named run its name, else its path."""
+    named_runs = project.cache / NAMED
+    root = named_runs if adapter.is_relative_to(named_runs) else project.root
+    return Path(os.path.relpath(adapter, root)).as_posix()
+
+
+class _Reference:
+    """The project's first model, from which forgetting counts, and what is measured against it.
+
+    What the cache has is not measured again; models are loaded when something is.
+    """
+
+    def __init__(
+        self, job: Job, name: str, folders: tuple[Path, Path | None], trusted: bool
+    ) -> None:
+        self.name, self._folders, self._trusted, self._job = name, folders, trusted, job
+        self._pool, digest = ModelPool(), artifact.digest(folders[0])
+        self._entries = MeasuredEntries(Cache(job.project.cache), job.key, digest)
+        self._measured: _Measured | None = None
+
+    def numbers(self) -> dict[str, Any]:
+        """The first model's own."""
+        kept = self._entries.read(FIRST)
+        if kept is None:
+            measured = _Measured(self._job)
+            loaded = self._pool.load_next(self.name, *self._folders, self._trusted)
+            numbers = measured.add(loaded, samples=False)
+            kept = {"numbers": numbers, "scores": measured.answers.base}
+            self._entries.write(FIRST, kept)
+            self._measured = measured
+        return {**kept["numbers"], **_cost(self._job.project, self.name)}
+
+    def measure(self, name: str, adapter: Path, digest: str, base: Path | None) -> dict[str, Any]:
+        """A model's numbers. Raises UserError."""
+        if kept := self._entries.read(digest):
+            return dict(kept["numbers"])
+        measured = self._begun()
+        if (adapter / CONFIG).exists():
+            on = base or find_base(adapter, self._job.project.root)
+            loaded = self._pool.load_next(name, on, adapter, self._trusted)
+        else:  # a whole model
+            loaded = self._pool.load_next(name, adapter, None, self._trusted)
+        numbers = measured.add(loaded)
+        self._entries.write(digest, {"numbers": numbers})
+        return numbers
+
+    def _begun(self) -> "_Measured":
+        """What measures, once it knows the first model's scores."""
+        if self._measured is None:
+            self._measured = _Measured(self._job)
+            loaded = self._pool.load_next(self.name, *self._folders, self._trusted)
+            kept = self._entries.read(FIRST) or {"scores": {}}
+            self._measured.begin(loaded, kept["scores"])
+        return self._measured
 
 
 def _gate(settings: Evaluate, metrics: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -189,8 +189,9 @@ def differences(manifest: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator
         yield f"{name} changed"
     if manifest.get("code") != now["code"]:
         yield "code changed"
-    for library, version in now["versions"].items():
-        before = manifest.get("versions", {}).get(library)
+    made_with = provenance.public(manifest.get("versions", {}))
+    for library, version in provenance.public(now["versions"]).items():
+        before = made_with.get(library)
         if before != version:
             yield f"{library} {before} → {version}"
 

@@ -1075,7 +1075,7 @@ def test_a_command_that_only_reads_needs_no_right_to_write(cli: Lora, project: P
 def test_a_cache_of_another_user_is_read(cli: Lora, project: Path) -> None:
     """Also one whose lock file is gone, as in a copy."""
     shutil.rmtree(project / "artifacts/full_finetuned")
-    (project / ".lora-cache/.lock").unlink()
+    (project / ".lora-cache/.lock").unlink(missing_ok=True)
     with read_only(project / ".lora-cache"):
         code, _, err = cli("finetune", "full", *sets(*BRIEF), cwd=project)
         assert (code, "taken from the cache" in err) == (0, True)

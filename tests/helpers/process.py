@@ -30,6 +30,14 @@ SERVER.set_forkserver_preload([PRELOADED])
 # A start looks at all children: of two threads that read one exit code, the second would find 255.
 _READING = threading.Lock()
 
+# code of a program for which no file system has flock
+NO_FLOCK = """
+import errno, fcntl, os
+def missing(*_):
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+fcntl.flock = missing
+"""
+
 
 class Forked:
     """A running `lora …`, its stderr in a file.

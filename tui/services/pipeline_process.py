@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import UserError
+from pipeline.files import locks
 from pipeline.project.logs import run_state
 from pipeline.project.stage_graph import RUNS
 from pipeline.stages.registry import GRAPH
@@ -34,6 +35,11 @@ class Running:
     command: str
     started: float
     starter: int = 0
+    host: str = ""  # the machine of both
+
+    @property
+    def process(self) -> locks.Holder:
+        return locks.Holder(self.pid, self.host)
 
 
 class Runner:
@@ -61,7 +67,7 @@ class Runner:
             )
         if self.running():
             raise UserError("The pipeline is already running. Stop it first, or wait for it.")
-        if self.groups():
+        if any(run_state.alive(self.runs / name) for name in GRAPH.stages):
             raise UserError(
                 "A stage is already running, started elsewhere. Stop it first, or wait for it."
             )
@@ -70,10 +76,10 @@ class Runner:
         path = self.runs / LOCK
         try:
             with path.open("a+") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locks.flock(lock, wait=False)
                 self._child = self._spawn([str(BIN / "dvc"), *arguments], lock.fileno())
                 command = " ".join(["dvc", *arguments])
-                running = Running(self._child.pid, command, time.time(), os.getpid())
+                running = Running(self._child.pid, command, time.time(), os.getpid(), locks.host())
                 lock.truncate(0)
                 lock.write(json.dumps(vars(running)))
         except BlockingIOError:
@@ -115,9 +121,13 @@ class Runner:
         try:
             with (self.runs / LOCK).open() as lock:
                 running = Running(**json.load(lock))
-                os.kill(running.pid, 0)
-                # Ids are reused: the process is the pipeline only if it still holds the lock.
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                if running.process.is_gone:
+                    return None
+                # Ids are reused: the process is the pipeline only if it still holds the lock, or,
+                # where there is none, started when the pipeline did.
+                has_flock = locks.flock(lock, fcntl.LOCK_SH, wait=False)
+                if not has_flock and running.process.is_here and _is_as_old(running):
+                    return running
         except BlockingIOError:
             return running
         except (OSError, ValueError, TypeError):
@@ -132,7 +142,7 @@ class Runner:
         """
         groups = self.groups()
         if not groups:
-            raise UserError("Nothing is running.")
+            raise UserError("Nothing is running on this machine.")
         number = STOPS[min(self._stops, 2)]
         self._stops += 1
         self._stopped.update(groups)
@@ -149,15 +159,26 @@ class Runner:
         return False
 
     def groups(self) -> list[int]:
-        """The process groups that run stages of this project, no matter who started them."""
+        """The process groups of this machine that run stages of this project, no matter who started
+        them.
+        """
         pipeline = self.running()
-        groups = [pipeline.pid] if pipeline else []
+        groups = [pipeline.pid] if pipeline and pipeline.process.is_here else []
         for name in GRAPH.stages:
             run = run_state.read(self.runs / name)
-            if run and run_state.alive(self.runs / name):
+            if run and run.process.is_here and run_state.alive(self.runs / name):
                 with suppress(ProcessLookupError):
                     groups.append(os.getpgid(run.pid))
         return list(dict.fromkeys(groups))
+
+
+def _is_as_old(running: Running) -> bool:
+    """Whether the process with a pipeline's id was there when the pipeline started."""
+    import psutil
+
+    with suppress(psutil.Error):
+        return bool(psutil.Process(running.pid).create_time() <= running.started + 1)
+    return False
 
 
 def _send_signal(group: int, number: signal.Signals) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.fleet.engines import Queued, Submission
-from pipeline.fleet.unit import CORES
+from pipeline.fleet.unit import CORES, read_unit
 from pipeline.project.stage_graph import WORK
 
 SCRIPT = "sbatch.sh"
+FIRST_PORT, PORTS = 20_000, 10_000  # at which machines of a job meet
 WAITS = (
     "PENDING",
     "CONFIGURING",
@@ -51,7 +52,11 @@ class Slurm:
         script = run.folder / SCRIPT
         script.write_text(batch_script(run, self._cluster.setup), encoding="utf-8")
         array = f"{','.join(map(str, sorted(numbers)))}%{self._cluster.at_once}"
-        command = ["sbatch", "--parsable", f"--array={array}", *self._options(run), str(script)]
+        options = self._options(run)
+        nodes = read_unit(run.unit_folder(min(numbers))).nodes
+        if nodes > 1:
+            options += [f"--nodes={nodes}", "--ntasks-per-node=1"]
+        command = ["sbatch", "--parsable", f"--array={array}", *options, str(script)]
         environment = {k: v for k, v in os.environ.items() if not FOREIGN.match(k)}
         told = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if told.returncode:
@@ -118,6 +123,20 @@ def batch_script(run: Submission, setup: Sequence[str]) -> str:
             "",
         ]
     )
+
+
+def together(command: Sequence[str], nodes: int) -> list[str]:
+    """The command on each machine of this job; if it fails on one, it ends on all.
+
+    They meet on the first, at a port that is this job's.
+    """
+    job = os.environ["SLURM_JOB_ID"]
+    hosts = subprocess.run(
+        ["scontrol", "show", "hostnames"], capture_output=True, text=True, check=True
+    ).stdout.split()
+    endpoint = f"{hosts[0]}:{FIRST_PORT + int(job) % PORTS}"
+    meet = [f"--nnodes={nodes}", f"--rdzv-endpoint={endpoint}"]
+    return ["srun", "--kill-on-bad-exit=1", f"--nodes={nodes}", *command, *meet]
 
 
 def requeue() -> None:

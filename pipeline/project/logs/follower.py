@@ -6,7 +6,6 @@ What it has sent is written down beside its runs, so that a run which resumes is
 no step is sent twice.
 """
 
-import fcntl
 import json
 import math
 import os
@@ -28,6 +27,7 @@ from typing import Any
 from pipeline.errors import UserError, install_command
 from pipeline.files.artifact import write_file
 from pipeline.files.file_tail import FileTail, file_stamp
+from pipeline.files.locks import Lock
 from pipeline.files.text import printable
 from pipeline.files.worker import python_module
 from pipeline.project.cache import SHORT_KEY
@@ -344,9 +344,9 @@ def main() -> None:
     name, followed = sys.argv[1], Followed(**json.load(sys.stdin))
     os.nice(10)  # the cores are the training's
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    with (_states(name, followed) / f".{followed.stage}.lock").open("w") as lock:
+    with Lock(_states(name, followed) / f".{followed.stage}.lock") as lock:
         # if a run resumes at once, the follower of the last one first reads how that ended
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.acquire()
         try:
             follow(name, followed)
         except UserError as error:

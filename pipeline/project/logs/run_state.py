@@ -1,6 +1,5 @@
 """`runs/STAGE/run.json`: the state and progress of a stage's run, for other processes to watch."""
 
-import fcntl
 import json
 import os
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pipeline.errors import Interrupted, explain
+from pipeline.files import locks
 from pipeline.files.artifact import write_file
 
 JOURNAL, LOCK, SETTINGS = "run.json", "lock", "settings.json"
@@ -38,6 +38,11 @@ class Journal:
     ended: float = 0.0  # 0 while it runs, and if it died
     rate: float = 0.0  # units of work per second lately; 0 in the first seconds
     past: float = 0.0  # units of work per second of the run before; 0 if there was none
+    host: str = ""  # whose process `pid` is; empty in journals of earlier versions
+
+    @property
+    def process(self) -> locks.Holder:
+        return locks.Holder(self.pid, self.host)
 
     @property
     def seconds(self) -> float | None:
@@ -73,24 +78,8 @@ def read(folder: Path) -> Journal | None:
 
 
 def alive(folder: Path) -> bool:
-    """Whether a process holds the run folder's lock."""
-    try:
-        with (folder / LOCK).open("rb") as file:
-            pid = file.read(32)
-            if not pid.isdigit():
-                return False
-            # Do not try the lock of a process that is gone (ProcessLookupError): a stage that
-            # starts at this moment would have to wait. A process of another user (PermissionError)
-            # exists.
-            with suppress(PermissionError):
-                os.kill(int(pid), 0)
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    # OverflowError: a damaged file with a number that no process can have
-    except (OSError, OverflowError):
-        return False
-    return False
+    """Whether a process, here or on another machine, holds the run folder's lock."""
+    return locks.is_held(folder / LOCK)
 
 
 class Writer:
@@ -99,9 +88,8 @@ class Writer:
     def __init__(self, folder: Path) -> None:
         self._path = folder / JOURNAL
         before = read(folder)
-        self._journal = Journal(
-            "running", os.getpid(), time.time(), past=before.pace if before else 0.0
-        )
+        past = before.pace if before else 0.0
+        self._journal = Journal("running", os.getpid(), time.time(), past=past, host=locks.host())
         self._next = 0.0  # when progress is written again
         # two moments, and what was done then: the rate is that since the earlier one
         self._earlier = self._later = (0.0, 0)

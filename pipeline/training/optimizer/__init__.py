@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from pipeline.calc.settings import STATE_BLOCK, STATE_CHUNK, STATE_CHUNK_ON_CARD
 from pipeline.errors import UserError
 from pipeline.models.kernels import uses_cpu_kernels
-from pipeline.models.nf4 import dynamic_levels
 from pipeline.project.params.sections import Training
 from pipeline.training.parallel.collectives import all_reduce, broadcast
 
@@ -498,6 +497,8 @@ class DynamicCode:
     """`dynamic_levels`, to the nearest of which a number is rounded."""
 
     def __init__(self, signed: bool, device: torch.device) -> None:
+        from pipeline.models.nf4 import dynamic_levels  # of 8-bit states alone
+
         code = dynamic_levels(signed)
         # above each value
         edges = torch.cat(((code[:-1] + code[1:]) / 2, torch.tensor([torch.inf])))

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from ipaddress import ip_address
 from typing import Any
 
 from pipeline.errors import UserError
@@ -61,7 +62,7 @@ def launch(
     """Run `lora` in `devices` processes on each of `nodes` machines; returns the exit code.
 
     `endpoint`: host and port of machine 0, at which all of them meet; `node_rank`: this machine's
-    number, by its address and arrival if None. Raises UserError if there are fewer devices, if the
+    number, if None that of Slurm, else by its address and arrival. Raises UserError if there are fewer devices, if the
     machines do not meet, or if the run failed without an error message from this machine.
     """
     # before torch, which reads it as it is imported
@@ -80,7 +81,9 @@ def launch(
         if gpus:
             limit = f"{gpus}, the number of GPUs"
         raise UserError(f"--devices must be at most {limit}, got {devices}. Lower it.")
-    meeting = _Meeting(endpoint, nodes, node_rank) if endpoint else None
+    meeting = None
+    if endpoint:
+        meeting = _Meeting(endpoint, nodes, _slurm_node(nodes) if node_rank is None else node_rank)
     logging.disable(logging.CRITICAL)  # silences torchrun
     # only the main thread has any
     is_main = threading.current_thread() is threading.main_thread()
@@ -137,8 +140,11 @@ class _Meeting:
         from torch.distributed import DistNetworkError
 
         address, local = _addresses(endpoint)
-        self._endpoint, self._nodes, self._limit = endpoint, nodes, time.monotonic() + MEET
-        is_host = local == address if node_rank is None else node_rank == 0
+        self._endpoint, self._nodes, self._started = endpoint, nodes, time.monotonic()
+        is_host = node_rank == 0
+        if node_rank is None:
+            # 127.0.1.1, which Debian gives to a machine's name, is no interface's address
+            is_host = local == address or ip_address(address).is_loopback
         while True:
             try:
                 # the host's serves the run: it is kept
@@ -175,13 +181,30 @@ class _Meeting:
         return rank
 
     def _wait(self) -> None:
-        if time.monotonic() > self._limit:
+        seconds = time.monotonic() - self._started
+        if seconds > MEET:
             raise UserError(
-                f"the {self._nodes} machines did not meet at {self._endpoint} within {MEET} s. Run "
-                "the same command on each; --rdzv-endpoint is the address of one of them, and a "
-                "port that is free there."
+                f"the {self._nodes} machines did not meet at {self._endpoint} within "
+                f"{seconds:.0f} s. Run the same command on each; --rdzv-endpoint is the address of "
+                "one of them, and a port that is free there."
             )
         time.sleep(POLL)
+
+
+def _slurm_node(nodes: int) -> int | None:
+    """This machine's number among the nodes of a Slurm step, or None if it is not in one of so
+    many. Raises UserError.
+    """
+    count = os.environ.get("SLURM_STEP_NUM_NODES") or os.environ.get("SLURM_NNODES")
+    number = os.environ.get("SLURM_NODEID")
+    if count != str(nodes) or number is None:
+        return None
+    if not number.isdecimal() or int(number) >= nodes:
+        raise UserError(
+            f"SLURM_NODEID must be a number from 0 to {nodes - 1}, got {number[:40]!r}. Unset it, "
+            "or name this machine's number with --node-rank."
+        )
+    return int(number)
 
 
 def _open_store(endpoint: str, is_host: bool) -> Any:
@@ -207,6 +230,8 @@ def _addresses(endpoint: str) -> tuple[str, str]:
         if not 0 < int(port) < 2**16:
             raise ValueError
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        if ip_address(address[0]).is_unspecified:  # 0.0.0.0, which is every machine
+            raise ValueError
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect(address)  # sends nothing
             local = probe.getsockname()[0]

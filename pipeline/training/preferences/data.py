@@ -123,7 +123,8 @@ class _Kept:
 
     def __init__(self, job: Job, answers: Sequence[Answers], as_base: bool) -> None:
         self._facts = _reference_facts(job, answers, as_base)
-        self._key = hashlib.sha256(json.dumps(self._facts, sort_keys=True).encode()).hexdigest()
+        compared = {**self._facts, "versions": provenance.public(self._facts["versions"])}
+        self._key = hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()
         self._cache, self._folder = Cache(job.project.cache), job.run / REFERENCE
 
     def read(self) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Artifact folders, written atomically, and the cache of them."""
 
 import errno
+import fcntl
 import hashlib
 import os
 import re
@@ -12,6 +13,7 @@ import sys
 import time
 import tracemalloc
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from pipeline.files import artifact
 from pipeline.project.cache import Cache, Damaged
 from pipeline.project.runner import Note
 from tests.helpers.json_files import read_json
+from tests.helpers.process import NO_FLOCK
 from tests.helpers.projects import BRIEF, PIPELINE, folder_bytes, make_one
 
 needs_proc = pytest.mark.skipif(
@@ -115,6 +118,38 @@ def test_a_leftover_whose_number_no_process_has_is_cleared(tmp_path: Path) -> No
     assert names(tmp_path) == ["x"]
 
 
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_another_machine_writes_is_left_alone_for_a_day(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: int
+) -> None:
+    monkeypatch.setattr("pipeline.files.locks.host", lambda: "node-7.cluster")
+    with artifact.beside(tmp_path / "x") as folder:
+        name = folder.name.replace(f".{os.getpid()}-", f".{gone}-")  # of no process here
+        assert name.endswith("-node_7_cluster.tmp") and artifact.is_temporary(name)
+    left = tmp_path / name
+    if kind == "folder":
+        left.mkdir()
+        (left / "model").write_text("half", encoding="utf-8")
+        os.utime(left / "model", (0, 0))  # a link to an old file, made just now
+    else:
+        left.write_text("half", encoding="utf-8")
+    monkeypatch.undo()
+    fill(tmp_path / "x", "one")
+    assert names(tmp_path) == [name, "x"]
+    later = time.time() + artifact.DAY + 1
+    monkeypatch.setattr("pipeline.files.artifact.time.time", lambda: later)
+    fill(tmp_path / "x", "two")
+    assert names(tmp_path) == ["x"]
+
+
+@pytest.fixture
+def gone() -> int:
+    """The id of a process that has ended."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
 KILLED_BETWEEN_TWO_RENAMES = """
 import os, signal, sys
 from pathlib import Path
@@ -188,7 +223,7 @@ def test_leftovers_of_this_process_s_number_from_before_are_told_by_its_start(
     """
     with artifact.writing(tmp_path / "x") as folder:
         assert artifact.is_temporary(folder.name)
-        told = re.fullmatch(rf"\.x\.{os.getpid()}-(\d+)\.tmp", folder.name)
+        told = re.fullmatch(rf"\.x\.{os.getpid()}-(\d+)-\w+\.tmp", folder.name)
     assert told
     living = subprocess.Popen(["sleep", "60"])
     left = [
@@ -541,11 +576,17 @@ def test_a_stage_does_without_a_cache_that_cannot_be_made(
     assert folder_bytes(project / "artifacts/lora_adapter") == before
 
 
-def test_pruning_clears_what_a_killed_process_had_begun(project: Path) -> None:
-    begun = project / ".lora-cache/finetune_lora/.key.1.tmp"
-    begun.mkdir()
+def test_pruning_clears_what_a_killed_process_had_begun_and_nothing_of_a_running_one(
+    project: Path, gone: int
+) -> None:
+    begun = [
+        project / f".lora-cache/finetune_lora/.key.{writer}.tmp"
+        for writer in (gone, os.getppid(), f"{gone}-1-node7")
+    ]
+    for folder in begun:
+        folder.mkdir()
     assert Cache(project / ".lora-cache").prune(keep=99) == []
-    assert not begun.exists()
+    assert [folder.exists() for folder in begun] == [False, True, True]
     assert Cache(project / "nowhere").prune() == []
     assert not (project / "nowhere").exists()
 
@@ -692,6 +733,100 @@ def test_where_links_are_refused_large_files_are_copied(
     assert (large / "model.safetensors").stat().st_mode & stat.S_IWUSR
 
 
+@pytest.fixture
+def cache(large: Path, tmp_path: Path) -> Cache:
+    """A cache with one entry."""
+    cache = Cache(tmp_path / "cache")
+    cache.store("s", "k", large)
+    return cache
+
+
+@contextmanager
+def locked(cache: Cache) -> Iterator[None]:
+    with (cache.root / ".lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def test_entries_are_restored_and_stored_while_another_process_has_the_lock(
+    cache: Cache, large: Path, tmp_path: Path
+) -> None:
+    started = []
+    for call in ("restore('s', 'k', path)", "store('s', 'other', path)"):
+        code = (
+            "import sys; from pathlib import Path; from pipeline.project.cache import Cache; "
+            f"path = Path(sys.argv[1]); Cache(Path({str(cache.root)!r})).{call}"
+        )
+        place = large if "store('s', 'o" in call else tmp_path / "back"
+        started.append([sys.executable, "-c", code, str(place)])
+    with locked(cache):
+        for command in started:
+            subprocess.run(command, timeout=60, check=True)
+    assert folder_bytes(tmp_path / "back") == folder_bytes(cache.root / "s/other")
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["removed", "replaced"])
+def test_an_entry_that_is_removed_while_it_is_copied_is_not_handed_out_in_part(
+    cache: Cache, tmp_path: Path, again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with artifact.writing(tmp_path / "other") as folder:
+        for name in ("model.safetensors", "config.json"):
+            (folder / name).write_bytes(b"other")
+        artifact.seal(folder, {})
+    plain, copied = shutil.copyfile, list[str]()
+
+    def copy(source: Path, target: Path) -> None:
+        plain(source, target)
+        copied.append(source.name)
+        if copied == ["config.json"]:
+            cache.prune()
+            if again:
+                cache.store("s", "k", tmp_path / "other")
+
+    monkeypatch.setattr(shutil, "copyfile", copy)
+    assert cache.restore("s", "k", tmp_path / "back") == again
+    if again:
+        assert folder_bytes(tmp_path / "back") == folder_bytes(tmp_path / "other")
+    else:
+        assert not (tmp_path / "back").exists()
+
+
+def test_two_that_find_the_same_damage_end_with_one_note(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (cache.root / "s/k/config.json").write_bytes(b"y")
+    verify = artifact.verify
+
+    def second_removes(folder: Path) -> dict[str, Any]:
+        try:
+            return verify(folder)
+        except UserError:
+            if folder == cache.root / "s/k" and folder.exists():
+                shutil.rmtree(folder)
+            raise
+
+    monkeypatch.setattr(artifact, "verify", second_removes)
+    assert not cache.restore("s", "k", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_of_two_copies_of_one_entry_the_second_is_dropped(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path / "other", "other")
+    plain, first = shutil.copyfile, cache.root / "s/new"
+
+    def copy(source: Path, target: Path) -> None:
+        plain(source, target)
+        if not first.exists():  # another process is done before this one
+            shutil.copytree(cache.root / "s/k", first, copy_function=plain)
+
+    monkeypatch.setattr(shutil, "copyfile", copy)
+    cache.store("s", "new", tmp_path / "other")
+    assert folder_bytes(first) == folder_bytes(cache.root / "s/k")
+    assert names(cache.root / "s") == ["k", "new"]
+
+
 def test_a_large_file_that_is_itself_a_link_is_kept_as_a_file(large: Path, tmp_path: Path) -> None:
     """DVC can be configured to link files into the workspace."""
     (large / "model.safetensors").rename(tmp_path / "store")
@@ -703,7 +838,10 @@ def test_a_large_file_that_is_itself_a_link_is_kept_as_a_file(large: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_many_processes_on_one_cache_never_corrupt_it(project: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("prefix", ["", NO_FLOCK], ids=["flock", "no flock"])
+def test_many_processes_on_one_cache_never_corrupt_it(
+    project: Path, tmp_path: Path, prefix: str
+) -> None:
     """Eight processes restore, store and prune the same key at once; the entry verifies at any
     time.
     """
@@ -721,6 +859,7 @@ for turn in range(60):
     if random.random() < 0.3:
         cache.prune()
 """
+    code = prefix + code
     source = project / "artifacts/lora_adapter"
     started = [
         subprocess.Popen(

@@ -52,7 +52,7 @@ class Sent:
     def __init__(self, root: Path, slurm: Slurm, arguments: Sequence[str]) -> None:
         self.root = root
         self._process = subprocess.Popen(
-            [LORA, *arguments, "--on", "pool", "--parts", "4"],
+            [LORA, *arguments, "--on", "pool"],
             cwd=root,
             env=slurm.environment,
             stdout=subprocess.PIPE,
@@ -88,7 +88,7 @@ def send(project: Path, slurm: Slurm) -> Iterator[Callable[..., Sent]]:
     sent = list[Sent]()
 
     def start(*arguments: str) -> Sent:
-        sent.append(Sent(project, slurm, arguments))
+        sent.append(Sent(project, slurm, [*arguments, "--parts", "4"]))
         return sent[-1]
 
     yield start

@@ -507,6 +507,10 @@ def test_machines_have_to_meet(mini: Path, cli: Lora) -> None:
             ["--nnodes", "2", "--rdzv-endpoint", "127.0.0.1:70000"],
             "--rdzv-endpoint must be HOST:PORT of a machine",
         ),
+        (
+            ["--nnodes", "2", "--rdzv-endpoint", "0.0.0.0:29400"],
+            "--rdzv-endpoint must be HOST:PORT of a machine",
+        ),
         (["--node-rank", "1"], "--node-rank must be less than --nnodes, which is 1, got 1"),
         (
             ["--nnodes", "2", "--rdzv-endpoint", "127.0.0.1:7", "--node-rank", "2"],
@@ -598,10 +602,23 @@ def test_only_several_processes_share_a_base_and_only_training_is_shared(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("numbered", [True, False], ids=["--node-rank", "by arrival"])
-def test_machines_that_meet_train_together(mini: Path, tmp_path: Path, numbered: bool) -> None:
+@pytest.mark.parametrize(
+    ("host", "numbered"),
+    [
+        ("127.0.0.1", True),
+        ("localhost", False),
+        pytest.param(
+            "127.0.1.1",  # of a machine's name in Debian
+            False,
+            marks=pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.1 is the only one"),
+        ),
+    ],
+)
+def test_machines_that_meet_train_together(
+    mini: Path, tmp_path: Path, host: str, numbered: bool
+) -> None:
     """Both are this one: the first has the port, the second joins it."""
-    endpoint = f"127.0.0.1:{free_port()}"
+    endpoint = f"{host}:{free_port()}"
     roots = [mini, shutil.copytree(mini, tmp_path / "other")]
     running = []
     for number, root in enumerate(roots):
@@ -618,6 +635,87 @@ def test_machines_that_meet_train_together(mini: Path, tmp_path: Path, numbered:
     assert [process.returncode for process in running] == [0, 0], said
     assert sum((root / FOLDER).exists() for root in roots) == 1, "that of rank 0"
     assert "done; rank 0 writes" in "".join(said)
+
+
+@pytest.mark.slow
+def test_nodes_of_slurm_have_the_numbers_that_slurm_gives(mini: Path, tmp_path: Path) -> None:
+    """Node 1 starts first: with the address alone it would be the host."""
+    where = ["--nnodes", "2", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    command = [LORA, "finetune", "lora", *where, f"--set={STAGE}.epochs=2"]
+    roots = [shutil.copytree(mini, tmp_path / "other"), mini]
+    running = []
+    for number in (1, 0):
+        slurm = {**os.environ, "SLURM_NNODES": "2", "SLURM_NODEID": str(number)}
+        running.append(
+            subprocess.Popen(
+                command, cwd=roots[number], env=slurm, stderr=subprocess.PIPE, text=True
+            )
+        )
+        time.sleep(3 * number)
+    said = [process.communicate(timeout=120)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    assert [(root / FOLDER).exists() for root in roots] == [True, False], "that of node 0"
+
+
+@pytest.mark.parametrize(
+    ("environment", "number"),
+    [
+        ({}, None),
+        ({"SLURM_NNODES": "2", "SLURM_NODEID": "1"}, 1),
+        ({"SLURM_STEP_NUM_NODES": "2", "SLURM_NNODES": "4", "SLURM_NODEID": "0"}, 0),
+        ({"SLURM_STEP_NUM_NODES": "1", "SLURM_NNODES": "2", "SLURM_NODEID": "0"}, None),
+        ({"SLURM_NNODES": "4", "SLURM_NODEID": "3"}, None),  # another number than --nnodes
+        ({"SLURM_NNODES": "2"}, None),  # in the shell of salloc
+    ],
+)
+def test_a_node_s_number_is_slurm_s_in_a_step_of_as_many_nodes(
+    environment: Mapping[str, str], number: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_NODEID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert launch._slurm_node(2) == number
+
+
+@pytest.mark.parametrize("number", ["2", "-1", "first", ""])
+def test_a_number_that_slurm_cannot_have_given_is_one_message(
+    number: str, mini: Path, cli: Lora, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_NNODES", "2")
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
+    monkeypatch.setenv("SLURM_NODEID", number)
+    where = ["--nnodes", "2", "--rdzv-endpoint", "127.0.0.1:29400"]
+    code, _, err = cli("finetune", "lora", *where, cwd=mini)
+    assert (code, err) == (
+        1,
+        f"error: SLURM_NODEID must be a number from 0 to 1, got {number!r}. Unset it, or name this "
+        "machine's number with --node-rank.\n",
+    )
+
+
+def test_machines_that_did_not_meet_are_told_how_long_this_one_has_waited(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from torch.distributed import DistNetworkError
+
+    class Clock:
+        now = 5000.0
+
+        def monotonic(self) -> float:
+            return self.now
+
+        def sleep(self, _: float) -> None:
+            self.now += 70
+
+    def nobody(*_: object) -> None:
+        raise DistNetworkError("Connection refused")
+
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setattr(launch, "time", Clock())
+    monkeypatch.setattr(launch, "_open_store", nobody)
+    with pytest.raises(UserError, match=r"did not meet at 127\.0\.0\.1:7 within 350 s\. Run"):
+        launch._Meeting("127.0.0.1:7", 2, 1)
 
 
 @pytest.mark.slow

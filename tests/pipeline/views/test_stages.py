@@ -11,11 +11,20 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
+from pipeline.project import provenance
+from pipeline.project.cache import cache_key
 from pipeline.project.logs import run_state
 from pipeline.project.runner import Event, Job, Note, Progress, run
 from pipeline.project.stage_graph import Project
 from pipeline.stages.registry import open_project
-from pipeline.views.stages import Status, going_on, outdated, project_signature, running_of
+from pipeline.views.stages import (
+    StageState,
+    Status,
+    going_on,
+    outdated,
+    project_signature,
+    running_of,
+)
 from tests.helpers.json_files import edit_json
 from tests.helpers.projects import (
     BRIEF,
@@ -25,6 +34,7 @@ from tests.helpers.projects import (
     make,
     make_one,
     new_project,
+    note_texts,
     save,
     wait_for,
 )
@@ -91,6 +101,30 @@ def test_a_manifest_of_another_shape_is_a_reason_and_never_an_error(
         "artifacts/lora_adapter/manifest.json is not a manifest of this project. Make the "
         "artifact again.",
     )
+
+
+def test_builds_of_one_version_find_each_others_results_and_the_manifest_names_the_build(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch for a CPU on a login node, for CUDA on another."""
+    real = dict(provenance.versions())
+    number = real["torch"].partition("+")[0]
+
+    def have(torch: str) -> StageState:
+        monkeypatch.setattr(provenance, "versions", lambda *_: {**real, "torch": torch})
+        return Status().of(project_of(project))["merge"]
+
+    have(f"{number}+cu128")
+    made = make(project, ["merge"], BRIEF, force=True)
+    assert made["versions"]["torch"] == f"{number}+cu128"
+    assert have(f"{number}+cpu").state == "current" == have(number).state
+    shutil.rmtree(project / "artifacts/lora_merged")
+    _, events = make_one(project, "merge", BRIEF)
+    assert any("taken from the cache" in text for text in note_texts(events))
+    found = have("2.0.1+cu128")
+    assert (found.state, found.reasons) == ("changed", (f"torch {number} → 2.0.1",))
+    keys = {cache_key({**made, "versions": {"torch": text}}) for text in ("2.9", "2.9+cpu")}
+    assert len(keys) == 1 and keys != {cache_key({**made, "versions": {"torch": "2.8"}})}
 
 
 def test_an_artifact_that_vanished_under_others_is_missing_and_they_wait(project: Path) -> None:

@@ -2,6 +2,9 @@
 runs only once.
 """
 
+import errno
+import fcntl
+import json
 import os
 import shutil
 import signal
@@ -14,6 +17,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.project.logs import run_state
+from tests.helpers.json_files import write_json
 from tests.helpers.projects import COMMAND, LORA, wait_for
 from tui.services import pipeline_process
 from tui.services.pipeline_process import Runner
@@ -131,3 +135,51 @@ def test_a_stage_that_was_started_elsewhere_is_stopped_with_its_checkpoint_kept(
     assert stage.wait(20) == 130
     assert list(folder.glob("checkpoint-*"))
     shutil.rmtree(folder)
+
+
+def test_what_another_machine_runs_gets_no_signal_here(folder: Path) -> None:
+    """Its process ids are those of other programs of this machine."""
+    bystander = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    run = folder / "runs/pretrain"
+    run.mkdir(parents=True)
+    other = {"pid": bystander.pid, "started": time.time(), "host": "node7"}
+    write_json(run / "run.json", {"state": "running", **other})
+    with (run / "lock").open("w") as stage, (folder / "runs/pipeline.lock").open("w") as lock:
+        stage.write(f"node7 {bystander.pid}")
+        json.dump({**other, "command": "dvc repro"}, lock)
+        for file in (stage, lock):
+            file.flush()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        runner = Runner(folder)
+        running = runner.running()
+        assert running and str(running.process) == f"process {bystander.pid} on node7"
+        assert runner.groups() == []
+        with pytest.raises(UserError, match="Nothing is running on this machine"):
+            runner.stop()
+        (folder / "runs/pipeline.lock").unlink()
+        with pytest.raises(UserError, match="started elsewhere"):
+            runner.start(["repro"])
+    assert bystander.poll() is None
+    bystander.kill()
+    bystander.wait()
+
+
+def test_a_pipeline_is_seen_on_a_file_system_without_flock(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+    runner, other = Runner(folder), Runner(folder)
+    runner.start([SLEEPER])
+    running = other.running()
+    assert running is not None and running.command == f"dvc {SLEEPER}"
+    (folder / "runs/pipeline.lock").write_text(
+        json.dumps({**vars(running), "started": running.started - 60}), encoding="utf-8"
+    )
+    assert other.running() is None, "a later process with the id of an earlier one"
+    (folder / "runs/pipeline.lock").write_text(json.dumps(vars(running)), encoding="utf-8")
+    runner.stop()
+    wait_for(lambda: runner.running() is None)
+    assert other.running() is None

@@ -107,7 +107,7 @@ def _started(run: Journal, running: Running | None) -> str:
         who = f"by another workbench, process {running.starter}, as {running.command},"
     process = running or run
     since = datetime.fromtimestamp(process.started)
-    return f"{who} process {process.pid}, since {since:%H:%M:%S}"
+    return f"{who} {process.process}, since {since:%H:%M:%S}"
 
 
 def _ended(run: Journal) -> str:

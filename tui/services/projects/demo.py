@@ -5,7 +5,6 @@ perhaps, on another machine: so that they count as up to date here, the manifest
 library versions are set to today's, and `TRAINED` in each manifest says what they were.
 """
 
-import fcntl
 import hashlib
 import io
 import json
@@ -22,6 +21,7 @@ from pipeline.files import artifact
 from pipeline.files.base_model import IMPORTED
 from pipeline.files.digest_cache import cache_home, signature
 from pipeline.files.home import from_home
+from pipeline.files.locks import Lock
 from pipeline.project import provenance
 from pipeline.project.runner import input_facts
 from pipeline.project.stage_graph import Project, Stage
@@ -50,8 +50,8 @@ def open_demo(name: str = CHAT) -> Path:
     folder = cache_home() / "lora-workbench" / f"demo-{suffix}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with folder.with_name(f".{folder.name}.lock").open("w") as lock:  # two may start at once
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with Lock(folder.with_name(f".{folder.name}.lock")) as lock:  # two may start at once
+            lock.acquire()
             packed = archive.read_bytes()
             if not Runner(folder).groups() and not _is_whole(folder, packed):
                 _unpack(packed, folder)
