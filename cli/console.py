@@ -16,7 +16,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.files.text import OBEYED, printable
+from pipeline.files.text import OBEYED, duration, printable
 
 if TYPE_CHECKING:
     from pipeline.inference.score import Cost
@@ -222,14 +222,6 @@ def _shorten(text: str, width: int) -> str:
 def number(value: float | None, form: str = "") -> str:
     """A number for a table; a dash where there is none."""
     return "–" if value is None else format(value, form)
-
-
-def duration(seconds: float) -> str:
-    """A time in two digits: 45 s, 1.5 min, 12 h."""
-    size, unit = next(
-        (pair for pair in ((3600.0, "h"), (60.0, "min")) if seconds >= pair[0]), (1.0, "s")
-    )
-    return f"{seconds / size:.{1 if seconds / size < 10 else 0}f} {unit}"
 
 
 def duration_range(low: float, high: float) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from typer import Argument, Context, Exit, Option
 
-from cli.options import DEFAULT_PARAMS, JsonOption, SetOption, group
+from cli.options import DEFAULT_PARAMS, DetachOption, JsonOption, SetOption, group
 from cli.stages.finetune import read_grid
 from pipeline.errors import UserError
 
@@ -28,7 +28,8 @@ UnitsArgument = Annotated[list[int] | None, Argument(metavar="[UNIT]…", help="
 @fleet.callback()
 def show(context: Context, as_json: JsonOption = False) -> None:
     """List the runs of the project here, and what each of their units does."""
-    from cli.console import duration, print_json, print_line, print_table
+    from cli.console import print_json, print_line, print_table
+    from pipeline.files.text import duration
     from pipeline.fleet.run import find_runs
 
     if context.invoked_subcommand is not None:
@@ -84,6 +85,7 @@ def run_methods(
     ] = None,
     overrides: SetOption = None,
     on: Annotated[str, Option("--on", metavar="NAME", help="Cluster of fleet.yaml.")] = "local",
+    detach: DetachOption = False,
 ) -> None:
     """Train methods with several seeds, settings and bases.
 
@@ -96,7 +98,7 @@ def run_methods(
 
     values = read_grid(vary or (), "--vary")
     paths = [folder / DEFAULT_PARAMS for folder in projects or [Path()]]
-    wait_for(FleetStages(varied(paths, methods, values, overrides or (), GRAPH), on))
+    wait_for(FleetStages(varied(paths, methods, values, overrides or (), GRAPH), on), detach)
     print_line("all in the cache: `lora runs` lists them, `lora runs apply KEY` takes one")
 
 
@@ -166,8 +168,7 @@ def unit_process(
     ] = False,
 ) -> None:
     """Make an attempt at a unit: what engines run."""
-    from pipeline.fleet.engines import slurm
+    from pipeline.fleet.engines.slurm import SlurmJob
     from pipeline.fleet.unit import run_unit
 
-    hooks = (slurm.requeue, slurm.together) if requeue else ()
-    raise Exit(run_unit(folder, *hooks))
+    raise Exit(run_unit(folder, SlurmJob() if requeue else None))

@@ -18,6 +18,7 @@ from cli.options import UNDER_DVC, Group, Lazy, group, noted
 from pipeline.errors import (
     FULL,
     Interrupted,
+    OutOfMemory,
     UserError,
     explain,
     first_line,
@@ -27,6 +28,7 @@ from pipeline.errors import (
 from pipeline.extensions import ExtensionError, Registry
 from pipeline.files.text import printable
 from pipeline.project.process import (
+    exit_code,
     open_streams,
     postpone_collection,
     require_current_folder,
@@ -169,7 +171,7 @@ def root(
 
 def main() -> None:
     """Run a command. Exit codes: 0 success, 1 UserError, 2 wrong usage, 128 + n interrupted by
-    signal n.
+    signal n; in a unit of a fleet also AGAIN and NO_MEMORY.
     """
     postpone_collection()
     open_streams()
@@ -207,7 +209,7 @@ def main() -> None:
                 f"{error}.{' Run the same command to resume.' * error.resumes}",
                 128 + error.signal_number,
             )
-        _exit(str(error), 1)
+        _exit(str(error), exit_code(error))
     except (MemoryError, RuntimeError) as error:
         if problem := path_problem(error):
             _exit(str(problem), 1)
@@ -217,7 +219,7 @@ def main() -> None:
             f"out of memory ({first_line(error)}). Use a smaller model, shorter texts or smaller "
             "params (rank, batch_size, tokens_per_batch): `lora calc` shows what they need. Set "
             "--device cpu to run on the CPU.",
-            1,
+            exit_code(OutOfMemory),
         )
     except OSError as error:
         _exit(f"{explain(error)} Existing results are unchanged.", 1)
@@ -266,7 +268,7 @@ def _exit(message: str, code: int) -> NoReturn:
     message = printable(message)
     with suppress(OSError):  # a flush that fails must not hide the message
         sys.stdout.flush()
-    sys.stderr.write(f"error: {message}\n" if code == 1 else f"{message}\n")
+    sys.stderr.write(f"{message}\n" if code > 128 else f"error: {message}\n")
     raise SystemExit(code)
 
 

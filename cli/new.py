@@ -368,7 +368,7 @@ def _describe_data(started: Started) -> Iterator[str]:
 
 def _describe_run(project: Project, variant: str) -> str:
     """The time and memory of a variant's last training here."""
-    from cli.console import duration
+    from pipeline.files.text import duration
     from pipeline.project.logs.run_log import last_telemetry
 
     stage = next(stage for stage in project.stages.values() if stage.variant == variant)

@@ -111,6 +111,11 @@ OnOption = Annotated[
     str | None,
     Option("--on", metavar="NAME", help="Run it in units: local, or a cluster of fleet.yaml."),
 ]
+DetachOption = Annotated[
+    bool,
+    Option("--detach", help="With --on: do not wait; what is left to do follows in the queue."),
+]
+PartsOption = Annotated[int | None, Option(min=1, help="With --on: units of a pass.")]
 ShardOption = Annotated[
     bool | None,
     Option(

@@ -12,6 +12,9 @@ from typing import NamedTuple
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
+# Exit codes of a unit of a fleet, by which its engine goes on; elsewhere they are 1. sysexits calls
+# them EX_TEMPFAIL and EX_OSERR.
+AGAIN, NO_MEMORY = 75, 71
 LONGEST_MESSAGE = 2_000  # characters of a line
 # Characters that a terminal executes instead of showing: C0 and C1 control characters, DEL and
 # bidirectional controls; and those that end a line. C0 characters have a Unicode control picture.
@@ -29,6 +32,8 @@ class UserError(Exception):
     line breaks that would fake a second message; an ellipsis replaces the middle of a long line.
     """
 
+    unit_code = 1  # the exit code in a unit of a fleet
+
     def __init__(self, *lines: str) -> None:
         super().__init__(*map(_one_line, lines))
 
@@ -40,6 +45,18 @@ def _one_line(text: str) -> str:
     if len(text) > LONGEST_MESSAGE:
         text = f"{text[: LONGEST_MESSAGE - 501]}…{text[-500:]}"  # the next step is at the end
     return text if text.isprintable() else text.translate(CONTROL)
+
+
+class Lost(UserError):
+    """A process or a machine that the run needs is gone: the same command goes on."""
+
+    unit_code = AGAIN
+
+
+class OutOfMemory(UserError):
+    """Memory ran out, on any device: less work at once would fit."""
+
+    unit_code = NO_MEMORY
 
 
 class Interrupted(Exception):

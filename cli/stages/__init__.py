@@ -14,10 +14,13 @@ from cli.options import (
     WIDEST,
     BaseOption,
     CheckpointOption,
+    DetachOption,
     DeviceOption,
     ForceOption,
     JsonOption,
+    OnOption,
     ParamsOption,
+    PartsOption,
     PromptsOption,
     SetOption,
     TrustOption,
@@ -169,6 +172,12 @@ def evaluate(
         ),
     ] = None,
     base: BaseOption = None,
+    on: OnOption = None,
+    parts: PartsOption = None,
+    detach: DetachOption = False,
+    is_part: Annotated[
+        bool, Option("--part", hidden=True, help="For the cache alone, without a verdict.")
+    ] = False,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
     _device: DeviceOption = None,
@@ -197,6 +206,15 @@ def evaluate(
             "Without --harness TASK, evaluate takes --adapter, --base, --params, --set, --force "
             "and --json alone."
         )
+    if is_part:
+        _measure_part(adapter or (), base, params, overrides)
+        return
+    if on is not None or parts is not None or detach:
+        if on is None or not adapter:
+            raise UserError(
+                "--on, --parts and --detach send each --adapter to a cluster. Name both."
+            )
+        _send(adapter, base, params, overrides or (), on, parts, detach)
     if adapter:
         _measure(adapter, base, params, overrides, as_json)
         return
@@ -208,6 +226,37 @@ def evaluate(
     elif not UNDER_DVC:
         report(params)
     refuse_broken(project, shown=as_json or not UNDER_DVC)
+
+
+def _measure_part(
+    adapters: Sequence[Path], base: Path | None, params: Path, overrides: list[str] | None
+) -> None:
+    """Measure the base, and these adapters, for the cache."""
+    from cli.console import follow, print_note
+    from pipeline.evaluation.measuring import measuring
+    from pipeline.stages.evaluate import measure
+
+    job = measuring(project_of(params, overrides))
+    _, problems = follow(measure(job, adapters, base), "evaluate")
+    for problem in problems:
+        print_note(problem)
+
+
+def _send(
+    adapters: Sequence[Path],
+    base: Path | None,
+    params: Path,
+    overrides: Sequence[str],
+    on: str,
+    parts: int | None,
+    detach: bool,
+) -> None:
+    """Measure adapters in units on a cluster, and wait for them."""
+    from cli.stages.finetune import wait_for
+    from pipeline.fleet.evaluations import FleetEvaluation
+
+    project = project_of(params, [*overrides])
+    wait_for(FleetEvaluation(project, overrides, adapters, base, on, parts), detach)
 
 
 def _measure(

@@ -18,6 +18,7 @@ from cli.options import (
     DEFAULT_PARAMS,
     UNDER_DVC,
     CheckpointOption,
+    DetachOption,
     DeviceOption,
     DevicesOption,
     EndpointOption,
@@ -29,6 +30,7 @@ from cli.options import (
     NodesOption,
     OnOption,
     ParamsOption,
+    PartsOption,
     SetOption,
     SettingsCommand,
     ShardOption,
@@ -42,6 +44,7 @@ from pipeline.files.text import in_units
 from pipeline.project.process import world
 
 if TYPE_CHECKING:
+    from pipeline.fleet.evaluations import FleetEvaluation
     from pipeline.fleet.stages import FleetStages
     from pipeline.fleet.sweeps import FleetSweep
     from pipeline.project.stage_graph import Project, Stage
@@ -105,9 +108,10 @@ def _distributes(stage: Stage) -> Callable[..., None]:
         ] = False,
         name: NameOption = None,
         on: OnOption = None,
+        detach: DetachOption = False,
         _device: DeviceOption = None,
     ) -> None:
-        machines = Machines(devices, nodes, endpoint, node_rank, shard, on)
+        machines = Machines(devices, nodes, endpoint, node_rank, shard, on, detach)
         machines.check()
         overrides = of_stage(overrides, stage)
         if apply and (dry_run or not overrides):
@@ -133,6 +137,7 @@ class Machines(NamedTuple):
     node_rank: int | None
     shard: bool | None
     on: str | None = None  # the cluster whose machines they are
+    detach: bool = False  # whether nobody waits for the cluster
 
     @property
     def launches(self) -> bool:
@@ -141,6 +146,8 @@ class Machines(NamedTuple):
 
     def check(self) -> None:
         """Raises UserError for options that contradict each other."""
+        if self.detach and self.on is None:
+            raise UserError("--detach leaves units to a cluster. Name it with --on.")
         if self.on is not None:
             if self.endpoint is not None or self.node_rank is not None:
                 raise UserError(
@@ -222,7 +229,7 @@ class Machines(NamedTuple):
         if self.shard is not None:
             more.append("--shard" if self.shard else "--no-shard")
         wanted = StageRun(project, overrides, project.stage(stage.name), more)
-        wait_for(FleetStages([wanted], self.on or "", self.nodes))
+        wait_for(FleetStages([wanted], self.on or "", self.nodes), self.detach)
 
 
 def _print_plan(project: Project, stage: Stage) -> None:
@@ -294,7 +301,8 @@ def sweep(
         bool, Option("--apply", help="Write the best adapter's values into finetune_lora.")
     ] = False,
     on: OnOption = None,
-    parts: Annotated[int | None, Option(min=1, help="With --on: units of a pass.")] = None,
+    parts: PartsOption = None,
+    detach: DetachOption = False,
     only: Annotated[
         str | None,
         Option(
@@ -318,14 +326,17 @@ def sweep(
             )
         values = grid_around(project, over) if over else read_grid(grid or ())
         overrides.append(f"finetune_sweep.grid={json.dumps(values)}")
-    if on is None and parts is not None:
-        raise UserError("--parts divides what --on sends. Name a cluster with --on.")
+    if on is None and (parts is not None or detach):
+        raise UserError("--parts and --detach are of what --on sends. Name a cluster with --on.")
     if on is not None and (force or only is not None):
         raise UserError(
             "--on trains what the cache has not, all of it. Leave out --force and --only."
         )
     if on is not None:
-        send_sweep(params, overrides, on, parts)
+        from pipeline.fleet.sweeps import FleetSweep
+
+        sent = FleetSweep(project_of(params, [*overrides]), overrides, on, parts)
+        wait_for(sent, detach)
     if only is not None:
         _train_part(project_of(params, overrides), only.split(","), checkpoint_every)
         return
@@ -334,25 +345,27 @@ def sweep(
         _choose(project_of(params, overrides), max_divergence, apply)
 
 
-def send_sweep(params: Path, overrides: Sequence[str], on: str, parts: int | None = None) -> None:
-    """Train the adapters of a sweep in units on a cluster, and wait for them."""
-    from pipeline.fleet.sweeps import FleetSweep
+def wait_for(sent: FleetSweep | FleetStages | FleetEvaluation, detach: bool = False) -> None:
+    """Show how units go, until all have ended; `detach`: a job waits for them in the queue.
 
-    wait_for(FleetSweep(project_of(params, [*overrides]), overrides, on, parts))
-
-
-def wait_for(sent: FleetSweep | FleetStages) -> None:
-    """Show how units go, until all have ended.
-
-    Raises UserError, and Interrupted after Ctrl-C: units of this machine stop, of others if the
-    user says so.
+    Raises UserError, Exit once that job is there, and Interrupted after Ctrl-C: units of this
+    machine stop, of others if the user says so.
     """
-    from cli.console import follow
-    from pipeline.fleet.run import cancel
+    from cli.console import follow, print_line
+    from pipeline.fleet.run import Detached, cancel
 
     run = sent.run
+    if detach and not run.engine.has_queue:
+        raise UserError(
+            f"--detach: units on {run.cluster} end with this command. Leave it out, or name a "
+            "cluster that has a queue."
+        )
+    run.detaches = detach
     try:
         follow(sent.events(), f"{run.stage} on {run.cluster}")
+    except Detached:
+        print_line(f"{run.name} is in the queue, and what follows it. `lora fleet` shows it.")
+        raise Exit from None
     except KeyboardInterrupt:
         again = "the same command goes on from their checkpoints"
         if not run.engine.has_queue or _wants_to_cancel():

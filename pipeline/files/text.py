@@ -45,6 +45,14 @@ def natural_sort_key(name: str) -> list[str | float]:
     return [float(part) if number % 2 else part for number, part in enumerate(parts)]
 
 
+def duration(seconds: float) -> str:
+    """A time in two digits: 45 s, 1.5 min, 12 h."""
+    size, unit = next(
+        (pair for pair in ((3600.0, "h"), (60.0, "min")) if seconds >= pair[0]), (1.0, "s")
+    )
+    return f"{seconds / size:.{1 if seconds / size < 10 else 0}f} {unit}"
+
+
 def in_units(size: int) -> str:
     """Format bytes in the largest suitable binary unit, such as 1.21 MiB."""
     for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):

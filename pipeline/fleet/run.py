@@ -7,16 +7,18 @@
 """
 
 import json
+import os
+import shlex
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from pipeline.errors import UserError
+from pipeline.errors import NO_MEMORY, UserError
 from pipeline.files.artifact import write_file
 from pipeline.fleet.engines import ENGINES, Engine, Queued
 from pipeline.fleet.settings import Cluster, read_cluster
@@ -27,6 +29,7 @@ from pipeline.fleet.unit import (
     Ended,
     Unit,
     attempts,
+    end_unit,
     ended,
     journal,
     read_unit,
@@ -37,10 +40,15 @@ from pipeline.project.runner import Event, Note, Progress
 from pipeline.project.stage_graph import RUNS, Project
 
 RUN, UNITS, FLEET = "run.json", "units", "fleet"
+FOLLOWS = "LORA_FOLLOWS"  # environment variable of a run's job in the queue: its name
 STARTS = ("finetune", "train", "evaluate", "fleet")  # the commands that start runs
 POLL = 1.0  # seconds between two looks at the units
 State = Literal["waiting", "queued", "running", "done", "failed", "stopped", "lost"]
 ENDED = ("done", "failed")
+
+
+class Detached(Exception):
+    """The units are in the queue, and a job that goes on once they have ended."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,7 @@ class UnitState:
     attempts: int = 0
     journal: Journal | None = None
     reason: str = ""  # the error, or why it waits
+    code: int = 0  # exit code of one that failed
 
 
 @dataclass
@@ -67,6 +76,7 @@ class FleetRun:
     command: Sequence[str] = ()  # the arguments of `lora` that started it
     place: Path = Path()  # the folder in which they were typed
     jobs: list[tuple[str, list[int]]] = field(default_factory=list)  # of the engine, with units
+    detaches: bool = False  # whether a job in the queue waits for the units, and no process
 
     @property
     def name(self) -> str:
@@ -112,14 +122,16 @@ class FleetRun:
         return list(range(first, first + len(units)))
 
     def start(self, units: Sequence[Unit]) -> list[int]:
-        """Submit units that the run has not yet, and those that did not end well.
+        """Submit units that the run has not yet, and those that did not end well: not the latter
+        where this process is the run's job in the queue.
 
         A unit is told by its label. Returns the numbers of what was submitted.
         """
         states = self.states()
         known = {unit.label for unit in states}
         numbers = self.add([unit for unit in units if unit.label not in known])
-        numbers += [unit.number for unit in states if unit.state in ("failed", "stopped")]
+        if os.environ.get(FOLLOWS) != self.name:
+            numbers += [unit.number for unit in states if unit.state in ("failed", "stopped")]
         if numbers:
             self.submit(numbers)
         return numbers
@@ -131,6 +143,12 @@ class FleetRun:
         self.save()
         self.jobs.append((self.engine.submit(self, numbers), sorted(numbers)))
         self.save()
+
+    def script(self) -> str:
+        """The shell's line that goes on with the run."""
+        command = [sys.executable, "-P", "-m", "lora_workbench", *self.command]
+        place, variable = shlex.quote(str(self.place)), f"{FOLLOWS}={self.name}"
+        return f"cd {place} && {variable} exec {shlex.join(command)}"
 
     def refuse_vain(self, numbers: Collection[int]) -> None:
         """Raises UserError for a unit whose jobs end before it begins."""
@@ -159,9 +177,14 @@ class FleetRun:
             state, reason = ("failed" if ending.code else "done"), ending.message
         elif number in queued:
             now = queued[number]
-            state, node, reason = now.state, now.node or node, now.reason
-        seen = journal(folder, unit)
-        return UnitState(number, unit.label, state, node, len(made), seen, reason)
+            node, reason = now.node or node, now.reason
+            if now.state == "no memory":
+                end_unit(folder, NO_MEMORY, reason)
+                state, ending = "failed", Ended(NO_MEMORY, reason)
+            else:
+                state = now.state
+        seen, code = journal(folder, unit), ending.code if ending else 0
+        return UnitState(number, unit.label, state, node, len(made), seen, reason, code)
 
 
 def open_run(project: Project, stage: str, name: str, cluster: str) -> FleetRun:
@@ -210,14 +233,21 @@ def find_run(root: Path, name: str) -> FleetRun:
     return named[0]
 
 
-def wait(run: FleetRun) -> Iterator[Event]:
+def wait(
+    run: FleetRun, halves: Callable[[Unit], Sequence[Unit]] = lambda _unit: ()
+) -> Iterator[Event]:
     """Wait until every unit has ended, and start those again that were lost.
 
-    Each error is told once. Raises UserError if a unit did not end well.
+    `halves`: two units instead of one that ran out of memory; none if it cannot be divided. Each
+    error is told once. Raises UserError if a unit did not end well.
     """
     told = set[int]()
     while True:
         states = run.states()
+        for unit in [unit for unit in states if unit.code == NO_MEMORY]:
+            if note := _divide(run, unit.number, halves):
+                yield note
+                states = run.states()
         for unit in states:
             if unit.state == "failed" and unit.number not in told:
                 told.add(unit.number)
@@ -230,6 +260,9 @@ def wait(run: FleetRun) -> Iterator[Event]:
         yield _progress(states)
         if all(unit.state in (*ENDED, "stopped") for unit in states):
             break
+        if run.detaches:
+            run.engine.follow(run, run.script())
+            raise Detached
         time.sleep(POLL)
     failed = [unit for unit in states if unit.state != "done"]
     if failed:
@@ -239,6 +272,20 @@ def wait(run: FleetRun) -> Iterator[Event]:
             f"{failed[0].number}`; `lora fleet retry {run.name}` tries them again. What the others "
             "made is in the cache."
         )
+
+
+def _divide(run: FleetRun, number: int, halves: Callable[[Unit], Sequence[Unit]]) -> Note | None:
+    """Start halves in place of a unit, unless it is one; returns what to say."""
+    folder = run.unit_folder(number)
+    unit = read_unit(folder)
+    parts = () if unit.half_of else halves(unit)
+    if not parts:
+        return None
+    numbers = run.add([replace(part, half_of=number) for part in parts])
+    words = f"ran out of memory; units {_listed(numbers)} make half of it each"
+    end_unit(folder, 0, words)
+    run.submit(numbers)
+    return Note(f"unit {number} ({unit.label}) {words}")
 
 
 def _progress(states: Sequence[UnitState]) -> Progress:

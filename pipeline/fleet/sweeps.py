@@ -1,14 +1,14 @@
 """A sweep on a fleet: a pass of its search is divided into parts, each a unit."""
 
 from collections.abc import Generator, Iterator, Sequence
-from math import ceil
 
 from pipeline.errors import UserError
+from pipeline.fleet.plan import Cost, cost_of_adapters, divided, parts_of, told
 from pipeline.fleet.run import open_run, wait
 from pipeline.fleet.unit import Unit
 from pipeline.project.adapter_entries import outcomes
 from pipeline.project.cache import ADAPTERS, SHORT_KEY, Cache, cache_key
-from pipeline.project.runner import Event, Note, input_facts
+from pipeline.project.runner import Event, input_facts
 from pipeline.project.stage_graph import Project
 from pipeline.stages.methods.sweep import STAGE, WHOLE, Passes, entry_keys
 
@@ -40,7 +40,7 @@ class FleetSweep:
             missing = [name for name, key in keys.items() if not self._cache.has(ADAPTERS, key)]
             if missing:
                 yield from self._start(missing, len(adapters))
-                yield from wait(self.run)
+                yield from wait(self.run, self._halves)
             if not (made := outcomes(self._cache, keys)):
                 raise UserError(
                     f"The units of {self.run.name} have ended, and the cache in "
@@ -51,17 +51,21 @@ class FleetSweep:
 
     def _start(self, missing: Sequence[str], total: int) -> Iterator[Event]:
         """Submit units for adapters that none has yet, and those that did not end well."""
-        run = self.run
-        taken = {name for unit in run.states() for name in unit.label.split()}
+        taken = {name for unit in self.run.states() for name in unit.label.split()}
         new = [name for name in missing if name not in taken]
-        count = min(self._parts or run.settings.at_once, len(new))
-        units = [self._unit(names) for names in divided(new, count)]
+        units, cost, why = list[Unit](), Cost(), ""
+        if new:
+            cost = yield from cost_of_adapters(self._project, self.run)
+            parts, why = parts_of(len(new), self._parts, self.run.engine.place(), cost)
+            units = [self._unit(names) for names in divided(new, parts)]
         cached = f", {total - len(missing)} from the cache" if len(missing) < total else ""
-        yield Note(
-            f"{STAGE.name}: {len(missing)} adapters{cached}, in {len(units)} units on "
-            f"{run.cluster} ({run.settings.engine}); run {run.name}"
-        )
-        run.start(units)
+        what = f"{STAGE.name}: {len(missing)} adapters{cached}"
+        yield from told(self.run, what, units, cost, why)
+        self.run.start(units)
+
+    def _halves(self, unit: Unit) -> list[Unit]:
+        names = unit.label.split()
+        return [self._unit(half) for half in divided(names, 2)] if len(names) > 1 else []
 
     def _unit(self, names: Sequence[str]) -> Unit:
         params = self._project.params.file
@@ -69,13 +73,3 @@ class FleetSweep:
         command += [f"--set={override}" for override in self._overrides]
         root, cache = str(self._project.root), str(self._project.cache.resolve())
         return Unit(command, " ".join(names), root, STAGE.name, cache)
-
-
-def divided(names: Sequence[str], parts: int) -> list[list[str]]:
-    """Names in order, in parts whose sizes differ by one at most; none is empty."""
-    found, start = list[list[str]](), 0
-    for left in range(parts, 0, -1):
-        size = ceil((len(names) - start) / left)
-        found.append(list(names[start : start + size]))
-        start += size
-    return found

@@ -14,21 +14,21 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from pipeline.errors import UserError
+from pipeline.errors import AGAIN, NO_MEMORY, UserError
 from pipeline.files.artifact import write_file
 from pipeline.project.logs import run_state
 from pipeline.project.logs.run_state import Journal
-from pipeline.project.stage_graph import RUNS, WORK
+from pipeline.project.process import WORK
+from pipeline.project.stage_graph import RUNS
 
 UNIT, ATTEMPTS, EXIT, LOG = "unit.json", "attempts.jsonl", "exit.json", "log"
-AGAIN = 75  # exit code of an attempt that another one continues: sysexits' EX_TEMPFAIL
 MOST_VAIN = 3  # attempts in a row without progress
 CORES = "LORA_CORES"  # environment variable: the cores that an attempt may use
 LONGEST = 100_000  # bytes of a log that are looked through for its error
@@ -44,6 +44,7 @@ class Unit:
     stage: str
     cache: str  # the cache's folder, which the units share
     nodes: int = 1  # machines that run the command together
+    half_of: int = 0  # the unit whose half it is, which ran out of memory
 
 
 class Attempt(NamedTuple):
@@ -53,6 +54,19 @@ class Attempt(NamedTuple):
     pid: int
     started: float
     done: int
+
+
+class Job(Protocol):
+    """The job of an engine in which an attempt runs."""
+
+    def requeue(self) -> None:
+        """Let the engine make another attempt, once this one has ended."""
+
+    def together(self, command: Sequence[str], nodes: int) -> list[str]:
+        """What runs a command on so many machines of the job."""
+
+    def has_lost(self, printed: str) -> bool:
+        """Whether what `together` printed tells that a machine was lost."""
 
 
 class Ended(NamedTuple):
@@ -105,15 +119,11 @@ def node_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def run_unit(
-    folder: Path,
-    requeue: Callable[[], object] | None = None,
-    together: Callable[[Sequence[str], int], list[str]] | None = None,
-) -> int:
+def run_unit(folder: Path, job: Job | None = None) -> int:
     """Make an attempt at a unit; returns 0, the code of an error, or AGAIN.
 
-    `requeue` lets the engine make another attempt, unless SIGTERM, of a user or of an engine that
-    will do so itself, ended this one. `together` makes a command run on so many of its machines.
+    The job is put back into the queue for another attempt, unless SIGTERM, of a user or of an
+    engine that will do so itself, ended this one.
 
     SIGTERM and SIGUSR1, an engine's warning before a time limit, reach the command as SIGTERM: it
     writes a checkpoint and ends, and the next attempt goes on from there.
@@ -127,17 +137,23 @@ def run_unit(
     vain = earlier[-MOST_VAIN:]
     if len(vain) == MOST_VAIN and all(before.done == done for before in vain):
         nodes = ", ".join(before.node for before in vain)
-        return _end(
+        return end_unit(
             folder, 1, f"no progress in {MOST_VAIN} attempts ({nodes}). See {folder / LOG}."
         )
     command = [sys.executable, "-P", "-m", "lora_workbench", *unit.command]
-    if together is not None and unit.nodes > 1:
-        command = together(command, unit.nodes)
+    is_gang = job is not None and unit.nodes > 1
+    if job is not None and is_gang:
+        command = job.together(command, unit.nodes)
+    begin = _size(folder / LOG)
+    kills = oom_kills()
     code, signals = _run(command, unit, folder)
-    if code in (0, 2) or (code == 1 and not signals):
-        return _end(folder, code, _error_of(folder) if code else "")
-    if requeue is not None and signals.isdisjoint((signal.SIGTERM, signal.SIGINT)):
-        requeue()
+    if code < 0 and oom_kills() > kills:
+        return end_unit(folder, NO_MEMORY, f"out of memory on {attempt.node}")
+    lost = job is not None and is_gang and job.has_lost(_printed(folder, begin))
+    if code in (0, 2, NO_MEMORY) or (code == 1 and not signals and not lost):
+        return end_unit(folder, code, _error_of(folder) if code else "")
+    if job is not None and signals.isdisjoint((signal.SIGTERM, signal.SIGINT)):
+        job.requeue()
     return AGAIN
 
 
@@ -170,16 +186,36 @@ def _run(command: Sequence[str], unit: Unit, folder: Path) -> tuple[int, set[int
         return child.wait(), signals
 
 
-def _end(folder: Path, code: int, message: str) -> int:
+def end_unit(folder: Path, code: int, message: str = "") -> int:
+    """Write how a unit ended; returns the code."""
     ending: dict[str, Any] = Ended(code, message)._asdict()
     write_file(folder / EXIT, json.dumps(ending) + "\n", durable=True)
     return code
 
 
+def oom_kills(root: Path = Path("/")) -> int:
+    """Processes of this process's cgroup that the kernel killed for a lack of memory."""
+    with suppress(OSError, ValueError, StopIteration):
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        group = next(line.removeprefix("0::/") for line in lines if line.startswith("0::/"))
+        events = (root / "sys/fs/cgroup" / group / "memory.events").read_text(encoding="utf-8")
+        return int(dict(line.split() for line in events.splitlines())["oom_kill"])
+    return 0
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _printed(folder: Path, begin: int = 0) -> str:
+    """The end of what was printed since the log had `begin` bytes."""
+    with (folder / LOG).open("rb") as file:
+        file.seek(max(begin, file.seek(0, os.SEEK_END) - LONGEST))
+        return file.read().decode(errors="replace")
+
+
 def _error_of(folder: Path) -> str:
     """The last error that the command printed."""
-    with (folder / LOG).open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - LONGEST))
-        lines = file.read().decode(errors="replace").splitlines()
+    lines = _printed(folder).splitlines()
     errors = [line for line in lines if line.startswith("error: ")]
     return errors[-1].removeprefix("error: ") if errors else f"see {folder / LOG}"

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from pipeline.errors import UserError
 
+WORK = "LORA_WORK"  # environment variable of a unit of a fleet: its folder
 MOST_PROCESSES = 2**20
 USUAL = gc.get_threshold()
 POSTPONED = 1_000_000  # objects; torch, transformers and a model's classes make 700,000
@@ -37,6 +38,11 @@ def resume_collection() -> None:
     if gc.get_threshold()[0] == POSTPONED:
         gc.freeze()
         gc.set_threshold(*USUAL)
+
+
+def exit_code(error: UserError | type[UserError]) -> int:
+    """That of a process which ends with this error."""
+    return error.unit_code if WORK in os.environ else 1
 
 
 class ProcessRank(NamedTuple):

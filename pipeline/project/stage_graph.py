@@ -22,9 +22,9 @@ from pipeline.extensions import Registry
 from pipeline.files.artifact import MANIFEST
 from pipeline.project.params.load import Params, inherit, parse, read_text
 from pipeline.project.params.schema import Section
+from pipeline.project.process import WORK
 
 ARTIFACTS, RUNS, CACHE = "artifacts", "runs", ".lora-cache"
-WORK = "LORA_WORK"  # environment variable: `work_folder`
 # below a project: where `dvc exp run --queue` and `--temp` run copies of it
 EXPERIMENTS = (".dvc", "tmp", "exps")
 

@@ -186,12 +186,8 @@ def measure(
     adapter that failed. Raises UserError if all did.
     """
     project, settings = job.project, job.project.params.evaluate
-    folders, trusted = variant_folders(project), project.params.origin.trust_remote_code
-    if not folders:
-        raise UserError(
-            "The pipeline has made no base yet, from which forgetting counts. Run `lora pretrain`."
-        )
-    reference = _Reference(job, *next(iter(folders.items())), trusted)
+    trusted = project.params.origin.trust_remote_code
+    reference = _Reference(job, *_first(project), trusted)
     facts = {"settings": job.key, "kind": "evaluation", "stage": MEASURED}
     earlier, inputs = _measured_before(job)
     metrics = {reference.name: reference.numbers(), **earlier}
@@ -217,9 +213,23 @@ def measure(
                 variants = {name: name for name in inputs}
                 artifact.seal(out, {**facts, "variants": variants, "inputs": inputs, **gate})
         yield Progress(done, len(adapters), name)
-    if len(problems) == len(adapters):
+    if problems and len(problems) == len(adapters):
         raise UserError(*problems)
     return {**metrics, **_gate(settings, metrics, named)}, problems
+
+
+def _first(project: Project) -> tuple[str, tuple[Path, Path | None]]:
+    """The variant from which forgetting counts, with its folders. Raises UserError."""
+    for first in variant_folders(project).items():
+        return first
+    raise UserError(
+        "The pipeline has made no base yet, from which forgetting counts. Run `lora pretrain`."
+    )
+
+
+def first_folder(project: Project) -> Path:
+    """The folder of the model from which forgetting counts. Raises UserError."""
+    return _first(project)[1][0]
 
 
 def measured_name(project: Project, adapter: Path) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline.errors import Interrupted, UserError, is_out_of_memory
+from pipeline.errors import Interrupted, OutOfMemory, UserError, is_out_of_memory
 from pipeline.files.text import in_units
 from pipeline.models.device import multiplies_bf16
 from pipeline.project.logs.run_log import (
@@ -72,6 +72,10 @@ class Diverged(Exception):
     def __init__(self, number: int, gradients: Mapping[int, Gradient]) -> None:
         super().__init__(number)
         self.number, self.gradients = number, gradients
+
+
+class TrainingOutOfMemory(CollectiveError, OutOfMemory):
+    """Memory ran out on this rank."""
 
 
 class NotFinite(CollectiveError):
@@ -473,7 +477,7 @@ def _write_outcomes(job: Job, task: TrainingTask) -> None:
 
 def _out_of_memory(
     job: Job, task: TrainingTask, reason: str, done: int = 0, checkpoint_note: str = ""
-) -> CollectiveError:
+) -> TrainingOutOfMemory:
     """The error, with what to lower and which checkpoint is kept.
 
     The run may fit when it is resumed: another program may have used the memory.
@@ -487,7 +491,7 @@ def _out_of_memory(
         task.batches.longest_alone(step),
         job.stage.name,
     )
-    return CollectiveError(
+    return TrainingOutOfMemory(
         f"{job.stage.name}: out of memory in step {done + 1} ({reason}). {advice} "
         f"{checkpoint_note}".rstrip()
     )

@@ -24,9 +24,18 @@ class Submission(Protocol):
 class Queued(NamedTuple):
     """What an engine knows of a unit."""
 
-    state: Literal["queued", "running", "stopped", "lost"]
+    state: Literal["queued", "running", "stopped", "no memory"]
     node: str = ""
     reason: str = ""  # why it waits or was stopped, in the engine's words
+
+
+class Place(NamedTuple):
+    """Where units run."""
+
+    at_once: int  # units, at most
+    device: str  # of a unit, in words
+    memory: int = 0  # bytes that a unit has for its tensors; 0: not known
+    is_shared: bool = False  # whether a unit alone would use what several share
 
 
 class Engine(Protocol):
@@ -39,6 +48,9 @@ class Engine(Protocol):
     def check(self) -> None:
         """Raises UserError if the engine is not here."""
 
+    def place(self) -> Place:
+        """What its units get."""
+
     def submit(self, run: Submission, numbers: Collection[int]) -> str:
         """Start these units, or put them into the queue; returns the job's name."""
 
@@ -47,6 +59,9 @@ class Engine(Protocol):
 
     def cancel(self, run: Submission, numbers: Collection[int]) -> None:
         """Stop these units. They write a checkpoint where they can."""
+
+    def follow(self, run: Submission, script: str) -> None:
+        """Run a shell script once all jobs of the run have ended, in its queue."""
 
 
 ENGINES = Registry[type[Engine]]("engine")

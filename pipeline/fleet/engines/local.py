@@ -6,11 +6,11 @@ import subprocess
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property
 from typing import Any
 
-from pipeline.fleet.engines import Queued, Submission
-from pipeline.fleet.unit import AGAIN, CORES, attempts, node_name
+from pipeline.errors import AGAIN
+from pipeline.fleet.engines import Place, Queued, Submission
+from pipeline.fleet.unit import CORES, attempts, node_name
 
 
 class Local:
@@ -22,17 +22,24 @@ class Local:
         self._most = cluster.at_once
         self._waiting = list[int]()
         self._running = dict[int, tuple[subprocess.Popen[bytes], Mapping[str, str]]]()
-
-    @cached_property
-    def _places(self) -> list[Mapping[str, str]]:
-        """The environments of the processes that may still start."""
-        return _places(self._most)  # it loads torch, which a look at the units does not need
+        self._places = list[Mapping[str, str]]()  # environments of processes that may still start
 
     def check(self) -> None:
         """It is always here."""
 
+    def place(self) -> Place:
+        from pipeline.models.device import available_memory, best_device, cores
+
+        device = best_device()
+        count, memory = len(_places(self._most)), available_memory(device)
+        if device.type == "cuda":
+            return Place(count, "a GPU", memory)
+        return Place(count, f"its share of {cores()} cores", memory // count, is_shared=True)
+
     def submit(self, run: Submission, numbers: Collection[int]) -> str:
         self._waiting += [number for number in numbers if number not in self._running]
+        if not self._running:
+            self._places = _places(min(self._most, len(self._waiting)))
         self._start(run)
         return str(os.getpid())
 
@@ -62,6 +69,9 @@ class Local:
             elif self._is_elsewhere(run, number):
                 with suppress(ProcessLookupError):
                     os.kill(attempts(run.unit_folder(number))[-1].pid, signal.SIGTERM)
+
+    def follow(self, run: Submission, script: str) -> None:
+        """It has no queue."""
 
     def _start(self, run: Submission) -> None:
         while self._waiting and self._places:

@@ -10,12 +10,12 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from pipeline.errors import UserError
-from pipeline.fleet.engines import Queued, Submission
+from pipeline.errors import AGAIN, UserError
+from pipeline.fleet.engines import Place, Queued, Submission
 from pipeline.fleet.unit import CORES, read_unit
-from pipeline.project.stage_graph import WORK
+from pipeline.project.process import WORK
 
-SCRIPT = "sbatch.sh"
+SCRIPT, NEXT = "sbatch.sh", "next.sh"
 FIRST_PORT, PORTS = 20_000, 10_000  # at which machines of a job meet
 WAITS = (
     "PENDING",
@@ -47,6 +47,15 @@ class Slurm:
                 "another with --on."
             )
 
+    def place(self) -> Place:
+        cluster, device = self._cluster, "what Slurm gives"
+        if cluster.gpus:
+            device = f"{cluster.gpus} GPU{'s' * (cluster.gpus > 1)}"
+        elif cluster.cpus:
+            device = f"{cluster.cpus} core{'s' * (cluster.cpus > 1)}"
+        memory = 0 if cluster.gpus or not cluster.memory else bytes_of(cluster.memory)
+        return Place(cluster.at_once, device, memory)
+
     def submit(self, run: Submission, numbers: Collection[int]) -> str:
         self.check()
         script = run.folder / SCRIPT
@@ -56,12 +65,7 @@ class Slurm:
         nodes = read_unit(run.unit_folder(min(numbers))).nodes
         if nodes > 1:
             options += [f"--nodes={nodes}", "--ntasks-per-node=1"]
-        command = ["sbatch", "--parsable", f"--array={array}", *options, str(script)]
-        environment = {k: v for k, v in os.environ.items() if not FOREIGN.match(k)}
-        told = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        if told.returncode:
-            raise UserError(_refusal(run.cluster, told.stderr))
-        return told.stdout.strip().partition(";")[0]
+        return _sbatch(run.cluster, [f"--array={array}", *options, str(script)])
 
     def states(self, run: Submission, numbers: Collection[int]) -> Mapping[int, Queued]:
         rows, found = dict[str, tuple[str, str, str]](), dict[int, Queued]()
@@ -81,6 +85,8 @@ class Slurm:
                 found[number] = Queued("queued", "", reason)
             elif state == "CANCELLED":
                 found[number] = Queued("stopped", node, reason)
+            elif state == "OUT_OF_MEMORY":
+                found[number] = Queued("no memory", node, "out of memory, says Slurm")
         return found
 
     def cancel(self, run: Submission, numbers: Collection[int]) -> None:
@@ -90,6 +96,17 @@ class Slurm:
             ["scancel", "--full", "--signal=TERM", *tasks], capture_output=True, check=False
         )
         subprocess.run(["scancel", *tasks], capture_output=True, check=False)
+
+    def follow(self, run: Submission, script: str) -> None:
+        path, cluster = run.folder / NEXT, self._cluster
+        path.write_text("\n".join(["#!/bin/bash", *cluster.setup, script, ""]), encoding="utf-8")
+        options = {
+            "job-name": f"lora-{run.name}-next",
+            "output": run.folder / "next.log",
+            "open-mode": "append",
+            "dependency": f"afterany:{':'.join(job for job, _ in run.jobs)}",
+        } | cluster.options
+        _sbatch(run.cluster, [*(f"--{key}={value}" for key, value in options.items()), str(path)])
 
     def _options(self, run: Submission) -> list[str]:
         cluster, folder = self._cluster, run.folder
@@ -111,6 +128,27 @@ class Slurm:
         return ["--requeue", *(f"--{key}={value}" for key, value in options.items())]
 
 
+def bytes_of(size: str) -> int:
+    """Of a size as Slurm writes it, such as 32G."""
+    power: int = 1024 ** (1 + "KMGT".index(size[-1]))
+    return int(size[:-1]) * power
+
+
+def _sbatch(cluster: str, arguments: Sequence[str]) -> str:
+    """Submit a script; returns its job's number. Raises UserError."""
+    environment = {k: v for k, v in os.environ.items() if not FOREIGN.match(k)}
+    told = subprocess.run(
+        ["sbatch", "--parsable", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    if told.returncode:
+        raise UserError(_refusal(cluster, told.stderr))
+    return told.stdout.strip().partition(";")[0]
+
+
 def batch_script(run: Submission, setup: Sequence[str]) -> str:
     """The script of a task: an attempt at its unit; if it is to go on, the job is requeued."""
     units = run.folder.resolve() / "units"
@@ -125,24 +163,31 @@ def batch_script(run: Submission, setup: Sequence[str]) -> str:
     )
 
 
-def together(command: Sequence[str], nodes: int) -> list[str]:
-    """The command on each machine of this job; if it fails on one, it ends on all.
+class SlurmJob:
+    """The job in which this process runs."""
 
-    They meet on the first, at a port that is this job's.
-    """
-    job = os.environ["SLURM_JOB_ID"]
-    hosts = subprocess.run(
-        ["scontrol", "show", "hostnames"], capture_output=True, text=True, check=True
-    ).stdout.split()
-    endpoint = f"{hosts[0]}:{FIRST_PORT + int(job) % PORTS}"
-    meet = [f"--nnodes={nodes}", f"--rdzv-endpoint={endpoint}"]
-    return ["srun", "--kill-on-bad-exit=1", f"--nodes={nodes}", *command, *meet]
+    def __init__(self) -> None:
+        self._number = os.environ["SLURM_JOB_ID"]
 
+    def requeue(self) -> None:
+        """Put it back into the queue; Slurm ends it."""
+        subprocess.run(["scontrol", "requeue", self._number], check=False)
 
-def requeue() -> None:
-    """Put this job back into the queue; Slurm ends it."""
-    if job := os.environ.get("SLURM_JOB_ID"):
-        subprocess.run(["scontrol", "requeue", job], check=False)
+    def together(self, command: Sequence[str], nodes: int) -> list[str]:
+        """If the command fails on one machine, it ends on all.
+
+        They meet on the first, at a port that is this job's.
+        """
+        hosts = subprocess.run(
+            ["scontrol", "show", "hostnames"], capture_output=True, text=True, check=True
+        ).stdout.split()
+        endpoint = f"{hosts[0]}:{FIRST_PORT + int(self._number) % PORTS}"
+        meet = [f"--nnodes={nodes}", f"--rdzv-endpoint={endpoint}"]
+        return ["srun", "--kill-on-bad-exit=1", f"--nodes={nodes}", *command, *meet]
+
+    def has_lost(self, printed: str) -> bool:
+        """By srun's words: its exit code is 1 whatever that of the others was."""
+        return "srun: error: Node failure" in printed or f"exit code {AGAIN}\n" in printed
 
 
 def _query(jobs: Sequence[str]) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.errors import UserError, is_out_of_memory
+from pipeline.errors import Lost, UserError, is_out_of_memory
 
 if TYPE_CHECKING:
     from pipeline.training.parallel.heartbeats import Heartbeats
@@ -42,7 +42,7 @@ class CollectiveError(UserError):
     """An error raised on every rank and reported once on each machine."""
 
 
-class ProcessLost(CollectiveError):
+class ProcessLost(CollectiveError, Lost):
     """Another process of the run has ended, or its machine does not answer."""
 
     @classmethod

@@ -12,7 +12,7 @@ from datetime import timedelta
 from ipaddress import ip_address
 from typing import Any
 
-from pipeline.errors import UserError
+from pipeline.errors import Lost, UserError
 
 LAUNCHER = "LORA_LAUNCHER"  # environment variable of the workers: the launcher's process id
 POLL = 0.5  # seconds between checks of the parent process
@@ -62,8 +62,10 @@ def launch(
     """Run `lora` in `devices` processes on each of `nodes` machines; returns the exit code.
 
     `endpoint`: host and port of machine 0, at which all of them meet; `node_rank`: this machine's
-    number, if None that of Slurm, else by its address and arrival. Raises UserError if there are fewer devices, if the
-    machines do not meet, or if the run failed without an error message from this machine.
+    number, if None that of Slurm, else by its address and arrival.
+
+    Raises UserError if there are fewer devices or the machines do not meet, and Lost if the run
+    failed without an error message from this machine.
     """
     # before torch, which reads it as it is imported
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
@@ -115,7 +117,7 @@ def launch(
         if code < 0:
             known = {number.value: number.name for number in signal.Signals}
             reason = f"was killed ({known.get(-code, f'signal {-code}')})"
-        raise UserError(
+        raise Lost(
             f"rank {rank} of {devices * nodes} {reason}. Run the same command to resume from the "
             "last checkpoint."
         ) from None

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from pipeline.errors import Interrupted, UserError, first_line, is_out_of_memory
 from pipeline.models.device import best_device
-from pipeline.project.process import world
+from pipeline.project.process import exit_code, world
 from pipeline.project.runner import Event, Facts, Job, Note, Work, run
 from pipeline.project.stage_graph import Project, Stage
 from pipeline.training.parallel.collectives import (
@@ -217,7 +217,7 @@ def _end_waits(stage: str, opened: Mapping[tuple[int, int], int]) -> None:
         if world().reports_errors:
             sys.stderr.write(f"error: {ProcessLost.during(stage)}\n")
             sys.stderr.flush()
-        os._exit(1)
+        os._exit(exit_code(ProcessLost))
 
 
 def _abort_within(seconds: float) -> bool:

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import UserError
+from pipeline.errors import AGAIN, UserError
+from pipeline.fleet.plan import divided
 from pipeline.fleet.run import FleetRun, find_run
 from pipeline.fleet.settings import Cluster, read_cluster
-from pipeline.fleet.sweeps import divided
-from pipeline.fleet.unit import AGAIN, Unit, attempts, ended, write_unit
+from pipeline.fleet.unit import Unit, attempts, ended, write_unit
 from tests.helpers.projects import (
     BRIEF,
     LORA,
