@@ -249,7 +249,7 @@ def test_a_look_at_the_units_loads_no_torch_and_names_what_is_no_unit(project: P
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--parts", "2"], "--parts divides what --on sends"),
+        (["--parts", "2"], "--parts and --detach are of what --on sends"),
         (["--on", "local", "--force"], "Leave out --force and --only"),
         (["--on", "local", "--only", "rank-1"], "Leave out --force and --only"),
     ],
