@@ -131,7 +131,9 @@ class FleetRun:
         known = {unit.label for unit in states}
         numbers = self.add([unit for unit in units if unit.label not in known])
         if os.environ.get(FOLLOWS) != self.name:
-            numbers += [unit.number for unit in states if unit.state in ("failed", "stopped")]
+            again = (unit for unit in states if unit.state in ("failed", "stopped"))
+            # of the others `wait` makes halves
+            numbers += [unit.number for unit in again if unit.code != NO_MEMORY]
         if numbers:
             self.submit(numbers)
         return numbers
