@@ -74,7 +74,7 @@ def _document(run: FleetRun, states: Sequence[UnitState]) -> dict[str, Any]:
 
 @fleet.command("run")
 def run_methods(
-    methods: Annotated[list[str], Argument(metavar="METHOD…", help="Methods, such as lora dora.")],
+    methods: Annotated[list[str], Argument(metavar="METHOD…", help="Methods, such as lora full.")],
     vary: Annotated[
         list[str] | None,
         Option(metavar="KEY=VALUE,…", help="Values to run each with: seed=0,1,2; may be repeated."),
@@ -94,11 +94,10 @@ def run_methods(
     from cli.console import print_line
     from cli.stages.finetune import wait_for
     from pipeline.fleet.stages import FleetStages, varied
-    from pipeline.stages.registry import GRAPH
 
     values = read_grid(vary or (), "--vary")
     paths = [folder / DEFAULT_PARAMS for folder in projects or [Path()]]
-    wait_for(FleetStages(varied(paths, methods, values, overrides or (), GRAPH), on), detach)
+    wait_for(FleetStages(varied(paths, methods, values, overrides or ()), on), detach)
     print_line("all in the cache: `lora runs` lists them, `lora runs apply KEY` takes one")
 
 

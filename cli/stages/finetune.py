@@ -189,6 +189,8 @@ class Machines(NamedTuple):
         project = Project(params, overrides)
         if name is not None:
             project.refuse_name(name, stage.name)
+        if self.on is not None and force:
+            raise UserError("--on trains what the cache has not. Leave out --force.")
         if self.on is not None:
             self._send(stage, project.pipeline, overrides, checkpoint_every)
         if not self.launches or stage.kind == "adapters":

@@ -25,7 +25,7 @@ class MeasuredEntries:
 
     def key(self, model: str) -> str:
         """The key of the entry of a model, by its digest."""
-        versions = [version.partition("+")[0] for version in provenance.versions().values()]
+        versions = provenance.public(provenance.versions())
         text = json.dumps([self._settings, self._base, model, versions])
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from pipeline.evaluation.measured_entries import FIRST, MeasuredEntries
 from pipeline.evaluation.measuring import measuring
 from pipeline.files import artifact
-from pipeline.fleet.plan import Cost, divided, parts_of, told
+from pipeline.fleet.plan import Cost, divided, parts_of, plan_notes
 from pipeline.fleet.run import open_run, wait
 from pipeline.fleet.unit import Unit
 from pipeline.project.cache import SHORT_KEY, Cache
@@ -62,7 +62,7 @@ class FleetEvaluation:
         yield from self._make(f"{len(missing)} adapters", units, why)
 
     def _make(self, what: str, units: Sequence[Unit], why: str = "") -> Iterator[Event]:
-        yield from told(self.run, f"{STAGE}: {what}", units, Cost(), why)
+        yield from plan_notes(self.run, f"{STAGE}: {what}", units, Cost(), why)
         self.run.start(units)
         yield from wait(self.run)
 

@@ -1,7 +1,8 @@
 """How work is divided into units: as many as there is room for, unless more do not pay."""
 
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from math import ceil
 from statistics import median
 
@@ -11,7 +12,7 @@ from pipeline.fleet.engines import Place
 from pipeline.fleet.run import FleetRun, find_runs
 from pipeline.fleet.unit import Unit, attempts, ended, journal, read_unit
 from pipeline.project.runner import Event, Note
-from pipeline.project.stage_graph import Project
+from pipeline.project.stage_graph import Project, Stage
 
 START = 5.0  # seconds that a unit takes to its first step, on MiniGPT; more with a larger base
 
@@ -42,12 +43,14 @@ def parts_of(count: int, asked: int | None, place: Place, cost: Cost) -> tuple[i
     if place.memory and cost.bytes:
         most = max(1, (place.memory - cost.shared) // cost.bytes)  # adapters that fit together
         least = ceil(count / most)
+    room = max(least, min(count, place.at_once))
+    paying, why = room, ""
     if place.is_shared:
-        return least, "one unit uses all cores of this machine; --parts divides it anyway"
-    parts = min(count, place.at_once)
-    if cost.seconds and (paying := max(1, int(count * cost.seconds / START))) < parts:
-        return max(least, paying), f"a unit takes {START:.0f} s to start; --parts divides it anyway"
-    return max(least, parts), ""
+        paying, why = least, "one unit uses all cores of this machine"
+    elif cost.seconds:
+        paying, why = int(count * cost.seconds / START), f"a unit takes {START:.0f} s to start"
+    parts = min(room, max(least, paying))
+    return parts, f"{why}; --parts divides it anyway" if parts < room else ""
 
 
 def divided(names: Sequence[str], parts: int) -> list[list[str]]:
@@ -60,7 +63,9 @@ def divided(names: Sequence[str], parts: int) -> list[list[str]]:
     return found
 
 
-def told(run: FleetRun, what: str, units: Sequence[Unit], cost: Cost, why: str) -> Iterator[Event]:
+def plan_notes(
+    run: FleetRun, what: str, units: Sequence[Unit], cost: Cost, why: str = ""
+) -> Iterator[Event]:
     """The plan in words. `what`: the work; `why` it is not in more units."""
     place, of = run.engine.place(), f"{run.cluster} ({run.settings.engine})"
     yield Note(f"{what}, in {len(units)} units on {of}; run {run.name}")
@@ -76,37 +81,41 @@ def told(run: FleetRun, what: str, units: Sequence[Unit], cost: Cost, why: str) 
     time = "not known before the first steps"
     if cost.seconds:
         rounds = ceil(len(units) / place.at_once)
-        time = f"about {duration(START + most * cost.seconds * rounds)}, by {cost.source}"
+        time = f"about {duration(rounds * (START + most * cost.seconds))}, by {cost.source}"
     yield Note(f"  time: {time}")
 
 
 def cost_of_adapters(project: Project, run: FleetRun) -> Generator[Event, None, Cost]:
     """Of a sweep's adapters: memory by the calculator, time by units or by a few steps here."""
-    shared, adapter = _memory(project)
+    from pipeline.stages.registry import METHODS
+
+    memory = memory_of(project, METHODS["lora"])
     seconds, source = _earlier(project, run), "units that ended there"
     if not seconds and not run.engine.has_queue:
         seconds, source = (yield from _timed(project)), "a few steps of one adapter"
-    return Cost(shared, adapter, seconds, source)
+    return replace(memory, seconds=seconds, source=source)
 
 
-def _memory(project: Project) -> tuple[int, int]:
-    """Bytes of the base, and of each adapter of finetune_lora's settings beside it."""
+def memory_of(project: Project, stage: Stage) -> Cost:
+    """Bytes of the base, and of what a stage's settings train beside it; 0 if not known."""
     from pipeline.calc.memory import predict
     from pipeline.calc.method import configure
     from pipeline.calc.sources.open_model import open_model
-    from pipeline.stages.registry import COUNTED, METHODS, model_source, options_of_stage
+    from pipeline.stages.registry import COUNTED, model_source, options_of_stage
 
+    if stage.method not in COUNTED:
+        return Cost()
     try:
-        options = options_of_stage(project, METHODS["lora"])
+        options = options_of_stage(project, stage)
         if options.get("embeddings") != "new_rows":
             options.pop("new_rows", None)
         model = open_model(model_source(project)).shapes
-        _, method, run = configure(model, COUNTED, "lora", **options)
+        _, method, run = configure(model, COUNTED, stage.method, **options)
         memory = predict(model, method, run)
     except UserError:  # a model that the calculator does not count
-        return 0, 0
+        return Cost()
     shared = memory.weights + memory.overhead
-    return shared, memory.peak - shared
+    return Cost(shared, memory.peak - shared)
 
 
 def _earlier(project: Project, run: FleetRun) -> float:
@@ -116,10 +125,13 @@ def _earlier(project: Project, run: FleetRun) -> float:
         if (other.stage, other.cluster) != (run.stage, run.cluster):
             continue
         for folder in map(other.unit_folder, other.numbers()):
-            unit, ending = read_unit(folder), ended(folder)
-            seen = journal(folder, unit)
-            if ending and not ending.code and seen and seen.total and len(attempts(folder)) == 1:
-                found.append((seen.seconds or 0.0) / len(unit.label.split()))
+            ending = ended(folder)
+            if not ending or ending.code or len(attempts(folder)) != 1:
+                continue
+            with suppress(UserError):  # a damaged unit of another run is no matter here
+                unit = read_unit(folder)
+                if (seen := journal(folder, unit)) and seen.total and seen.seconds:
+                    found.append(seen.seconds / len(unit.label.split()))
     return median(found) if found else 0.0
 
 

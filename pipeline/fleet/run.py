@@ -165,13 +165,13 @@ class FleetRun:
     def states(self) -> list[UnitState]:
         """What each unit does: by its files, then by the engine's queue."""
         numbers = self.numbers()
-        endings = {number: ended(self.unit_folder(number)) for number in numbers}
-        going = [number for number, ending in endings.items() if ending is None]
+        going = [number for number in numbers if ended(self.unit_folder(number)) is None]
         queued = self.engine.states(self, going) if going else {}
-        return [self._state(number, endings[number], queued) for number in numbers]
+        return [self._state(number, queued) for number in numbers]
 
-    def _state(self, number: int, ending: Ended | None, queued: Mapping[int, Queued]) -> UnitState:
+    def _state(self, number: int, queued: Mapping[int, Queued]) -> UnitState:
         folder = self.unit_folder(number)
+        ending = ended(folder)  # once more: it may have ended while the engine was asked
         unit, made = read_unit(folder), attempts(folder)
         node, reason = made[-1].node if made else "", ""
         state: State = "lost" if made else "waiting"
@@ -189,11 +189,19 @@ class FleetRun:
         return UnitState(number, unit.label, state, node, len(made), seen, reason, code)
 
 
-def open_run(project: Project, stage: str, name: str, cluster: str) -> FleetRun:
-    """The run of this name that this command starts, or goes on with. Raises UserError."""
+def open_run(project: Project, stage: str, name: str, cluster: str, nodes: int = 1) -> FleetRun:
+    """The run of this name that this command starts, or goes on with.
+
+    `nodes`: machines of a unit, at most. Raises UserError.
+    """
     folder = project.root / RUNS / stage / FLEET / name
     jobs = read_run(folder).jobs if folder.is_dir() else []
     run = FleetRun(folder, stage, cluster, project.root, sys.argv[1:], Path.cwd(), jobs)
+    if nodes > 1 and not run.engine.has_gangs:
+        raise UserError(
+            f"--on {cluster} runs a unit on one machine. Leave out --nnodes, or name a cluster of "
+            "Slurm."
+        )
     run.engine.check()
     return run
 
@@ -274,6 +282,14 @@ def wait(
             f"{failed[0].number}`; `lora fleet retry {run.name}` tries them again. What the others "
             "made is in the cache."
         )
+
+
+def incomplete(run: FleetRun, cache: Path) -> UserError:
+    """The error where units have ended well and the cache lacks what they made."""
+    return UserError(
+        f"The units of {run.name} have ended, and the cache in {cache} has not all of their "
+        "results. Is it the folder that the other machines see? Set LORA_CACHE."
+    )
 
 
 def _divide(run: FleetRun, number: int, halves: Callable[[Unit], Sequence[Unit]]) -> Note | None:

@@ -9,13 +9,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
-from pipeline.fleet.run import open_run, wait
+from pipeline.fleet.plan import Cost, memory_of, plan_notes
+from pipeline.fleet.run import incomplete, open_run, wait
 from pipeline.fleet.unit import Unit
 from pipeline.project.cache import SHORT_KEY, Cache, cache_key
 from pipeline.project.params.edit import dump_inline
-from pipeline.project.runner import Event, Note, input_facts, run
-from pipeline.project.stage_graph import Project, Stage, StageGraph
+from pipeline.project.runner import Event, input_facts, run
+from pipeline.project.stage_graph import Project, Stage
+from pipeline.stages.registry import GRAPH, METHODS
 
 
 @dataclass(frozen=True)
@@ -56,30 +57,29 @@ class FleetStages:
         facts = [[str(w.project.root), w.stage.name, *w.overrides, *w.more] for w in wanted]
         name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:SHORT_KEY]
         self._wanted, self._nodes = wanted, nodes
-        self.run = open_run(first.project, first.stage.name, name, cluster)
+        self.run = open_run(first.project, first.stage.name, name, cluster, nodes)
 
     def events(self) -> Generator[Event, None, None]:
         """Make what they need, then the stages; results are in the cache. Raises UserError."""
         for needed in _waves(self._wanted):
-            yield from self._make(needed)
+            yield from self._make(needed, nodes=1)
             for made in needed:  # a copy from the cache
                 yield from run(made.project, made.stage)
-        yield from self._make(self._wanted)
+        yield from self._make(self._wanted, self._nodes)
 
-    def _make(self, stages: Sequence[StageRun]) -> Generator[Event, None, None]:
+    def _make(self, stages: Sequence[StageRun], nodes: int) -> Generator[Event, None, None]:
         missing = [stage for stage in stages if not stage.is_made()]
         if not missing:
             return
-        units = [stage.unit(self._nodes) for stage in missing]
-        where = f"{self.run.cluster} ({self.run.settings.engine})"
-        yield Note(f"{len(units)} of {len(stages)} units on {where}; run {self.run.name}")
+        units = [stage.unit(nodes) for stage in missing]
+        costs = [memory_of(stage.project, stage.stage) for stage in missing if nodes == 1]
+        largest = max(costs, key=lambda cost: cost.memory(1), default=Cost())
+        what = f"{len(units)} of {len(stages)} results"
+        yield from plan_notes(self.run, what, units, largest)
         self.run.start(units)
         yield from wait(self.run)
         if any(not stage.is_made() for stage in missing):
-            raise UserError(
-                f"The units of {self.run.name} have ended, and the cache has not all of their "
-                "results. Is it the folder that the other machines see? Set LORA_CACHE."
-            )
+            raise incomplete(self.run, missing[0].project.cache)
 
 
 def _waves(wanted: Sequence[StageRun]) -> list[list[StageRun]]:
@@ -123,18 +123,20 @@ def varied(
     methods: Sequence[str],
     vary: Mapping[str, Sequence[Any]],
     overrides: Sequence[str],
-    graph: StageGraph,
 ) -> list[StageRun]:
     """Every method with every combination of `vary`'s values in every project. Raises UserError.
 
     A key alone, such as seed, is each method's own.
     """
+    for method in methods:
+        if method not in METHODS:
+            raise UserError(f"{method} is not a method. There is {', '.join(METHODS)}. Name one.")
     runs = list[StageRun]()
     for path, method, values in product(paths, methods, product(*vary.values())):
-        name = f"finetune_{method}"
+        name = METHODS[method].name
         chosen = list(overrides)
         for key, value in zip(vary, values, strict=True):
             chosen.append(f"{key if '.' in key else f'{name}.{key}'}={dump_inline(value)}")
-        project = Project.load(path, graph, chosen)
+        project = Project.load(path, GRAPH, chosen)
         runs.append(StageRun(project, chosen, project.stage(name)))
     return runs

@@ -3,8 +3,8 @@
 from collections.abc import Generator, Iterator, Sequence
 
 from pipeline.errors import UserError
-from pipeline.fleet.plan import Cost, cost_of_adapters, divided, parts_of, told
-from pipeline.fleet.run import open_run, wait
+from pipeline.fleet.plan import Cost, cost_of_adapters, divided, parts_of, plan_notes
+from pipeline.fleet.run import incomplete, open_run, wait
 from pipeline.fleet.unit import Unit
 from pipeline.project.adapter_entries import outcomes
 from pipeline.project.cache import ADAPTERS, SHORT_KEY, Cache, cache_key
@@ -42,11 +42,7 @@ class FleetSweep:
                 yield from self._start(missing, len(adapters))
                 yield from wait(self.run, self._halves)
             if not (made := outcomes(self._cache, keys)):
-                raise UserError(
-                    f"The units of {self.run.name} have ended, and the cache in "
-                    f"{self._project.cache} has not all of their adapters. Is it the folder that "
-                    "the other machines see? Set LORA_CACHE."
-                )
+                raise incomplete(self.run, self._project.cache)
             passes.tell(made)
 
     def _start(self, missing: Sequence[str], total: int) -> Iterator[Event]:
@@ -60,7 +56,7 @@ class FleetSweep:
             units = [self._unit(names) for names in divided(new, parts)]
         cached = f", {total - len(missing)} from the cache" if len(missing) < total else ""
         what = f"{STAGE.name}: {len(missing)} adapters{cached}"
-        yield from told(self.run, what, units, cost, why)
+        yield from plan_notes(self.run, what, units, cost, why)
         self.run.start(units)
 
     def _halves(self, unit: Unit) -> list[Unit]:

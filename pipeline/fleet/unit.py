@@ -141,15 +141,14 @@ def run_unit(folder: Path, job: Job | None = None) -> int:
             folder, 1, f"no progress in {MOST_VAIN} attempts ({nodes}). See {folder / LOG}."
         )
     command = [sys.executable, "-P", "-m", "lora_workbench", *unit.command]
-    is_gang = job is not None and unit.nodes > 1
-    if job is not None and is_gang:
-        command = job.together(command, unit.nodes)
-    begin = _size(folder / LOG)
-    kills = oom_kills()
+    gang = job if unit.nodes > 1 else None
+    if gang is not None:
+        command = gang.together(command, unit.nodes)
+    begin, kills = _size(folder / LOG), oom_kills()
     code, signals = _run(command, unit, folder)
     if code < 0 and oom_kills() > kills:
         return end_unit(folder, NO_MEMORY, f"out of memory on {attempt.node}")
-    lost = job is not None and is_gang and job.has_lost(_printed(folder, begin))
+    lost = gang is not None and gang.has_lost(_printed(folder, begin))
     if code in (0, 2, NO_MEMORY) or (code == 1 and not signals and not lost):
         return end_unit(folder, code, _error_of(folder) if code else "")
     if job is not None and signals.isdisjoint((signal.SIGTERM, signal.SIGINT)):

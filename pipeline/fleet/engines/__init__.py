@@ -41,6 +41,7 @@ class Place(NamedTuple):
 class Engine(Protocol):
     """Made with the cluster's settings. Errors are UserError, with the key of fleet.yaml."""
 
+    has_gangs: bool  # whether several machines run a unit together
     has_queue: bool  # whether units go on when the command that submitted them has ended
 
     def __init__(self, cluster: Any) -> None: ...

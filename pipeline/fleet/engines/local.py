@@ -9,14 +9,17 @@ from contextlib import suppress
 from typing import Any
 
 from pipeline.errors import AGAIN
+from pipeline.files.locks import is_running
 from pipeline.fleet.engines import Place, Queued, Submission
 from pipeline.fleet.unit import CORES, attempts, node_name
+
+STOP = "stop"  # in a unit's folder: another command has canceled it
 
 
 class Local:
     """Runs units as children of this process."""
 
-    has_queue = False
+    has_gangs = has_queue = False
 
     def __init__(self, cluster: Any) -> None:
         self._most = cluster.at_once
@@ -37,6 +40,8 @@ class Local:
         return Place(count, f"its share of {cores()} cores", memory // count, is_shared=True)
 
     def submit(self, run: Submission, numbers: Collection[int]) -> str:
+        for number in numbers:
+            (run.unit_folder(number) / STOP).unlink(missing_ok=True)
         self._waiting += [number for number in numbers if number not in self._running]
         if not self._running:
             self._places = _places(min(self._most, len(self._waiting)))
@@ -49,7 +54,8 @@ class Local:
                 continue
             del self._running[number]
             self._places.append(place)
-            if code == AGAIN or code < 0:
+            stopped = (run.unit_folder(number) / STOP).exists()
+            if (code == AGAIN or code < 0) and not stopped:
                 self._waiting.append(number)
         self._start(run)
         found = dict[int, Queued]()
@@ -58,6 +64,8 @@ class Local:
                 found[number] = Queued("running")
             elif number in self._waiting:
                 found[number] = Queued("queued")
+            elif (run.unit_folder(number) / STOP).exists():
+                found[number] = Queued("stopped")
         return found
 
     def cancel(self, run: Submission, numbers: Collection[int]) -> None:
@@ -67,6 +75,8 @@ class Local:
                 self._running[number][0].terminate()
                 self._running[number][0].wait()
             elif self._is_elsewhere(run, number):
+                # the command that waits for it does not start it again
+                (run.unit_folder(number) / STOP).touch()
                 with suppress(ProcessLookupError):
                     os.kill(attempts(run.unit_folder(number))[-1].pid, signal.SIGTERM)
 
@@ -91,15 +101,7 @@ class Local:
     def _is_elsewhere(self, run: Submission, number: int) -> bool:
         """Whether a process of another command runs the unit on this machine."""
         made = attempts(run.unit_folder(number))
-        if not made or made[-1].node != node_name():
-            return False
-        try:
-            os.kill(made[-1].pid, 0)
-        except (ProcessLookupError, OverflowError):
-            return False
-        except PermissionError:
-            pass
-        return True
+        return bool(made) and made[-1].node == node_name() and is_running(made[-1].pid)
 
 
 def _places(most: int) -> list[Mapping[str, str]]:

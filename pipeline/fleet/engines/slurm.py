@@ -35,7 +35,7 @@ UNKNOWN_JOB = "Invalid job id"  # squeue's words for jobs that ended a while ago
 class Slurm:
     """Submits units with the cluster's settings."""
 
-    has_queue = True
+    has_gangs = has_queue = True
 
     def __init__(self, cluster: Any) -> None:
         self._cluster = cluster

@@ -130,6 +130,21 @@ def test_a_grid_in_parts_is_one_pass_to_the_bit(
     assert_as_in_one_pass(project, brief)
 
 
+def test_a_detached_sweep_goes_on_in_the_queue_pass_after_pass(project: Path, slurm: Slurm) -> None:
+    search = ["search=optuna", "trials=4", "generation=2", "grid={rank: [1, 2, 4, 8]}"]
+    options = [f"--set=finetune_sweep.{option}" for option in search]
+    options += ["--set=finetune_lora.epochs=2", "--set=finetune_lora.eval_share=0.25"]
+    environment = {"SLURM_CONF": slurm.environment["SLURM_CONF"]}
+    command = ["finetune", "sweep", *options]
+    told = lora(*command, "--on", "pool", "--detach", cwd=project, **environment)
+    assert told.returncode == 0 and "is in the queue" in told.stdout, told.stderr
+    assert not (project / "artifacts/sweep").exists()
+    wait_for(lambda: (project / "artifacts/sweep/sweep.json").exists(), PATIENCE)
+    found = swept_weights(project)
+    assert lora(*command, "--force", cwd=project).returncode == 0
+    assert swept_weights(project) == found
+
+
 def test_what_sbatch_refuses_is_said_by_the_key_of_fleet_yaml(project: Path, slurm: Slurm) -> None:
     (project / "fleet.yaml").write_text("pool: {engine: slurm, options: {partition: nowhere}}")
     environment = {"SLURM_CONF": slurm.environment["SLURM_CONF"]}

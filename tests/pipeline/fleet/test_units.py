@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from pipeline.errors import AGAIN, UserError
+from pipeline.fleet.engines import Queued
 from pipeline.fleet.plan import divided
 from pipeline.fleet.run import FleetRun, find_run
 from pipeline.fleet.settings import Cluster, read_cluster
-from pipeline.fleet.unit import Unit, attempts, ended, write_unit
+from pipeline.fleet.unit import Unit, attempts, end_unit, ended, write_unit
 from tests.helpers.projects import (
     BRIEF,
     LORA,
@@ -216,6 +217,56 @@ def test_a_unit_s_error_is_told_once_and_the_others_go_on(project: Path) -> None
     assert [unit["attempts"] for unit in run["units"]] == [1, 3]
     told = lora(*SWEEP, "--grid", "rank=1", "--on", "local", cwd=project)
     assert told.returncode == 0 and "1 of 1 adapters are taken from the cache" in told.stderr
+
+
+def test_a_unit_that_ends_while_the_engine_is_asked_is_not_lost(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = project / "runs/finetune_sweep/fleet/1234abcd"
+    run = FleetRun(folder, "finetune_sweep", "local", project, ["finetune"], project)
+    run.add([Unit(["calc"], "it", str(project), "finetune_sweep", str(project))])
+    asked = list[object]()
+
+    def states(*_: object) -> dict[int, Queued]:
+        asked.append(end_unit(run.unit_folder(1), 0))
+        return {}
+
+    monkeypatch.setattr(run.engine, "states", states)
+    assert [unit.state for unit in run.states()] == ["done"] and asked
+
+
+def test_units_that_another_terminal_cancels_are_not_started_again(project: Path) -> None:
+    command = [LORA, *SWEEP, *GRID, *LONG, "--on", "local", "--parts", "2"]
+    waiting = subprocess.Popen(command, cwd=project, stderr=subprocess.PIPE, text=True)
+    try:
+        unit = "runs/finetune_sweep/fleet/*/units/*"
+        wait_for(lambda: len([*project.glob(f"{unit}/runs/*/checkpoint-*")]) > 1, 60)
+        told = lora("fleet", "cancel", only_run(project).name, cwd=project)
+        assert told.returncode == 0 and "stopped: 1, 2" in told.stdout, told.stderr
+        _, errors = waiting.communicate(timeout=120)
+    finally:
+        waiting.kill()
+    assert waiting.returncode == 1 and "2 of 2 units did not end well" in errors
+    (run,) = listed(project)
+    assert [(unit["state"], unit["attempts"]) for unit in run["units"]] == [("stopped", 1)] * 2
+
+
+def test_what_a_cluster_cannot_do_is_refused(project: Path) -> None:
+    brief = ["finetune", "lora", "--set", "finetune_lora.epochs=1", "--on", "local"]
+    for options, message in (
+        (["--nnodes", "2"], "--on local runs a unit on one machine. Leave out --nnodes"),
+        (["--force"], "Leave out --force"),
+        (["--detach"], "--detach: units on local end with this command"),
+        (["--node-rank", "1"], "Leave out --rdzv-endpoint and --node-rank"),
+    ):
+        told = lora(*brief, *options, cwd=project)
+        assert message in refusal((told.returncode, told.stdout, told.stderr))
+
+
+def test_methods_that_are_none_are_refused(project: Path) -> None:
+    told = lora("fleet", "run", "lora", "dora", cwd=project)
+    message = refusal((told.returncode, told.stdout, told.stderr))
+    assert "dora is not a method. There is full, freeze, lora," in message
 
 
 def test_what_is_not_there_is_said_with_the_next_step(project: Path) -> None:
