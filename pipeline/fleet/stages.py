@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import UserError
 from pipeline.fleet.plan import Cost, memory_of, plan_notes
 from pipeline.fleet.run import incomplete, open_run, wait
 from pipeline.fleet.unit import Unit
