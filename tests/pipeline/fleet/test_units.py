@@ -266,7 +266,7 @@ def test_what_a_cluster_cannot_do_is_refused(project: Path) -> None:
 def test_methods_that_are_none_are_refused(project: Path) -> None:
     told = lora("fleet", "run", "lora", "dora", cwd=project)
     message = refusal((told.returncode, told.stdout, told.stderr))
-    assert "dora is not a method. There is full, freeze, lora," in message
+    assert "dora is not a method. There is scratch, full, freeze, lora," in message
 
 
 def test_what_is_not_there_is_said_with_the_next_step(project: Path) -> None:
