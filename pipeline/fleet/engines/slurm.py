@@ -164,10 +164,14 @@ def batch_script(run: Submission, setup: Sequence[str]) -> str:
 
 
 class SlurmJob:
-    """The job in which this process runs."""
+    """The job in which this process runs. Raises UserError if it runs in none."""
 
     def __init__(self) -> None:
-        self._number = os.environ["SLURM_JOB_ID"]
+        self._number = os.environ.get("SLURM_JOB_ID", "")
+        if not self._number:
+            raise UserError(
+                "--requeue: SLURM_JOB_ID is not set, so this is no job of Slurm. Leave it out."
+            )
 
     def requeue(self) -> None:
         """Put it back into the queue; Slurm ends it."""

@@ -269,6 +269,15 @@ def test_methods_that_are_none_are_refused(project: Path) -> None:
     assert "dora is not a method. There is scratch, full, freeze, lora," in message
 
 
+def test_a_requeue_outside_a_job_is_refused(tmp_path: Path) -> None:
+    folder = unit_at(tmp_path / "1", ["runs"])
+    told = lora("fleet", "unit", "1", "--requeue", cwd=tmp_path, SLURM_JOB_ID="")
+    assert "--requeue: SLURM_JOB_ID is not set" in refusal(
+        (told.returncode, told.stdout, told.stderr)
+    )
+    assert not attempts(folder)
+
+
 def test_what_is_not_there_is_said_with_the_next_step(project: Path) -> None:
     told = lora(*SWEEP, *GRID, "--on", "nowhere", cwd=project)
     assert "--on nowhere: " in refusal((told.returncode, told.stdout, told.stderr))
