@@ -36,6 +36,7 @@ from pipeline.fleet.unit import (
     read_unit,
     write_unit,
 )
+from pipeline.project.entries import STORE
 from pipeline.project.runner import Event, Note, Progress
 from pipeline.project.stage_graph import RUNS, Project
 
@@ -203,6 +204,9 @@ def open_run(project: Project, stage: str, name: str, cluster: str, nodes: int =
             "Slurm."
         )
     run.engine.check()
+    if run.settings.store:
+        # for this process, which collects, and what it starts
+        os.environ[STORE] = run.settings.store
     return run
 
 
@@ -301,7 +305,8 @@ def incomplete(run: FleetRun, cache: Path) -> UserError:
     """The error where units have ended well and the cache lacks what they made."""
     return UserError(
         f"The units of {run.name} have ended, and the cache in {cache} has not all of their "
-        "results. Is it the folder that the other machines see? Set LORA_CACHE."
+        "results. Is it the folder that the other machines see? Set LORA_CACHE, or `store` in "
+        "fleet.yaml."
     )
 
 

@@ -24,8 +24,6 @@ def store_adapters(cache: Cache, sweep: Path) -> None:
     """
     manifest = artifact.read_manifest(sweep)
     for name, key in manifest.get("entries", {}).items():
-        if cache.has(ADAPTERS, key):
-            continue
         folder = sweep / name
         if folder.is_dir():
             cache.store(ADAPTERS, key, folder)
@@ -41,6 +39,8 @@ def outcomes(cache: Cache, entries: Mapping[str, str]) -> dict[str, Any]:
     found = dict[str, Any]()
     with suppress(UserError, KeyError):
         for name, key in entries.items():
+            if not cache.has(ADAPTERS, key):
+                return {}
             found[name] = artifact.read_manifest(cache.root / ADAPTERS / key)[OUTCOME]
         return found
     return {}
@@ -51,7 +51,9 @@ def restore_adapter(cache: Cache, key: str, target: Path) -> dict[str, Any] | No
 
     One that diverged has no files: `target` then has a manifest alone.
     """
-    with suppress(Damaged, OSError, UserError, KeyError, TypeError):
-        if cache.restore(ADAPTERS, key, target):
+    with suppress(Damaged, OSError):
+        if not cache.restore(ADAPTERS, key, target):
+            return None
+        with suppress(UserError, KeyError, TypeError):
             return dict(artifact.read_manifest(target)[OUTCOME])
     return None
