@@ -53,7 +53,7 @@ class FleetSweep:
         if new:
             cost = yield from cost_of_adapters(self._project, self.run)
             parts, why = parts_of(len(new), self._parts, self.run.engine.place(), cost)
-            units = [self._unit(names) for names in divided(new, parts)]
+            units = [part(self._project, self._overrides, names) for names in divided(new, parts)]
         cached = f", {total - len(missing)} from the cache" if len(missing) < total else ""
         what = f"{STAGE.name}: {len(missing)} adapters{cached}"
         yield from plan_notes(self.run, what, units, cost, why)
@@ -61,11 +61,13 @@ class FleetSweep:
 
     def _halves(self, unit: Unit) -> list[Unit]:
         names = unit.label.split()
-        return [self._unit(half) for half in divided(names, 2)] if len(names) > 1 else []
+        halves = divided(names, 2) if len(names) > 1 else []
+        return [part(self._project, self._overrides, half) for half in halves]
 
-    def _unit(self, names: Sequence[str]) -> Unit:
-        params = self._project.params.file
-        command = ["finetune", "sweep", "--params", params, "--only", ",".join(names)]
-        command += [f"--set={override}" for override in self._overrides]
-        root, cache = str(self._project.root), str(self._project.cache.resolve())
-        return Unit(command, " ".join(names), root, STAGE.name, cache)
+
+def part(project: Project, overrides: Sequence[str], names: Sequence[str]) -> Unit:
+    """The unit that trains these adapters of a pass; `project` was opened with `overrides`."""
+    command = ["finetune", "sweep", "--params", project.params.file, "--only", ",".join(names)]
+    command += [f"--set={override}" for override in overrides]
+    root, cache = str(project.root), str(project.cache.resolve())
+    return Unit(command, " ".join(names), root, STAGE.name, cache)
