@@ -19,6 +19,7 @@ from cli.options import (
     JsonOption,
     PartsOption,
     SetOption,
+    finite,
     group,
 )
 from cli.stages.finetune import read_grid
@@ -223,6 +224,48 @@ def logs(
         raise UserError(f"{run.name} has no unit {unit}. Its units are 1 to {last}: `lora fleet`.")
     path = run.unit_folder(unit) / LOG
     print_line(path.read_text(encoding="utf-8", errors="replace") if path.is_file() else "")
+
+
+@fleet.command()
+def check(
+    name: Annotated[str, Argument(metavar="NAME", help="Cluster of fleet.yaml, or local.")],
+    limit: Annotated[
+        float,
+        Option("--wait", metavar="SECONDS", min=1, callback=finite, help="Time for the probe."),
+    ] = 600.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a unit on a cluster, and compare its node with this machine.
+
+    The exit code is 1 if results of its units would be missed, or units fail.
+    """
+    from cli.console import follow, print_json, print_line, print_table
+    from pipeline.fleet.check import check as compare
+    from pipeline.stages.registry import current_project
+
+    node, rows = follow(compare(current_project(), name, limit), f"a probe on {name}")
+    problems = [row for row in rows if row.problem]
+    if as_json:
+        facts = [row._asdict() for row in rows]
+        print_json({"cluster": name, "node": node, "problems": len(problems), "facts": facts})
+    else:
+        print_table(("", "here", node), [row[:3] for row in rows])
+        for row in problems:
+            print_line(f"{row.what}: {row.problem}")
+        bad = "its units fail, or their results are not found here"
+        print_line(f"{name}: {bad if problems else 'units run there, results are found here'}")
+    if problems:
+        raise Exit(1)
+
+
+@fleet.command(hidden=True)
+def probe(folder: Annotated[Path, Argument(help="A folder that both machines see.")]) -> None:
+    """Print what a node has: what `lora fleet check` runs."""
+    import msgspec
+
+    from pipeline.fleet.check import probe as find
+
+    sys.stdout.write(msgspec.json.encode(find(folder)).decode() + "\n")
 
 
 @fleet.command("unit", hidden=True)
