@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from typer import Argument, Context, Exit, Option
 
-from cli.options import DEFAULT_PARAMS, DetachOption, JsonOption, SetOption, group
+from cli.options import (
+    DEFAULT_PARAMS,
+    DetachOption,
+    DevicesOption,
+    JsonOption,
+    PartsOption,
+    SetOption,
+    finite,
+    group,
+)
 from cli.stages.finetune import read_grid
 from pipeline.errors import UserError
 
@@ -26,6 +37,18 @@ OF_ADAPTERS = ("finetune_sweep", "evaluate")  # stages whose units are of adapte
 BAR = 10  # columns of a progress bar: a line of it has 80
 
 RunArgument = Annotated[str, Argument(metavar="RUN", help="A run, or the beginning of its name.")]
+MethodsArgument = Annotated[
+    list[str], Argument(metavar="METHOD…", help="Methods, such as lora full.")
+]
+VaryOption = Annotated[
+    list[str] | None,
+    Option(metavar="KEY=VALUE,…", help="Values to run each with: seed=0,1,2; may be repeated."),
+]
+ProjectsOption = Annotated[
+    list[Path] | None,
+    Option("--project", metavar="DIR", help="Project to run them in; may be repeated."),
+]
+OnOption = Annotated[str, Option("--on", metavar="NAME", help="Cluster of fleet.yaml.")]
 UnitsArgument = Annotated[list[int] | None, Argument(metavar="[UNIT]…", help="Only these units.")]
 
 
@@ -99,17 +122,11 @@ def _document(run: FleetRun, states: Sequence[UnitState]) -> dict[str, Any]:
 
 @fleet.command("run")
 def run_methods(
-    methods: Annotated[list[str], Argument(metavar="METHOD…", help="Methods, such as lora full.")],
-    vary: Annotated[
-        list[str] | None,
-        Option(metavar="KEY=VALUE,…", help="Values to run each with: seed=0,1,2; may be repeated."),
-    ] = None,
-    projects: Annotated[
-        list[Path] | None,
-        Option("--project", metavar="DIR", help="Project to run them in; may be repeated."),
-    ] = None,
+    methods: MethodsArgument,
+    vary: VaryOption = None,
+    projects: ProjectsOption = None,
     overrides: SetOption = None,
-    on: Annotated[str, Option("--on", metavar="NAME", help="Cluster of fleet.yaml.")] = "local",
+    on: OnOption = "local",
     detach: DetachOption = False,
 ) -> None:
     """Train methods with several seeds, settings and bases.
@@ -124,6 +141,56 @@ def run_methods(
     paths = [folder / DEFAULT_PARAMS for folder in projects or [Path()]]
     wait_for(FleetStages(varied(paths, methods, values, overrides or ()), on), detach)
     print_line("all in the cache: `lora runs` lists them, `lora runs apply KEY` takes one")
+
+
+@fleet.command("emit")
+def emit_files(
+    name: Annotated[
+        str, Argument(metavar="FORMAT", help="Scheduler: slurm, sky, kubeflow or torchx.")
+    ],
+    methods: MethodsArgument,
+    vary: VaryOption = None,
+    grid: Annotated[
+        list[str] | None,
+        Option(metavar="KEY=VALUE,…", help="Values of a sweep: rank=4,8; one --grid for each key."),
+    ] = None,
+    parts: PartsOption = None,
+    nodes: Annotated[
+        int, Option("--nnodes", min=1, help="Machines that train a unit together.")
+    ] = 1,
+    devices: DevicesOption = 1,
+    projects: ProjectsOption = None,
+    overrides: SetOption = None,
+    on: OnOption = "local",
+    options: Annotated[
+        list[str] | None,
+        Option("--option", metavar="KEY=VALUE", help="Of the scheduler: image=…; may be repeated."),
+    ] = None,
+    out: Annotated[
+        Path | None, Option(metavar="DIR", help="Folder for the files; default: fleet-FORMAT.")
+    ] = None,
+) -> None:
+    """Write files for a scheduler that `lora` does not call. Nothing is submitted."""
+    from cli.console import print_line
+    from pipeline.fleet.emit import emit, find_format, read_options, units_of
+    from pipeline.fleet.settings import read_cluster
+    from pipeline.fleet.stages import varied
+
+    find_format(name)
+    if "sweep" not in methods and (grid or parts is not None):
+        raise UserError("--grid and --parts are of a sweep. Leave them out, or name sweep.")
+    values, given = read_grid(vary or (), "--vary"), list(overrides or ())
+    if grid:
+        given.append(f"finetune_sweep.grid={json.dumps(read_grid(grid))}")
+    paths = [folder / DEFAULT_PARAMS for folder in projects or [Path()]]
+    more = [f"--devices={devices}"] * (devices > 1)
+    wanted = [replace(stage, more=more) for stage in varied(paths, methods, values, given)]
+    cluster = read_cluster(wanted[0].project.root, on)
+    units = [unit for stage in wanted for unit in units_of(stage, cluster.at_once, parts, nodes)]
+    folder = out or Path(f"fleet-{name}")
+    files, next_step = emit(name, units, cluster, read_options(name, options or ()), folder)
+    print_line(f"units: {len(units)}; written: {', '.join(map(str, files))}")
+    print_line(f"submit: {next_step}")
 
 
 @fleet.command()
@@ -182,6 +249,48 @@ def logs(
         raise UserError(f"{run.name} has no unit {unit}. Its units are 1 to {last}: `lora fleet`.")
     path = run.unit_folder(unit) / LOG
     print_line(path.read_text(encoding="utf-8", errors="replace") if path.is_file() else "")
+
+
+@fleet.command()
+def check(
+    name: Annotated[str, Argument(metavar="NAME", help="Cluster of fleet.yaml, or local.")],
+    limit: Annotated[
+        float,
+        Option("--wait", metavar="SECONDS", min=1, callback=finite, help="Time for the probe."),
+    ] = 600.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a unit on a cluster, and compare its node with this machine.
+
+    The exit code is 1 if results of its units would be missed, or units fail.
+    """
+    from cli.console import follow, print_json, print_line, print_table
+    from pipeline.fleet.check import check as compare
+    from pipeline.stages.registry import current_project
+
+    node, rows = follow(compare(current_project(), name, limit), f"a probe on {name}")
+    problems = [row for row in rows if row.problem]
+    if as_json:
+        facts = [row._asdict() for row in rows]
+        print_json({"cluster": name, "node": node, "problems": len(problems), "facts": facts})
+    else:
+        print_table(("", "here", node), [row[:3] for row in rows])
+        for row in problems:
+            print_line(f"{row.what}: {row.problem}")
+        bad = "its units fail, or their results are not found here"
+        print_line(f"{name}: {bad if problems else 'units run there, results are found here'}")
+    if problems:
+        raise Exit(1)
+
+
+@fleet.command(hidden=True)
+def probe(folder: Annotated[Path, Argument(help="A folder that both machines see.")]) -> None:
+    """Print what a node has: what `lora fleet check` runs."""
+    import msgspec
+
+    from pipeline.fleet.check import probe as find
+
+    sys.stdout.write(msgspec.json.encode(find(folder)).decode() + "\n")
 
 
 @fleet.command("unit", hidden=True)

@@ -46,6 +46,7 @@ KINDS = {
     "command": Kind("app"),
     "search": Kind("SEARCH", "pipeline.stages.searches"),
     "engine": Kind("ENGINE", "pipeline.fleet.engines"),
+    "fleet_format": Kind("FORMAT", "pipeline.fleet.formats"),
     "evaluation": Kind("KIND", "pipeline.evaluation.kinds"),
     "data_format": Kind("FORMAT", "pipeline.data.formats"),
     "export_format": Kind("FORMAT", "pipeline.export.formats"),

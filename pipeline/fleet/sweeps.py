@@ -55,7 +55,7 @@ class FleetSweep:
         if new:
             cost = yield from cost_of_adapters(self._project, self.run)
             parts, why = parts_of(len(new), self._parts, self.run.engine.place(), cost)
-            units = [self._unit(names) for names in divided(new, parts)]
+            units = [part(self._project, self._overrides, names) for names in divided(new, parts)]
         cached = f", {total - len(missing)} from the cache" if len(missing) < total else ""
         what = f"{STAGE.name}: {len(missing)} adapters{cached}"
         yield from plan_notes(self.run, what, units, cost, why)
@@ -63,8 +63,11 @@ class FleetSweep:
 
     def _halves(self, unit: Unit) -> list[Unit]:
         names = unit.label.split()
-        return [self._unit(half) for half in divided(names, 2)] if len(names) > 1 else []
+        halves = divided(names, 2) if len(names) > 1 else []
+        return [part(self._project, self._overrides, half) for half in halves]
 
-    def _unit(self, names: Sequence[str]) -> Unit:
-        command = ["finetune", "sweep", "--only", ",".join(names)]
-        return unit_of(self._project, self._overrides, command, " ".join(names), STAGE.name)
+
+def part(project: Project, overrides: Sequence[str], names: Sequence[str]) -> Unit:
+    """The unit that trains these adapters of a pass; `project` was opened with `overrides`."""
+    command = ["finetune", "sweep", "--only", ",".join(names)]
+    return unit_of(project, overrides, command, " ".join(names), STAGE.name)

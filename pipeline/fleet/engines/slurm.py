@@ -109,23 +109,30 @@ class Slurm:
         _sbatch(run.cluster, [*(f"--{key}={value}" for key, value in options.items()), str(path)])
 
     def _options(self, run: Submission) -> list[str]:
-        cluster, folder = self._cluster, run.folder
         options = {
             "job-name": f"lora-{run.name}",
-            "output": folder / "slurm-%a.log",
+            "output": run.folder / "slurm-%a.log",
             "open-mode": "append",
             "chdir": run.root,
-            "time": max(1, cluster.time // 60),
-            "signal": f"B:USR1@{cluster.warn}",
+            **job_options(self._cluster),
+            **self._cluster.options,
         }
-        if cluster.cpus:
-            options["cpus-per-task"] = cluster.cpus
-        if cluster.memory:
-            options["mem"] = cluster.memory
-        if cluster.gpus:
-            options["gpus"] = cluster.gpus
-        options |= cluster.options
         return ["--requeue", *(f"--{key}={value}" for key, value in options.items())]
+
+
+def job_options(cluster: Any) -> dict[str, Any]:
+    """sbatch's options for what a cluster of fleet.yaml gives a unit."""
+    options: dict[str, Any] = {
+        "time": max(1, cluster.time // 60),
+        "signal": f"B:USR1@{cluster.warn}",
+    }
+    if cluster.cpus:
+        options["cpus-per-task"] = cluster.cpus
+    if cluster.memory:
+        options["mem"] = cluster.memory
+    if cluster.gpus:
+        options["gpus"] = cluster.gpus
+    return options
 
 
 def bytes_of(size: str) -> int:
