@@ -190,7 +190,7 @@ def test_a_sweep_is_divided_and_methods_take_seeds(project: Path) -> None:
     jobs = [yaml.safe_load(file.read_text()) for file in (project / "fleet-kubeflow").iterdir()]
     runs = [job["spec"]["trainer"]["command"][2] for job in jobs]
     found = {
-        re.findall(r"finetune (\w+) .*--devices=2 --set=\w+\.(seed=\d)", run)[0] for run in runs
+        re.findall(r"finetune (\w+) .*--devices=2 .*--set=\w+\.(seed=\d)", run)[0] for run in runs
     }
     assert found == {(m, f"seed={n}") for m in ("lora", "full") for n in (0, 1)}
     assert {job["spec"]["trainer"]["numNodes"] for job in jobs} == {2}
