@@ -153,6 +153,7 @@ OPTIONAL = {
     "lora serve": Needs("serve", ("starlette", "uvicorn", "prometheus-client")),
     "response_format": Needs("serve", ("llguidance",)),
     "lora evaluate --harness": Needs("harness", ("lm-eval",)),
+    "engine: ray": Needs("ray", ("ray",)),
     "lora-tui --web": Needs("web", ("textual-serve",)),
     **{
         f"report_to: {library}": Needs("trackers", (library,), "a note, and the run goes on")

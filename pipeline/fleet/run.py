@@ -75,7 +75,7 @@ class FleetRun:
     @cached_property
     def engine(self) -> Engine:
         """The engine of its cluster."""
-        return ENGINES[self.settings.engine](self.settings)
+        return ENGINES[self.settings.engine](self.cluster, self.settings)
 
     def unit_folder(self, number: int) -> Path:
         """The folder of a unit."""
@@ -196,8 +196,10 @@ def open_run(project: Project, stage: str, name: str, cluster: str, nodes: int =
     `nodes`: machines of a unit, at most. Raises UserError.
     """
     folder = project.root / RUNS / stage / FLEET / name
-    jobs = read_run(folder).jobs if folder.is_dir() else []
-    run = FleetRun(folder, stage, cluster, project.root, sys.argv[1:], Path.cwd(), jobs)
+    run = FleetRun(folder, stage, cluster, project.root, sys.argv[1:], Path.cwd())
+    # those of a command that has ended are over without a queue
+    if run.engine.has_queue and folder.is_dir():
+        run.jobs = read_run(folder).jobs
     if nodes > 1 and not run.engine.has_gangs:
         raise UserError(
             f"--on {cluster} runs a unit on one machine. Leave out --nnodes, or name a cluster of "

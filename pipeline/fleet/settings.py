@@ -48,6 +48,14 @@ def _read_memory(value: Any, _key: str, _origin: ValueSource) -> str | None:
     return text if re.fullmatch(r"\d{1,6}[KMGT]", text) else None
 
 
+def _read_address(value: Any, _key: str, _origin: ValueSource) -> str | None:
+    text = str(value).strip()
+    return text if re.fullmatch(r"[\w.:\[\]-]{1,255}:\d{1,5}", text) else None
+
+
+Address = Annotated[
+    str, ALLOW_EMPTY, ReadBy(_read_address, "HOST:PORT of a head of Ray, such as 10.0.0.5:6379")
+]
 Duration = Annotated[int, ReadBy(_read_duration, "a duration such as 90s, 30m, 4h or 2d")]
 Memory = Annotated[str, ALLOW_EMPTY, ReadBy(_read_memory, "a size such as 500M or 32G")]
 Engine = Annotated[str, ReadBy(_read_engine, f"one of {', '.join(ENGINES)}")]
@@ -57,6 +65,7 @@ class Cluster(Section, frozen=True, kw_only=True):
     """Where units run, and what each may take."""
 
     engine: Annotated[Engine, "what runs the units"] = LOCAL
+    address: Annotated[Address, "the head of Ray's cluster; empty: one of this machine alone"] = ""
     gpus: Annotated[Steps, "GPUs of a unit"] = 0
     cpus: Annotated[Steps, "CPU cores of a unit; 0: as the engine decides"] = 0
     memory: Annotated[Memory, "main memory of a unit; empty: as the engine decides"] = ""
@@ -102,6 +111,12 @@ def fleet_file(root: Path) -> Path:
 def _read(name: str, tree: Mapping[str, Any], path: Path) -> Cluster:
     known, origin = hints(Cluster), ValueSource(path.name)
     reject_unknown_keys(tree, list(known), f"{name}.", origin)
-    return Cluster(
-        **{key: check_value(known[key], tree[key], f"{name}.{key}", origin) for key in tree}
-    )
+    values = {key: check_value(known[key], tree[key], f"{name}.{key}", origin) for key in tree}
+    cluster = Cluster(**values)
+    unread = [key for key in ENGINES[cluster.engine].unread if key in tree]
+    if unread:
+        raise UserError(
+            f"{name}.{unread[0]} does nothing with engine: {cluster.engine}. Take it out of "
+            f"{path.name}."
+        )
+    return cluster

@@ -4,9 +4,11 @@ unit.json       command, label, the project's folder, the cache
 attempts.jsonl  a line per attempt: node, process, time, and how far the work was
 exit.json       how it ended: it is there once no further attempt is to be made
 log             what the command printed
+stop            there once an engine without a queue was told to cancel it
 runs/           the run folders of its command (LORA_WORK), with checkpoints and curves
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -32,8 +34,11 @@ from pipeline.project.process import WORK
 from pipeline.project.stage_graph import RUNS, Project
 
 UNIT, ATTEMPTS, EXIT, LOG = "unit.json", "attempts.jsonl", "exit.json", "log"
+STOP = "stop"  # in a unit's folder: its attempt is to end, on whichever machine it is
+POLL = 1.0  # seconds between two looks at it
 MOST_VAIN = 3  # attempts in a row without progress
 CORES = "LORA_CORES"  # environment variable: the cores that an attempt may use
+PR_SET_PDEATHSIG = 1
 LONGEST = 100_000  # bytes of a log that are looked through for its error
 
 
@@ -136,7 +141,17 @@ def ended(folder: Path) -> Ended | None:
 
 def journal(folder: Path, unit: Unit) -> Journal | None:
     """The journal of the unit's run; None before its first."""
-    return run_state.read(folder / RUNS / unit.stage)
+    return run_state.read(journal_folder(folder, unit))
+
+
+def journal_folder(folder: Path, unit: Unit) -> Path:
+    """The folder of the unit's run."""
+    return folder / RUNS / unit.stage
+
+
+def attempt_command(folder: Path) -> list[str]:
+    """The command line of a process that makes an attempt."""
+    return [sys.executable, "-P", "-m", "lora_workbench", "fleet", "unit", str(folder)]
 
 
 def node_name() -> str:
@@ -150,8 +165,9 @@ def run_unit(folder: Path, job: Job | None = None) -> int:
     The job is put back into the queue for another attempt, unless SIGTERM, of a user or of an
     engine that will do so itself, ended this one.
 
-    SIGTERM and SIGUSR1, an engine's warning before a time limit, reach the command as SIGTERM: it
-    writes a checkpoint and ends, and the next attempt goes on from there.
+    SIGTERM and SIGUSR1, an engine's warning before a time limit, reach the command as SIGTERM, as
+    does a file STOP, and the end of the process that started this one: it writes a checkpoint and
+    ends, and the next attempt goes on from there.
     """
     unit = read_unit(folder)
     if ended(folder) is not None:  # Slurm requeues jobs that it preempted once more at their end
@@ -194,8 +210,9 @@ def _run(command: Sequence[str], unit: Unit, folder: Path) -> tuple[int, set[int
     if cores := environment.get(CORES):
         os.sched_setaffinity(0, map(int, cores.split(",")))  # the command inherits it
     signals, children = set[int](), list[subprocess.Popen[bytes]]()
+    parent = os.getppid()
 
-    def stop(number: int, _frame: FrameType | None) -> None:
+    def stop(number: int, _frame: FrameType | None = None) -> None:
         signals.add(number)
         for child in children:
             child.send_signal(signal.SIGTERM)
@@ -210,11 +227,22 @@ def _run(command: Sequence[str], unit: Unit, folder: Path) -> tuple[int, set[int
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
+            preexec_fn=_end_with_unit,
         )
         children.append(child)
         if signals:  # before there was a child to pass them to
             child.send_signal(signal.SIGTERM)
-        return child.wait(), signals
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                return child.wait(POLL), signals
+            if not signals and (os.getppid() != parent or (folder / STOP).exists()):
+                stop(signal.SIGTERM)
+
+
+def _end_with_unit() -> None:
+    """In the command: SIGTERM when its unit's process is killed. macOS has nothing like it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def end_unit(folder: Path, code: int, message: str = "") -> int:

@@ -39,12 +39,13 @@ class Place(NamedTuple):
 
 
 class Engine(Protocol):
-    """Made with the cluster's settings. Errors are UserError, with the key of fleet.yaml."""
+    """Made with a cluster's name and settings. Errors are UserError, with the key of fleet.yaml."""
 
     has_gangs: bool  # whether several machines run a unit together
     has_queue: bool  # whether units go on when the command that submitted them has ended
+    unread: Collection[str]  # keys of fleet.yaml that would do nothing
 
-    def __init__(self, cluster: Any) -> None: ...
+    def __init__(self, name: str, cluster: Any) -> None: ...
 
     def check(self) -> None:
         """Raises UserError if the engine is not here."""
@@ -63,6 +64,23 @@ class Engine(Protocol):
 
     def follow(self, run: Submission, script: str) -> None:
         """Run a shell script once all jobs of the run have ended, in its queue."""
+
+
+def place_of(cluster: Any, at_once: int, otherwise: str) -> Place:
+    """What fleet.yaml gives a unit; `otherwise`: its device if that names none."""
+    device = otherwise
+    if cluster.gpus:
+        device = f"{cluster.gpus} GPU{'s' * (cluster.gpus > 1)}"
+    elif cluster.cpus:
+        device = f"{cluster.cpus} core{'s' * (cluster.cpus > 1)}"
+    memory = 0 if cluster.gpus or not cluster.memory else bytes_of(cluster.memory)
+    return Place(at_once, device, memory)
+
+
+def bytes_of(size: str) -> int:
+    """Of a size as fleet.yaml has it, such as 32G."""
+    power: int = 1024 ** (1 + "KMGT".index(size[-1]))
+    return int(size[:-1]) * power
 
 
 ENGINES = Registry[type[Engine]]("engine")

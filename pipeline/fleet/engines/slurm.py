@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 from pipeline.errors import AGAIN, UserError
-from pipeline.fleet.engines import Place, Queued, Submission
+from pipeline.fleet.engines import Place, Queued, Submission, place_of
 from pipeline.fleet.unit import CORES, read_unit
 from pipeline.project.process import WORK
 
@@ -36,8 +36,9 @@ class Slurm:
     """Submits units with the cluster's settings."""
 
     has_gangs = has_queue = True
+    unread = ("address",)
 
-    def __init__(self, cluster: Any) -> None:
+    def __init__(self, _name: str, cluster: Any) -> None:
         self._cluster = cluster
 
     def check(self) -> None:
@@ -48,13 +49,7 @@ class Slurm:
             )
 
     def place(self) -> Place:
-        cluster, device = self._cluster, "what Slurm gives"
-        if cluster.gpus:
-            device = f"{cluster.gpus} GPU{'s' * (cluster.gpus > 1)}"
-        elif cluster.cpus:
-            device = f"{cluster.cpus} core{'s' * (cluster.cpus > 1)}"
-        memory = 0 if cluster.gpus or not cluster.memory else bytes_of(cluster.memory)
-        return Place(cluster.at_once, device, memory)
+        return place_of(self._cluster, self._cluster.at_once, "what Slurm gives")
 
     def submit(self, run: Submission, numbers: Collection[int]) -> str:
         self.check()
@@ -133,12 +128,6 @@ def job_options(cluster: Any) -> dict[str, Any]:
     if cluster.gpus:
         options["gpus"] = cluster.gpus
     return options
-
-
-def bytes_of(size: str) -> int:
-    """Of a size as Slurm writes it, such as 32G."""
-    power: int = 1024 ** (1 + "KMGT".index(size[-1]))
-    return int(size[:-1]) * power
 
 
 def _sbatch(cluster: str, arguments: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.fleet.engines.slurm import bytes_of
+from pipeline.fleet.engines import bytes_of
 from pipeline.fleet.formats import CACHE, Batch, Format, quoted, require, yaml_text
 
 CHECKED = "Checked against the models of kubeflow-trainer-api 2.3.0, never run."

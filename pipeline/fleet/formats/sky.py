@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.fleet.engines.slurm import bytes_of
+from pipeline.fleet.engines import bytes_of
 from pipeline.fleet.formats import CACHE, PORT, Batch, Format, each_file, require, yaml_text
 
 CHECKED = "Checked by SkyPilot 0.14.1's own reader of tasks, never run."

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from pprint import pformat
 
-from pipeline.fleet.engines.slurm import bytes_of
+from pipeline.fleet.engines import bytes_of
 from pipeline.fleet.formats import CACHE, PORT, Batch, Format, quoted
 
 NAME = "units.py"

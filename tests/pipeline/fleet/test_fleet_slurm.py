@@ -3,27 +3,16 @@
 import json
 import re
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pipeline.fleet.run import find_run
-from pipeline.project.cache import ADAPTERS
-from tests.helpers.projects import (
-    BRIEF,
-    LORA,
-    lora,
-    make_base,
-    new_project,
-    swept_weights,
-    wait_for,
-)
+from tests.helpers.projects import BRIEF, lora, make_base, new_project, swept_weights, wait_for
+from tests.helpers.sent import PATIENCE, Sent, assert_as_in_one_pass
 from tests.helpers.slurm import Slurm, cluster
 
-PATIENCE = 240.0
 GRID = ["finetune", "sweep", "--grid", "rank=1,2", "--grid", "seed=0,1,2,3"]
 LONG = ["--set", "finetune_lora.epochs=600", "--checkpoint-every", "100"]
 
@@ -47,73 +36,17 @@ def project(made: Path, tmp_path: Path) -> Path:
     return root
 
 
-class Sent:
-    """A sweep that this process sends to the pool."""
-
-    def __init__(self, root: Path, slurm: Slurm, arguments: Sequence[str]) -> None:
-        self.root = root
-        self._process = subprocess.Popen(
-            [LORA, *arguments, "--on", "pool"],
-            cwd=root,
-            env=slurm.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def units(self) -> list[Any]:
-        run = find_run(self.root, "")
-        return [run.unit_folder(number) for number in run.numbers()]
-
-    def attempts(self, number: int) -> list[Any]:
-        path = self.root.glob(f"runs/finetune_sweep/fleet/*/units/{number}/attempts.jsonl")
-        lines = [line for found in path for line in found.read_text().splitlines()]
-        return list(map(json.loads, lines))
-
-    def checkpoints(self, number: int) -> list[Path]:
-        unit = f"runs/finetune_sweep/fleet/*/units/{number}"
-        return list(self.root.glob(f"{unit}/runs/finetune_sweep/checkpoint-*"))
-
-    def log(self, number: int) -> str:
-        (path,) = self.root.glob(f"runs/finetune_sweep/fleet/*/units/{number}/log")
-        return path.read_text()
-
-    def end(self) -> str:
-        out, errors = self._process.communicate(timeout=PATIENCE)
-        assert self._process.returncode == 0, errors + out
-        return errors
-
-
 @pytest.fixture
 def send(project: Path, slurm: Slurm) -> Iterator[Callable[..., Sent]]:
     sent = list[Sent]()
 
     def start(*arguments: str) -> Sent:
-        sent.append(Sent(project, slurm, [*arguments, "--parts", "4"]))
+        sent.append(Sent(project, slurm.environment, [*arguments, "--parts", "4"]))
         return sent[-1]
 
     yield start
     for sweep in sent:
-        sweep._process.kill()
-        sweep._process.communicate()
-
-
-def trained(root: Path) -> list[str]:
-    """The keys of all adapters that were trained, in whichever unit."""
-    keys = list[str]()
-    for path in root.glob("runs/**/trained.jsonl"):
-        keys += map(json.loads, path.read_text().splitlines())
-    return keys
-
-
-def assert_as_in_one_pass(root: Path, arguments: Sequence[str]) -> None:
-    """Nothing was trained twice, and the tensors are those of one pass on this machine."""
-    entries = {path.name for path in (root / ".lora-cache" / ADAPTERS).glob("[!.]*/")}
-    assert sorted(trained(root)) == sorted(entries)
-    found = swept_weights(root)
-    told = lora(*arguments, "--force", cwd=root)
-    assert told.returncode == 0, told.stderr
-    assert swept_weights(root) == found and len(found) == 8
+        sweep.kill()
 
 
 def test_a_grid_in_parts_is_one_pass_to_the_bit(
@@ -219,8 +152,8 @@ def test_cancelled_units_keep_their_checkpoints_and_a_retry_goes_on(
     run = find_run(project, "").name
     told = lora("fleet", "cancel", run, "1", "2", cwd=project, **environment)
     assert told.returncode == 0 and "stopped: 1, 2" in told.stdout, told.stderr
-    _, errors = sweep._process.communicate(timeout=PATIENCE)
-    assert sweep._process.returncode == 1 and "2 of 4 units did not end well" in errors
+    _, errors = sweep.process.communicate(timeout=PATIENCE)
+    assert sweep.process.returncode == 1 and "2 of 4 units did not end well" in errors
     told = lora("fleet", "retry", run, cwd=project, **environment)
     assert told.returncode == 0 and "started again: 1, 2" in told.stdout, told.stderr
     told = lora("fleet", "collect", run, cwd=project, **environment)

@@ -7,8 +7,8 @@ import pytest
 
 from pipeline.fleet.run import find_run
 from tests.helpers.projects import BRIEF, lora, make_base, new_project, wait_for
+from tests.helpers.sent import PATIENCE, Sent
 from tests.helpers.slurm import Slurm, cluster
-from tests.pipeline.fleet.test_fleet_slurm import PATIENCE, Sent
 
 TRAIN = ["finetune", "lora", "--set", "finetune_lora.epochs=2000", "--checkpoint-every", "100"]
 pytestmark = pytest.mark.slow
@@ -28,7 +28,7 @@ def project(tmp_path: Path) -> Path:
 
 
 def test_a_gang_that_loses_a_machine_goes_on_with_others(project: Path, slurm: Slurm) -> None:
-    sent = Sent(project, slurm, [*TRAIN, "--nnodes", "2"])
+    sent = Sent(project, slurm.environment, [*TRAIN, "--nnodes", "2"])
     wait_for(lambda: checkpoints(project), PATIENCE)
     slurm.kill(2)  # the first two have it, of which the first writes
     errors = sent.end()

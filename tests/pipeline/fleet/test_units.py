@@ -79,13 +79,17 @@ def attempt(folder: Path, **environment: str) -> int:
         ("[]", "must map names to clusters"),
         (
             "pool: {engine: pbs}",
-            "pool.engine must be one of local, slurm, got 'pbs'. Edit fleet.yaml",
+            "pool.engine must be one of local, ray, slurm, got 'pbs'. Edit fleet.yaml",
         ),
         ("pool: {engin: slurm}", "unknown key pool.engin. Did you mean engine?"),
         (
             "pool: {time: soon}",
             "pool.time must be a duration such as 90s, 30m, 4h or 2d, got 'soon'",
         ),
+        ("pool: {gpus: 1}", "pool.gpus does nothing with engine: local. Take it out of fleet.yaml"),
+        ("pool: {engine: slurm, address: 'a:1'}", "pool.address does nothing with engine: slurm"),
+        ("pool: {engine: ray, time: 4h}", "pool.time does nothing with engine: ray"),
+        ("pool: {engine: ray, address: here}", "pool.address must be HOST:PORT of a head of Ray"),
         ("pool: {memory: much}", "pool.memory must be a size such as 500M or 32G"),
         ("other: {engine: slurm}", "--on pool: .*has no such cluster. There is local, other. Add"),
     ],
