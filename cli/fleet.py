@@ -15,7 +15,8 @@ from cli.stages.finetune import read_grid
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
-    from pipeline.fleet.run import FleetRun, UnitState
+    from pipeline.fleet.run import FleetRun
+    from pipeline.fleet.states import UnitState
 
 app = group()
 fleet = group(help="Runs on other devices and machines.", invoke_without_command=True)

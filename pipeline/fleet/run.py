@@ -16,12 +16,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 from pipeline.errors import NO_MEMORY, UserError
 from pipeline.files.artifact import write_file
 from pipeline.fleet.engines import ENGINES, Engine, Queued
 from pipeline.fleet.settings import Cluster, read_cluster
+from pipeline.fleet.states import ENDED, Fleet, State, UnitState, joined, state_by_files
 from pipeline.fleet.unit import (
     EXIT,
     MOST_VAIN,
@@ -35,7 +35,6 @@ from pipeline.fleet.unit import (
     read_unit,
     write_unit,
 )
-from pipeline.project.logs.run_state import Journal
 from pipeline.project.runner import Event, Note, Progress
 from pipeline.project.stage_graph import RUNS, Project
 
@@ -43,26 +42,10 @@ RUN, UNITS, FLEET = "run.json", "units", "fleet"
 FOLLOWS = "LORA_FOLLOWS"  # environment variable of a run's job in the queue: its name
 STARTS = ("finetune", "train", "evaluate", "fleet")  # the commands that start runs
 POLL = 1.0  # seconds between two looks at the units
-State = Literal["waiting", "queued", "running", "done", "failed", "stopped", "lost"]
-ENDED = ("done", "failed")
 
 
 class Detached(Exception):
     """The units are in the queue, and a job that goes on once they have ended."""
-
-
-@dataclass(frozen=True)
-class UnitState:
-    """What a unit does now."""
-
-    number: int
-    label: str
-    state: State
-    node: str = ""
-    attempts: int = 0
-    journal: Journal | None = None
-    reason: str = ""  # the error, or why it waits
-    code: int = 0  # exit code of one that failed
 
 
 @dataclass
@@ -186,7 +169,21 @@ class FleetRun:
             else:
                 state = now.state
         seen, code = journal(folder, unit), ending.code if ending else 0
-        return UnitState(number, unit.label, state, node, len(made), seen, reason, code)
+        count = len(made)
+        return UnitState(number, unit.label, state, node, count, seen, reason, code, unit.stage)
+
+    def by_files(self) -> Fleet:
+        """What its units do, as far as files tell: the engine is not asked."""
+        units = list[UnitState]()
+        for number in self.numbers():
+            with suppress(UserError):  # others are looked at all the same
+                units.append(state_by_files(number, self.unit_folder(number)))
+        return Fleet(self.name, self.stage, self.cluster, self.folder, units)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether no unit has another attempt before it."""
+        return all((self.unit_folder(number) / EXIT).exists() for number in self.numbers())
 
 
 def open_run(project: Project, stage: str, name: str, cluster: str, nodes: int = 1) -> FleetRun:
@@ -226,11 +223,24 @@ def read_run(folder: Path) -> FleetRun:
 
 def find_runs(root: Path) -> list[FleetRun]:
     """The runs of a project, the newest first."""
-    found = list[FleetRun]()
+    found = list[tuple[float, FleetRun]]()
     for path in (root / RUNS).glob(f"*/{FLEET}/*/{RUN}"):
-        with suppress(UserError):
-            found.append(read_run(path.parent))
-    return sorted(found, key=lambda run: -(run.folder / RUN).stat().st_mtime)
+        with suppress(UserError, OSError):  # it may be removed now
+            found.append((path.stat().st_mtime, read_run(path.parent)))
+    return [run for _, run in sorted(found, key=lambda pair: -pair[0])]
+
+
+def look_at_runs(root: Path) -> list[Fleet]:
+    """The newest run of each stage, and what else goes on; the newest first."""
+    fleets, stages = list[Fleet](), set[str]()
+    for run in find_runs(root):
+        is_newest = run.stage not in stages
+        stages.add(run.stage)
+        if is_newest or not run.has_ended:
+            fleet = run.by_files()
+            if is_newest or fleet.state == "running":
+                fleets.append(fleet)
+    return fleets
 
 
 def find_run(root: Path, name: str) -> FleetRun:
@@ -307,14 +317,8 @@ def _divide(run: FleetRun, number: int, halves: Callable[[Unit], Sequence[Unit]]
 
 
 def _progress(states: Sequence[UnitState]) -> Progress:
-    done, total, running = 0, 0, 0
-    for unit in states:
-        running += unit.state == "running"
-        if seen := unit.journal:
-            total += seen.total
-            done += seen.total if unit.state == "done" else seen.done
-    finished = sum(unit.state == "done" for unit in states)
-    return Progress(done, max(total, 1), f"{finished} of {len(states)} units, {running} run")
+    journal = joined(states)
+    return Progress(journal.done, max(journal.total, 1), journal.text)
 
 
 def _listed(numbers: Sequence[int]) -> str:

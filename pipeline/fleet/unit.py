@@ -21,6 +21,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
+import msgspec
+
 from pipeline.errors import AGAIN, NO_MEMORY, UserError
 from pipeline.files.artifact import write_file
 from pipeline.project.logs import run_state
@@ -85,8 +87,11 @@ def write_unit(folder: Path, unit: Unit) -> None:
 def read_unit(folder: Path) -> Unit:
     """The unit in a folder. Raises UserError if there is none."""
     try:
-        return Unit(**json.loads((folder / UNIT).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        unit = msgspec.json.decode((folder / UNIT).read_bytes(), type=Unit)
+        if Path(unit.stage).name != unit.stage:
+            raise ValueError
+        return unit
+    except (OSError, ValueError):
         raise UserError(
             f"{folder / UNIT} is not a unit. Remove its run, and start it again."
         ) from None
@@ -97,15 +102,18 @@ def attempts(folder: Path) -> list[Attempt]:
     made = list[Attempt]()
     with suppress(OSError):
         for line in (folder / ATTEMPTS).read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError, TypeError):  # half of a line, of a killed process
-                made.append(Attempt(**json.loads(line)))
+            with suppress(ValueError, TypeError, KeyError):  # half of a line, of a killed process
+                row = json.loads(line)
+                node, pid = str(row["node"]), int(row["pid"])
+                made.append(Attempt(node, pid, float(row["started"]), int(row["done"])))
     return made
 
 
 def ended(folder: Path) -> Ended | None:
     """How a unit ended; None if it has not."""
-    with suppress(OSError, ValueError, TypeError):
-        return Ended(**json.loads((folder / EXIT).read_text(encoding="utf-8")))
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        row = json.loads((folder / EXIT).read_text(encoding="utf-8"))
+        return Ended(int(row["code"]), str(row["message"]))
     return None
 
 

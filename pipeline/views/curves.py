@@ -3,6 +3,8 @@
 import asyncio
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from itertools import chain
 from math import isfinite
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from pipeline.errors import UserError
 from pipeline.files.artifact import MANIFEST
 from pipeline.files.file_tail import Change, FileTail, file_stamp
 from pipeline.files.text import in_units
+from pipeline.fleet.states import joined, state_by_files
 from pipeline.inference.catalog import measured
 from pipeline.project.logs import run_state
 from pipeline.project.logs.run_log import (
@@ -43,7 +46,7 @@ class Curve:
     """
 
     def __init__(self, run: "RunView", files: LogFiles, smoothing: float) -> None:
-        self.view, self.name = run, files.name
+        self.view, self.name, self.files = run, files.name, files
         self.log, self.cost = Log(smoothing), Cost(smoothing)
         self.change: Change = ""
         self.outcome = ""
@@ -167,16 +170,18 @@ class RunView:
         # share of the base's answers on old sentences, if an evaluation measured it
         self.kept: float | None = None
         self.curves: dict[str, Curve] = {}
-        self._outcomes_stamp: tuple[int, ...] | None = None  # of the outcomes file, when last read
+        self._outcomes_stamp: tuple[object, ...] | None = None  # of the outcomes, when last read
         self.update(run, smoothing)
 
     def update(self, run: Run, smoothing: float) -> None:
         """Update to a later state of the run, which may have more curves."""
         self.run, before = run, self.curves
-        self.curves = {
-            files.name: before.get(files.name) or Curve(self, files, smoothing)
-            for files in run.curves
-        }
+        self.curves = {}
+        for files in run.curves:
+            curve = before.get(files.name)
+            # an adapter of a unit that ran out of memory trains again in another
+            is_same = curve is not None and curve.files == files
+            self.curves[files.name] = curve if curve and is_same else Curve(self, files, smoothing)
         self._select_best()
 
     @property
@@ -211,17 +216,29 @@ class RunView:
         for the progress.
         """
         before, folder = self._condition, self.run.folder
-        self.journal = run_state.read(folder) if folder else None
-        running = self.journal is not None and self.journal.state == "running"
-        self.alive = running and folder is not None and run_state.alive(folder)
-        now = file_stamp(self.run.log_folder / TABLE) if self.run.sweeps else None
+        if self.run.units:
+            self._look_at_units()
+        else:
+            self.journal = run_state.read(folder) if folder else None
+            running = self.journal is not None and self.journal.state == "running"
+            self.alive = running and folder is not None and run_state.alive(folder)
+        folders = {files.loss.parent.parent for files in self.run.curves if self.run.sweeps}
+        now = tuple(file_stamp(at / TABLE) for at in sorted(folders))
         if now != self._outcomes_stamp:
-            self._outcomes_stamp, outcomes = now, read_run_outcomes(self.run.log_folder)
+            self._outcomes_stamp = now
+            outcomes = dict(chain.from_iterable(read_run_outcomes(f).items() for f in folders))
             for name, curve in self.curves.items():
                 outcome = outcomes.get(name, "")
                 curve.outcome = outcome if outcome in ENDS else ""
             self._select_best()
         return before != self._condition
+
+    def _look_at_units(self) -> None:
+        """What the fleet's units do."""
+        with suppress(UserError):  # the folder of one is gone
+            units = [state_by_files(*unit) for unit in self.run.units.items()]
+            self.journal = joined(units)
+            self.alive = any(unit.state == "running" for unit in units)
 
     @property
     def _condition(self) -> tuple[object, ...]:
@@ -259,6 +276,8 @@ class RunView:
         """Steps done and in all; 0 in all before a run that was resumed has told how many there
         are.
         """
+        if self.run.units and self.journal:
+            return self.journal.done, self.journal.total
         logs = (curve.log for curve in self.curves.values())
         done = max((int(log.steps[-1]) for log in logs if log.steps), default=0)
         total = self.journal.total if self.journal else 0
@@ -269,6 +288,8 @@ class RunView:
         """From the pace of the last steps; None while nothing can be said: at the start, or when no
         step comes.
         """
+        if self.run.units:
+            return self.journal.eta if self.journal and self.alive else None
         pace, (done, total) = self.timed.cost.seconds_per_step or self._mean_pace, self.steps
         if not self.alive or not total or pace is None or not isfinite(pace):
             return None

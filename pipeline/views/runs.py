@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.evaluation.measuring import measuring
 from pipeline.files import artifact
+from pipeline.fleet.logs import UnitLogs, log_stamps, unit_logs
 from pipeline.inference.catalog import VERDICT, measured
 from pipeline.project.cache import NAMED, SHORT_KEY, Cache, cache_key
 from pipeline.project.logs import run_state
@@ -147,6 +148,7 @@ class _Logs:
     # curve → sha256 of its log; None for an adapter that diverged: the artifact has no log of it
     digests: Mapping[str, str | None]
     manifest: Mapping[str, Any]
+    units: Mapping[int, Path] = field(default_factory=dict)  # of a fleet, which log there
 
     @property
     def params(self) -> Mapping[str, Any]:
@@ -166,6 +168,14 @@ class _Logs:
         pairs = [(digest, other.digests[name]) for name, digest in self.digests.items()]
         return all(None in pair or pair[0] == pair[1] for pair in pairs)
 
+    def covers(self, part: "_Logs") -> bool:
+        """Whether it has all curves of another: of units that have ended, or of a sweep that takes
+        them from the cache.
+        """
+        return part.digests.keys() <= self.digests.keys() and all(
+            self.digests[name] in (None, digest) for name, digest in part.digests.items()
+        )
+
 
 def discover_runs(root: Path, project: Project | None) -> list[Run]:
     """All runs of the training stages, stage by stage: the last run first, then from new to old.
@@ -175,7 +185,15 @@ def discover_runs(root: Path, project: Project | None) -> list[Run]:
     projects with the same cache are left out. `project` is None if the params file in `root` cannot
     be read. This reads whole logs to hash them, so do not call it on the UI thread.
     """
-    return [run for stage in training_stages(project) for run in _runs(root, stage, project)]
+    stages = training_stages(project)
+    sweeps = {stage.name: stage.kind == "adapters" for stage in stages}
+    units = [logs for home in _homes(root, project) for logs in unit_logs(home, sweeps)]
+    return [run for stage in stages for run in _runs(root, stage, project, units)]
+
+
+def _homes(root: Path, project: Project | None) -> list[Path]:
+    """The project's folder, and that of its parent."""
+    return [root, *([project.parent.root] if project and project.parent else [])]
 
 
 def stamp(root: Path, params: Path, project: Project | None) -> tuple[int, ...]:
@@ -189,6 +207,8 @@ def stamp(root: Path, params: Path, project: Project | None) -> tuple[int, ...]:
         home = project.home(stage.name).root if project else root
         numbers += _log_inodes(home / RUNS / stage.name, stage.kind == "adapters")
         numbers += [*_stat(home / stage.path), *_stat(cache / stage.name)]
+    for home in _homes(root, project):
+        numbers += log_stamps(home)
     return tuple(numbers)
 
 
@@ -223,8 +243,12 @@ def _stat(path: Path) -> tuple[int, int]:
     return info.st_ino, info.st_mtime_ns
 
 
-def _runs(root: Path, stage: Stage, project: Project | None) -> Iterator[Run]:
-    """The runs of a stage, each once: in runs/, in artifacts/, in the cache from new to old."""
+def _runs(
+    root: Path, stage: Stage, project: Project | None, units: Iterable[UnitLogs]
+) -> Iterator[Run]:
+    """The runs of a stage, each once: in runs/ and of `units` the newest first, then in artifacts/
+    and in the cache from new to old.
+    """
     home = project.home(stage.name) if project else None
     home_root = home.root if home else root
     cache = project.cache if project else cache_folder(root)
@@ -243,12 +267,18 @@ def _runs(root: Path, stage: Stage, project: Project | None) -> Iterator[Run]:
     noted = run_state.read_settings(folder, "run")
     now = _current_params(home, stage, noted, finished[0].params if finished else {})
     running = _running_logs(folder, stage, noted.params if noted else now, finished)
+    fleet = [_fleet_logs(logs) for logs in units if logs.stage == stage.name]
+    made = [*finished, *filter(None, [running])]
+    fleet = [logs for logs in fleet if not logs.digests or not any(m.covers(logs) for m in made)]
+    if running and any(logs.covers(running) for logs in fleet):  # it is taking them from the cache
+        running = None
+    newest = sorted([*filter(None, [running]), *fleet], key=lambda logs: logs.when, reverse=True)
     # The last run, its artifact and the cache's copy of it are one run, told by equal logs: a run
     # folder has no key.
     different: list[_Logs] = []
     labels: set[str] = set()
-    for logs in [running, *finished] if running else finished:
-        if any(logs.same(other) for other in different):
+    for logs in [*newest, *finished]:
+        if logs.digests and any(logs.same(other) for other in different):
             continue
         different.append(logs)
         label = _label(stage, logs, now, reference)
@@ -270,6 +300,7 @@ def _runs(root: Path, stage: Stage, project: Project | None) -> Iterator[Run]:
             digest=artifact.sealed_digest(logs.manifest) if "files" in logs.manifest else "",
             checkpoints=_checkpoints(logs.manifest),
             best=logs.manifest.get("best_checkpoint"),
+            units=logs.units,
         )
 
 
@@ -296,6 +327,15 @@ def _running_logs(
     running = _Logs(folder, files, digests, {"params": params})
     made = next((logs.manifest for logs in finished if logs.same(running)), running.manifest)
     return replace(running, manifest=made)
+
+
+def _fleet_logs(logs: UnitLogs) -> _Logs:
+    """Of a fleet's units, without digests while they go on."""
+    digests = dict[str, str | None]()
+    for curve in logs.curves if logs.has_ended else ():
+        with suppress(OSError):
+            digests[curve.name] = artifact.file_digest(curve.loss)
+    return _Logs(logs.folder, tuple(logs.curves), digests, {"params": logs.params}, logs.units)
 
 
 def _label(stage: Stage, logs: _Logs, now: Mapping[str, Any], reference: Mapping[str, Any]) -> str:

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import msgspec
+
 from pipeline.errors import Interrupted, explain
 from pipeline.files import locks
 from pipeline.files.artifact import write_file
@@ -72,8 +74,8 @@ class Journal:
 def read(folder: Path) -> Journal | None:
     """The journal of a run folder, or None if there is no readable one."""
     try:
-        return Journal(**json.loads((folder / JOURNAL).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return msgspec.json.decode((folder / JOURNAL).read_bytes(), type=Journal)
+    except (OSError, ValueError):
         return None
 
 

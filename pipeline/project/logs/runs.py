@@ -1,7 +1,7 @@
 """What a training run leaves: its settings, and a log for each of its curves."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Run:
     # the steps whose models its artifact keeps, and the best of them, if they were evaluated
     checkpoints: tuple[int, ...] = ()
     best: int | None = None
+    units: Mapping[int, Path] = field(default_factory=dict)  # of a fleet, by number: their folders
 
     @property
     def name(self) -> str:
