@@ -22,6 +22,9 @@ app = group()
 fleet = group(help="Runs on other devices and machines.", invoke_without_command=True)
 app.add_typer(fleet, name="fleet")
 
+OF_ADAPTERS = ("finetune_sweep", "evaluate")  # stages whose units are of adapters
+BAR = 10  # columns of a progress bar: a line of it has 80
+
 RunArgument = Annotated[str, Argument(metavar="RUN", help="A run, or the beginning of its name.")]
 UnitsArgument = Annotated[list[int] | None, Argument(metavar="[UNIT]…", help="Only these units.")]
 
@@ -49,8 +52,29 @@ def show(context: Context, as_json: JsonOption = False) -> None:
             left = duration(seen.eta) if seen and seen.eta and unit.state == "running" else ""
             counts = str(unit.number), str(unit.attempts)
             rows.append([counts[0], unit.state, unit.node, counts[1], step, left, unit.label])
+        makes = "adapters" if run.stage in OF_ADAPTERS else "makes"
         print_line(f"{run.name}  {run.stage} on {run.cluster}")
-        print_table(["unit", "state", "node", "attempts", "step", "left", "adapters"], rows)
+        print_line(_progress(states))
+        print_table(["unit", "state", "node", "attempts", "step", "left", makes], rows)
+
+
+def _progress(states: Sequence[UnitState]) -> str:
+    """How far the units are together: on a terminal with a bar."""
+    from cli.console import bar, stdout
+    from pipeline.files.text import duration
+    from pipeline.fleet.states import joined
+
+    journal, parts = joined(states), list[str]()
+    if journal.total:
+        share = journal.done / journal.total
+        drawn = f"{bar(share, BAR):{BAR}} " if stdout.is_terminal else ""
+        parts.append(f"{drawn}{share:.0%}")
+    parts.append(journal.text)
+    if journal.total:
+        parts.append(f"{journal.done:,}/{journal.total:,} steps")
+    if journal.eta:
+        parts.append(f"{duration(journal.eta)} left")
+    return "  ".join(parts)
 
 
 def _document(run: FleetRun, states: Sequence[UnitState]) -> dict[str, Any]:

@@ -45,6 +45,11 @@ def natural_sort_key(name: str) -> list[str | float]:
     return [float(part) if number % 2 else part for number, part in enumerate(parts)]
 
 
+def counted(count: int, noun: str) -> str:
+    """1 unit, 2 units."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def duration(seconds: float) -> str:
     """A time in two digits: 45 s, 1.5 min, 12 h."""
     size, unit = next(

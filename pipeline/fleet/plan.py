@@ -7,7 +7,7 @@ from math import ceil
 from statistics import median
 
 from pipeline.errors import UserError
-from pipeline.files.text import duration, in_units
+from pipeline.files.text import counted, duration, in_units
 from pipeline.fleet.engines import Place
 from pipeline.fleet.run import FleetRun, find_runs
 from pipeline.fleet.unit import Unit, attempts, ended, journal, read_unit
@@ -68,7 +68,7 @@ def plan_notes(
 ) -> Iterator[Event]:
     """The plan in words. `what`: the work; `why` it is not in more units."""
     place, of = run.engine.place(), f"{run.cluster} ({run.settings.engine})"
-    yield Note(f"{what}, in {len(units)} units on {of}; run {run.name}")
+    yield Note(f"{what}, in {counted(len(units), 'unit')} on {of}; run {run.name}")
     if not units:  # all are there already
         return
     most = max(len(unit.label.split()) for unit in units)

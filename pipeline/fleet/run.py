@@ -19,6 +19,7 @@ from pathlib import Path
 
 from pipeline.errors import NO_MEMORY, UserError
 from pipeline.files.artifact import write_file
+from pipeline.files.file_tail import file_stamp
 from pipeline.fleet.engines import ENGINES, Engine, Queued
 from pipeline.fleet.settings import Cluster, read_cluster
 from pipeline.fleet.states import ENDED, Fleet, State, UnitState, joined, state_by_files
@@ -178,7 +179,9 @@ class FleetRun:
         for number in self.numbers():
             with suppress(UserError):  # others are looked at all the same
                 units.append(state_by_files(number, self.unit_folder(number)))
-        return Fleet(self.name, self.stage, self.cluster, self.folder, units)
+        stamp = file_stamp(self.folder / RUN)
+        when = stamp[-1] / 1e9 if stamp else 0.0
+        return Fleet(self.name, self.stage, self.cluster, self.folder, when, units)
 
     @property
     def has_ended(self) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from pipeline.files.locks import is_running
+from pipeline.files.text import counted
 from pipeline.fleet.unit import Attempt, Unit, attempts, ended, journal, node_name, read_unit
 from pipeline.project.logs import run_state
 from pipeline.project.logs.run_state import Journal
@@ -42,6 +43,7 @@ class Fleet(NamedTuple):
     stage: str
     cluster: str
     folder: Path
+    when: float  # units were last started, in seconds since the epoch
     units: Sequence[UnitState]
 
     @property
@@ -114,7 +116,7 @@ def joined(units: Sequence[UnitState]) -> Journal:
         started=0.0,
         done=done,
         total=total,
-        text=f"{count} of {len(units)} units, {running} run",
+        text=f"{count} of {counted(len(units), 'unit')}{f', {running} running' * bool(running)}",
         message=message,
         rate=(total - done) / seconds if seconds else 0.0,
     )

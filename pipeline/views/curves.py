@@ -402,6 +402,12 @@ class Runs:
             view.update(run, self.smoothing)
             view.kept = kept.get(run.digest)
             views[key] = view
+        # what a fleet's units logged is listed otherwise once it has been collected
+        gone = {view.name: key for key, view in self.views.items() if key not in views}
+        for key in views.keys() - self.views.keys():
+            before = gone.get(views[key].name)
+            if before in self._switched:
+                self._switched[key] = self._switched[before]
         assign_looks({key: view.run.stage for key, view in views.items()}, self._looks)
         for key, view in views.items():
             view.look = self._looks[key]

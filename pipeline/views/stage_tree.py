@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from pipeline.fleet.states import Fleet
 from pipeline.project.stage_graph import Stage
 from pipeline.views.stages import StageState, State
 
@@ -34,6 +35,7 @@ class StageRow:
     after: Sequence[str] = ()  # labels of what else it needs
     parent: str | None = None  # GROUP, in the group
     members: Sequence[StageState | None] = ()  # of the group
+    fleet: Fleet | None = None  # a run whose units make the stage elsewhere
 
 
 def short_name(stage: Stage) -> str:
@@ -42,10 +44,13 @@ def short_name(stage: Stage) -> str:
 
 
 def stage_rows(
-    stages: Mapping[str, Stage], needs: Names, states: Mapping[str, StageState]
+    stages: Mapping[str, Stage],
+    needs: Names,
+    states: Mapping[str, StageState],
+    fleets: Iterable[Fleet] = (),
 ) -> list[StageRow]:
     """The tree from top to bottom. `needs`: stage → the stages that it reads; both are in the DAG's
-    order.
+    order. A run of a fleet stands below its stage.
     """
     ancestors = _ancestors(needs)
     nearest = _nearest(needs, ancestors)
@@ -71,8 +76,15 @@ def stage_rows(
 
     rows = []
     urgent = _most_urgent(members, states)
-    for key, guides in _walk(_children(stages, parents), "", ""):
-        if key == GROUP:
+    children, below = _children(stages, parents), {f"fleet {run.name}": run for run in fleets}
+    for key, run in below.items():
+        children[run.stage if run.stage in stages else ""].insert(0, key)
+    for key, guides in _walk(children, "", ""):
+        if key in below:
+            run = below[key]
+            parent, state = GROUP if run.stage in members else None, states.get(run.stage)
+            rows.append(StageRow(key, guides, "fleet", run.stage, state, parent=parent, fleet=run))
+        elif key == GROUP:
             found = [states.get(name) for name in members]
             rows.append(
                 StageRow(key, guides, labels[key], urgent, states.get(urgent), members=found)
@@ -117,7 +129,7 @@ def _most_urgent(members: Iterable[str], states: Mapping[str, StageState]) -> st
     return min(known, key=lambda name: URGENCY.index(states[name].state), default=first)
 
 
-def _children(names: Iterable[str], parents: Mapping[str, str]) -> Names:
+def _children(names: Iterable[str], parents: Mapping[str, str]) -> dict[str, list[str]]:
     """The children of each row in the DAG's order; the group stands where its first member would."""
     children = defaultdict[str, list[str]](list)
     for name in names:

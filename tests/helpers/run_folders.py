@@ -100,9 +100,11 @@ def write_ends(folder: Path, ends: Mapping[str, tuple[str, int]]) -> None:
     )
 
 
-def journal(folder: Path, state: str, done: int, total: int = 300, message: str = "") -> None:
+def journal(
+    folder: Path, state: str, done: int, total: int = 300, message: str = "", rate: float = 0.0
+) -> None:
     """What the run says of itself."""
-    word = {"state": state, "pid": 1, "started": 0.0, "done": done, "total": total}
+    word = {"state": state, "pid": 1, "started": 0.0, "done": done, "total": total, "rate": rate}
     write_json(folder / "run.json", {**word, "text": "", "message": message, "notes": []})
 
 

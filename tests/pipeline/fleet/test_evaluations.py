@@ -26,7 +26,7 @@ def test_in_units_adapters_have_the_numbers_of_one_process(project: Path) -> Non
     named = [word for folder in folders for word in ("--adapter", folder)]
     told = lora("evaluate", "--json", *named, "--on", "local", "--parts", "2", cwd=project)
     assert told.returncode == 0, told.stderr
-    assert "the base, in 1 units on local" in told.stderr
+    assert "the base, in 1 unit on local" in told.stderr
     assert "3 adapters, in 2 units on local" in told.stderr
     run = find_run(project, "")
     labels = [unit.label.split() for unit in run.states()]

@@ -59,7 +59,7 @@ def test_the_plan_is_told_before_anything_starts(project: Path) -> None:
     told = lora(*SWEEP, "--on", "local", cwd=project)
     assert told.returncode == 0, told.stderr
     plan, lines = told.stderr.splitlines()[:5], iter(told.stderr.splitlines())
-    assert "3 adapters, in 1 units on local (local)" in plan[0]
+    assert "3 adapters, in 1 unit on local (local)" in plan[0]
     assert "one unit uses all cores of this machine; --parts divides it anyway" in plan[1]
     assert any("memory of a unit: " in line and "by the calculator" in line for line in lines)
     assert any("time: about " in line and "a few steps" in line for line in lines)

@@ -12,12 +12,15 @@ from typing import Any
 
 import pytest
 
+from cli import console
 from pipeline.errors import AGAIN, UserError
 from pipeline.fleet.engines import Queued
 from pipeline.fleet.plan import divided
 from pipeline.fleet.run import FleetRun, find_run
 from pipeline.fleet.settings import Cluster, read_cluster
 from pipeline.fleet.unit import Unit, attempts, end_unit, ended, write_unit
+from tests.conftest import Lora
+from tests.helpers.fleets import here, new_fleet
 from tests.helpers.projects import (
     BRIEF,
     LORA,
@@ -28,6 +31,7 @@ from tests.helpers.projects import (
     swept_weights,
     wait_for,
 )
+from tests.helpers.run_folders import journal
 
 SWEEP = ["finetune", "sweep", "--set", "finetune_lora.epochs=2"]
 GRID = ["--grid", "rank=1,2,4"]
@@ -362,3 +366,28 @@ def test_ctrl_c_stops_the_units_and_the_same_command_goes_on(project: Path) -> N
     assert "Traceback" not in errors
     (run,) = listed(project)
     assert {unit["state"] for unit in run["units"]} == {"lost"}
+
+
+def test_a_run_is_listed_with_how_far_it_is(
+    cli: Lora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_fleet(tmp_path, ["rank-1", "rank-2"])
+    here(run, 1)
+    folder = run.unit_folder(1) / "runs/finetune_sweep"
+    folder.mkdir(parents=True)
+    journal(folder, "running", 150, rate=10.0)
+    _, out, _ = cli("fleet", cwd=tmp_path)
+    lines = out.splitlines()
+    assert lines[1] == "25%  0 of 2 units, 1 running  150/600 steps  45 s left"
+    assert lines[2].split()[-1] == "adapters" and max(map(len, lines)) <= 80
+    monkeypatch.setattr(console.stdout, "_force_terminal", True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    _, out, _ = cli("fleet", cwd=tmp_path)
+    assert out.splitlines()[1].startswith("██▌        25%  0 of 2 units")
+
+
+def test_what_methods_make_is_not_called_adapters(cli: Lora, tmp_path: Path) -> None:
+    new_fleet(tmp_path, ["finetune_lora,seed=1"], ["finetune_lora"])
+    code, out, _ = cli("fleet", cwd=tmp_path)
+    lines = out.splitlines()
+    assert code == 0 and lines[1] == "0 of 1 unit" and lines[2].split()[-1] == "makes"

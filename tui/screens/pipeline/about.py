@@ -14,13 +14,22 @@ was made. At the right: how long the last run took.
 
 The cursor follows the stage that runs, until you move it. **Enter** goes to its params, **S** runs
 this stage alone, **F** again though nothing changed, **R** all that is out of date. **Space** (or
-← →) folds the studies.""",
+← →) folds the studies. A *fleet* below a stage is a run of `--on`: how many of its units are done,
+how far they are together; **Enter** goes to its units.""",
     [Binding("enter", "screen.pane('params')", "params")],
 )
 FACTS = About(
     "Stage",
     "The state of the stage that the cursor is on, why it is so, who runs it, and notes of its "
     "last run.",
+)
+UNITS = About(
+    "Units",
+    """\
+The units of a fleet's run: what each does, where, in which attempt, how far it is, and what it
+makes, or why it failed. It is what their files tell; `lora fleet` asks the engine's queue too. The
+curves are on the screen Curves. **s** sorts.""",
+    filters="filter",
 )
 PARAMS = About(
     "Params",
@@ -60,4 +69,4 @@ Each number of `artifacts/evaluation/metrics.json` that differs from the one in 
 commit, in six digits. What the numbers mean, and the models side by side, is on the screen
 Results.""",
 )
-PANES = {"stages": STAGES, "facts": FACTS, "params": PARAMS, "metrics": METRICS}
+PANES = {"stages": STAGES, "facts": FACTS, "units": UNITS, "params": PARAMS, "metrics": METRICS}

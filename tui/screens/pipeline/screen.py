@@ -16,6 +16,8 @@ from textual.containers import Horizontal, Vertical
 from textual.widget import Widget
 from textual.widgets import Static
 
+from pipeline.fleet.run import look_at_runs
+from pipeline.fleet.states import Fleet
 from pipeline.project.stage_graph import Project, Stage
 from pipeline.stages.registry import GRAPH
 from pipeline.views.stage_logs import ALL, StageLogs
@@ -27,8 +29,9 @@ from tui.panes.pane import Pane
 from tui.panes.table import Table
 from tui.panes.text import Text, say
 from tui.screens.base import HUGE, WIDE, WorkbenchScreen
-from tui.screens.pipeline import stages
+from tui.screens.pipeline import fleet, stages
 from tui.screens.pipeline.about import PANES
+from tui.screens.pipeline.fleet import UnitTable
 from tui.screens.pipeline.log import LogPane
 from tui.screens.pipeline.metrics import Metrics
 from tui.screens.pipeline.params import in_order_of, params_of
@@ -38,7 +41,7 @@ from tui.services.pipeline_process import OLD_LOG
 REST = 0.05  # seconds that the cursor rests before the panes are filled
 SIDE = 72  # columns from which the tree stands beside the other panes
 METRICS = f"{GRAPH.stages['evaluate'].path}/metrics.json"
-TAB_ORDER = ("stages", "params", "log", "metrics")
+TAB_ORDER = ("stages", "units", "params", "log", "metrics")
 
 
 class PipelineScreen(WorkbenchScreen):
@@ -78,10 +81,12 @@ and all below, run again."""
         runner = self.workbench.runner
         self.logs = StageLogs(runner.runs / OLD_LOG, runner.log)
         self.is_whole = False  # whether the log is that of all stages
+        self.fleets, self._is_stale = list[Fleet](), True  # whether others may be there now
         # what the params are read for: the stage, the project, and the state without its run
         self._filled: tuple[str, Project | None, StageState | None] = "", None, None
         # They are attributes, as messages can arrive while the screen closes.
         self.problem, self.rows, self.facts = Static(markup=False), StageTree(), Text()
+        self.units = UnitTable()
         self.params, self.log_pane, self.metrics = Form(), LogPane(), Metrics()
 
     def body(self) -> Iterable[Widget]:
@@ -91,6 +96,7 @@ and all below, run again."""
             yield self.pane("stages", self.rows)
             with Vertical(id="right"):
                 yield self.pane("facts", self.facts)
+                yield self.pane("units", self.units)
                 with Horizontal(id="panes"):
                     yield self.pane("params", self.params)
                     yield self.log_pane
@@ -139,18 +145,37 @@ and all below, run again."""
         return {*runs, self.workbench.runner.runs, root / METRICS, root / ".git" / "index"}
 
     def files_changed(self) -> None:
+        self._is_stale = True
         self.call_later(self._fill)
         self.metrics.look(self.workbench.root / METRICS, self.workbench.root)
+
+    def tick(self) -> None:
+        """Look at the fleets; a unit whose process was killed changes no file."""
+        if self._is_stale or any(run.state == "running" for run in self.fleets):
+            self._look_at_fleets()
+
+    @work(exclusive=True, group="fleets")
+    async def _look_at_fleets(self) -> None:
+        """Read what units do; no engine is asked, as that may take seconds."""
+        self._is_stale = False
+        runs = await asyncio.to_thread(look_at_runs, self.workbench.root)
+        shown = [run for run in runs if fleet.is_shown(run, self.states.get(run.stage))]
+        if shown != self.fleets:
+            self.fleets = shown
+            self._show_rows()
 
     def project_changed(self) -> None:
         watch, project = self.workbench.project_watch, self.project
         is_last = project is not None and project.root.is_dir()
         self.problem.display = bool(watch.problem)
         say(self.problem, f"✗ {watch.problem}{' Showing the last valid state.' * is_last}")
-        self.rows.show(stage_rows(self.stages, self.needs, watch.states))
+        self._show_rows()
         self.query_one("#stages", Pane).show_title(stages.counts(watch.states.values()))
         self.rows.follow(watch, move=not self.params.is_typing)
         self.follow_files()
+
+    def _show_rows(self) -> None:
+        self.rows.show(stage_rows(self.stages, self.needs, self.states, self.fleets))
 
     # Filling the panes
 
@@ -163,7 +188,10 @@ and all below, run again."""
 
     async def _fill(self) -> None:
         """Show what there is of the stage that the cursor is on."""
-        name = self.chosen
+        name, run = self.chosen, self.rows.fleet
+        self.set_class(run is not None, "-fleet")
+        if run is not None:
+            self._show_fleet(run)
         if name not in self.stages:
             return
         await self._show_params(name)
@@ -173,10 +201,18 @@ and all below, run again."""
             return
         state, pipeline = self.states.get(name), self.workbench.project_watch.pipeline
         self.log_pane.show(log, state)
+        if self.rows.fleet:
+            return
         losses = [step.loss for step in log.steps]
         rows = list(stages.facts(state, pipeline, losses)) if state else []
         self.facts.show(partial(stages.draw_facts, rows))
         self.query_one("#facts", Pane).show_title(stages.headline(state), title=name)
+
+    def _show_fleet(self, run: Fleet) -> None:
+        self.facts.show(partial(stages.draw_facts, list(fleet.facts(run))), again=True)
+        self.query_one("#facts", Pane).show_title(fleet.headline(run), title="Fleet")
+        self.units.show(run.units)
+        self.query_one("#units", Pane).show_title(run.name)
 
     async def _show_params(self, name: str) -> None:
         """Read and show the params, unless they are shown: of a run that goes on, others are new."""
@@ -226,7 +262,7 @@ and all below, run again."""
         if event.row.members:
             self.rows.fold_group()
         else:
-            await self.action_pane("params")
+            await self.action_pane("units" if event.row.fleet else "params")
 
     @on(Table.Chosen, "#stages Table")
     def _stage_chosen(self) -> None:
@@ -261,7 +297,7 @@ and all below, run again."""
         """Show one of the panes at the right; where there is room, the params and another one stand
         side by side.
         """
-        if name == "stages":
+        if name in ("stages", "units"):
             return
         for pane in self.query("#panes > Pane"):
             pane.set_class(pane.id == name, "-chosen")
@@ -274,8 +310,9 @@ and all below, run again."""
 
     async def action_next_pane(self, by: int) -> None:
         current = self.focused_pane
-        at = TAB_ORDER.index(current.id) if current and current.id in TAB_ORDER else -1
-        await self.action_pane(TAB_ORDER[(at + by) % len(TAB_ORDER)])
+        names = [name for name in TAB_ORDER if name != "units" or self.has_class("-fleet")]
+        at = names.index(current.id) if current and current.id in names else -1
+        await self.action_pane(names[(at + by) % len(names)])
 
     # Running
 

@@ -34,6 +34,7 @@ NEXT = {  # what to press
     "died": "S or R resumes from its last checkpoint.",
 }
 CURVE = 24  # cells of the losses
+BAR = 8  # cells of a progress bar
 LABEL = 5  # cells of the labels of facts
 
 Fact = tuple[str, str, str]  # label, text, style
@@ -55,6 +56,18 @@ def counts(states: Iterable[StageState]) -> Content:
         if looks[look]:
             parts.append(Content.styled(f"{looks[look]} {look[0]}", look[1]))
     return Content(" ").join(parts)
+
+
+def progress(run: Journal | None) -> Content:
+    """`64% ━━━━━╌╌╌ 12 s left`: what matters most comes first, as a narrow pane cuts the rest."""
+    style = SIGNS["running"][1]
+    if run is None or not run.total:
+        return Content.styled("starting", style)
+    share = min(1.0, run.done / run.total)
+    filled = round(share * BAR)
+    left = "" if run.eta is None else f" {duration(run.eta)} left"
+    bar = ("━" * filled, style), ("╌" * (BAR - filled), MUTED)
+    return Content.assemble((f"{share:.0%} ", style), *bar, (left, style))
 
 
 # Facts

@@ -2,17 +2,16 @@
 
 from textual.content import Content
 
-from pipeline.project.logs.run_state import Journal
+from pipeline.fleet.states import Fleet
 from pipeline.views.stage_tree import GROUP, StageRow, short_name
 from pipeline.views.stages import StageState
 from tui.panes.table import Column, Table
-from tui.screens.pipeline.stages import MUTED, SIGNS, look_of
+from tui.screens.pipeline import fleet
+from tui.screens.pipeline.stages import MUTED, look_of, progress
 from tui.services.project_watch import ProjectWatch
-from tui.widgets.cells import duration
 
 ENDED = ("failed", "died", "stopped")  # states that name themselves
 MAX_NAME = 26  # cells of a name with its lines
-BAR = 8  # cells of a progress bar
 
 
 class StageTree(Table[StageRow]):
@@ -38,6 +37,11 @@ class StageTree(Table[StageRow]):
     def stage(self) -> str:
         """The stage that the cursor is on; of the group the one that needs attention."""
         return self.pointed.stage if self.pointed else ""
+
+    @property
+    def fleet(self) -> Fleet | None:
+        """The fleet's run that the cursor is on."""
+        return self.pointed.fleet if self.pointed else None
 
     @property
     def _row_key(self) -> str | None:
@@ -73,7 +77,7 @@ class StageTree(Table[StageRow]):
 
 
 def name_cell(row: StageRow, folded: bool) -> Content:
-    sign, style = look_of(row.state)
+    sign, style = fleet.LOOKS[row.fleet.state] if row.fleet else look_of(row.state)
     mark = ""
     if row.members:
         mark = "▸ " if folded else "▾ "
@@ -84,6 +88,8 @@ def name_cell(row: StageRow, folded: bool) -> Content:
 def words_cell(row: StageRow) -> Content:
     """Progress, why the state is as it is, or what else the stage needs."""
     state = row.state
+    if row.fleet:
+        return fleet.words(row.fleet)
     if state is None:
         return Content.styled("…", MUTED)
     if row.members:
@@ -117,20 +123,8 @@ def _group_words(row: StageRow, state: StageState) -> Content:
     return text + progress(state.run) if state.state == "running" else text
 
 
-def progress(run: Journal | None) -> Content:
-    """`64% ━━━━━╌╌╌ 12 s left`: what matters most comes first, as a narrow pane cuts the rest."""
-    style = SIGNS["running"][1]
-    if run is None or not run.total:
-        return Content.styled("starting", style)
-    share = min(1.0, run.done / run.total)
-    filled = round(share * BAR)
-    left = "" if run.eta is None else f" {duration(run.eta)} left"
-    bar = ("━" * filled, style), ("╌" * (BAR - filled), MUTED)
-    return Content.assemble((f"{share:.0%} ", style), *bar, (left, style))
-
-
 def time_cell(row: StageRow) -> Content:
-    run = row.state.run if row.state else None
+    run = row.state.run if row.state and not row.fleet else None
     seconds = run.seconds if run and not row.members else None
     return Content.styled("" if seconds is None else brief(seconds), MUTED)
 
