@@ -319,6 +319,11 @@ and all below, run again."""
     def action_run_stage(self, force: bool = False) -> None:
         """Run the chosen stage only, if all artifacts that it needs exist."""
         project, name, needs = self.project, self.chosen, list[str]()
+        if run := self.rows.fleet:  # a second process would train the same
+            self.warn(
+                f"`lora fleet collect {run.name}` waits for its units and takes their results."
+            )
+            return
         with self.workbench.errors_shown():
             if project and not self.workbench.project_watch.problem:
                 needs = project.needs(project.stage(name))

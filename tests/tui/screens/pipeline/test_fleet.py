@@ -10,7 +10,7 @@ from pipeline.fleet.unit import end_unit
 from tests.helpers.curves import details_text, list_lines, list_text, open_curves, point_to
 from tests.helpers.fleets import SWEEP, attempt, new_fleet, train
 from tests.helpers.pilot import screen_text, until
-from tests.helpers.pipeline_screen import facts, open_screen, row, rows, said, title
+from tests.helpers.pipeline_screen import facts, messages, open_screen, row, rows, said, title
 from tests.helpers.run_folders import HEADER, hold, journal, lines
 
 EVIL = "no \x1b]8;;https://example.org\x07[red]file[/red]\x9b31m"
@@ -40,6 +40,8 @@ async def test_a_run_has_a_row_below_its_stage_and_a_table_of_units(
             assert "[red]" in screen_text(pilot.app) and screen.query_one("#units").display
             assert not any(ord(sign) in OBEYED for sign in screen_text(pilot.app).replace("\n", ""))
 
+            await pilot.press("S")
+            assert "lora fleet collect 2d67857b" in messages(screen)
             await pilot.press("enter", "j")
             assert screen.units.has_focus and screen.units.pointed
             assert screen.units.pointed.label == "rank-4"
