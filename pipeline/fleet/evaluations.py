@@ -8,6 +8,7 @@ from pathlib import Path
 from pipeline.evaluation.measured_entries import FIRST, MeasuredEntries
 from pipeline.evaluation.measuring import measuring
 from pipeline.files import artifact
+from pipeline.files.text import counted
 from pipeline.fleet.plan import Cost, divided, parts_of, plan_notes
 from pipeline.fleet.run import open_run, wait
 from pipeline.fleet.unit import Unit, unit_of
@@ -59,7 +60,7 @@ class FleetEvaluation:
             yield from self._make("the base", [self._unit([])])
         parts, why = parts_of(len(missing), self._parts, self.run.engine.place(), Cost())
         units = [self._unit(names) for names in divided(missing, parts)]
-        yield from self._make(f"{len(missing)} adapters", units, why)
+        yield from self._make(counted(len(missing), "adapter"), units, why)
 
     def _make(self, what: str, units: Sequence[Unit], why: str = "") -> Iterator[Event]:
         yield from plan_notes(self.run, f"{STAGE}: {what}", units, Cost(), why)

@@ -3,6 +3,7 @@
 from collections.abc import Generator, Iterator, Sequence
 
 from pipeline.errors import UserError
+from pipeline.files.text import counted
 from pipeline.fleet.plan import Cost, cost_of_adapters, divided, parts_of, plan_notes
 from pipeline.fleet.run import incomplete, open_run, wait
 from pipeline.fleet.unit import Unit, unit_of
@@ -57,7 +58,7 @@ class FleetSweep:
             parts, why = parts_of(len(new), self._parts, self.run.engine.place(), cost)
             units = [part(self._project, self._overrides, names) for names in divided(new, parts)]
         cached = f", {total - len(missing)} from the cache" if len(missing) < total else ""
-        what = f"{STAGE.name}: {len(missing)} adapters{cached}"
+        what = f"{STAGE.name}: {counted(len(missing), 'adapter')}{cached}"
         yield from plan_notes(self.run, what, units, cost, why)
         self.run.start(units)
 

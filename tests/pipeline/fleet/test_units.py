@@ -204,7 +204,7 @@ def test_in_units_of_this_machine_a_sweep_is_one_pass_to_the_bit(project: Path) 
     # grown: the units train what is new
     told = lora(*SWEEP, "--grid", "rank=1,2,4,8", "--on", "local", cwd=project)
     assert told.returncode == 0, told.stderr
-    assert "1 adapters, 3 from the cache, in 1 units" in told.stderr
+    assert "1 adapter, 3 from the cache, in 1 unit" in told.stderr
 
 
 def test_a_unit_s_error_is_told_once_and_the_others_go_on(project: Path) -> None:
