@@ -86,10 +86,10 @@ class Slurm:
 
     def cancel(self, run: Submission, numbers: Collection[int]) -> None:
         tasks = [f"{job}_{n}" for job, of in run.jobs for n in of if n in numbers]
-        # the signal to the batch shell too: it passes it on, and a checkpoint is written
-        subprocess.run(
-            ["scancel", "--full", "--signal=TERM", *tasks], capture_output=True, check=False
-        )
+        # the signal to the batch shell too: it passes it on, and a checkpoint is written; with a
+        # task that does not run scancel would try for 95 s
+        signal = ["scancel", "--full", "--signal=TERM", "--state=RUNNING"]
+        subprocess.run([*signal, *tasks], capture_output=True, check=False)
         subprocess.run(["scancel", *tasks], capture_output=True, check=False)
 
     def follow(self, run: Submission, script: str) -> None:

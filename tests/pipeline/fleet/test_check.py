@@ -4,6 +4,7 @@ import fcntl
 import json
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -177,9 +178,11 @@ def test_a_probe_that_waits_is_told_with_the_reason_and_canceled(
         for event in checking.check(open_project(project / "params.yaml"), "pool", 3.0):
             notes.extend(note_texts([event]))
 
+    begin = time.monotonic()
     with pytest.raises(
         UserError, match=r"the unit is queued .*, and is canceled\. Try again later"
     ):
         waiting()
     assert any("the unit is queued (" in note and "Ctrl-C cancels it" in note for note in notes)
     assert [job.state for job in slurm.jobs()] == ["CANCELLED"]
+    assert time.monotonic() - begin < 60.0  # scancel tries for 95 s to signal a task that waits
