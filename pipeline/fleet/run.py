@@ -186,7 +186,7 @@ class FleetRun:
 
     @property
     def has_ended(self) -> bool:
-        """Whether no unit has another attempt before it."""
+        """Whether every unit has ended."""
         return all((self.unit_folder(number) / EXIT).exists() for number in self.numbers())
 
 
