@@ -35,9 +35,11 @@ class MeasuredEntries:
 
     def read(self, model: str) -> dict[str, Any] | None:
         """What was measured of it; None if nothing was, or the entry is damaged."""
-        with suppress(UserError, Damaged, OSError), TemporaryDirectory() as name:
+        with suppress(Damaged, OSError), TemporaryDirectory() as name:
             folder = Path(name) / "entry"
-            if self._cache.restore(MEASUREMENTS, self.key(model), folder):
+            if not self._cache.restore(MEASUREMENTS, self.key(model), folder):
+                return None
+            with suppress(UserError):
                 return dict(artifact.read_json(folder / NUMBERS, ""))
         return None
 

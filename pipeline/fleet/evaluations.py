@@ -10,8 +10,9 @@ from pipeline.evaluation.measuring import measuring
 from pipeline.files import artifact
 from pipeline.fleet.plan import Cost, divided, parts_of, plan_notes
 from pipeline.fleet.run import open_run, wait
-from pipeline.fleet.unit import Unit
-from pipeline.project.cache import SHORT_KEY, Cache
+from pipeline.fleet.unit import Unit, unit_of
+from pipeline.project.cache import SHORT_KEY
+from pipeline.project.entries import open_cache
 from pipeline.project.runner import Event
 from pipeline.project.stage_graph import Project
 
@@ -39,12 +40,11 @@ class FleetEvaluation:
         names = (measured_name(project, adapter).replace(" ", "_") for adapter in adapters)
         self._adapters = dict(zip(names, adapters, strict=True))
         key = measuring(project).key
-        self._entries = MeasuredEntries(
-            Cache(project.cache), key, artifact.digest(first_folder(project))
-        )
         facts = json.dumps([key, *map(str, adapters)])
         name = hashlib.sha256(facts.encode()).hexdigest()[:SHORT_KEY]
         self.run = open_run(project, STAGE, name, cluster)
+        digest = artifact.digest(first_folder(project))
+        self._entries = MeasuredEntries(open_cache(project), key, digest)
 
     def events(self) -> Generator[Event, None, None]:
         """Measure what the cache has not. Raises UserError if something was not measured."""
@@ -67,9 +67,7 @@ class FleetEvaluation:
         yield from wait(self.run)
 
     def _unit(self, names: Sequence[str]) -> Unit:
-        command = [STAGE, "--part", "--params", self._project.params.file, *self._base]
+        command = [STAGE, "--part", *self._base]
         for name in names:
             command += ["--adapter", str(self._adapters[name].absolute())]
-        command += [f"--set={override}" for override in self._overrides]
-        root, cache = str(self._project.root), str(self._project.cache.resolve())
-        return Unit(command, " ".join(names) or "base", root, STAGE, cache)
+        return unit_of(self._project, self._overrides, command, " ".join(names) or "base", STAGE)

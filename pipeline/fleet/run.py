@@ -35,6 +35,7 @@ from pipeline.fleet.unit import (
     read_unit,
     write_unit,
 )
+from pipeline.project.entries import STORE
 from pipeline.project.logs.run_state import Journal
 from pipeline.project.runner import Event, Note, Progress
 from pipeline.project.stage_graph import RUNS, Project
@@ -203,6 +204,9 @@ def open_run(project: Project, stage: str, name: str, cluster: str, nodes: int =
             "Slurm."
         )
     run.engine.check()
+    if run.settings.store:
+        # for this process, which collects, and what it starts
+        os.environ[STORE] = run.settings.store
     return run
 
 

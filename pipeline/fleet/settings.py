@@ -17,6 +17,7 @@ from pipeline.fleet.engines import ENGINES
 from pipeline.project.params.schema import (
     ALLOW_EMPTY,
     Count,
+    File,
     Names,
     ReadBy,
     Section,
@@ -67,6 +68,7 @@ class Cluster(Section, frozen=True, kw_only=True):
     options: Annotated[
         Mapping[str, str], ALLOW_EMPTY, "further options of the engine, such as {partition: gpu}"
     ] = field(default_factory=dict)
+    store: Annotated[File, "DVC remote for machines that share no cache"] = ""
     setup: Annotated[Names, "shell lines before a unit, such as module load cuda"] = ()
 
 

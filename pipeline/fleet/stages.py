@@ -12,8 +12,9 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.fleet.plan import Cost, memory_of, plan_notes
 from pipeline.fleet.run import incomplete, open_run, wait
-from pipeline.fleet.unit import Unit
-from pipeline.project.cache import SHORT_KEY, Cache, cache_key
+from pipeline.fleet.unit import Unit, unit_of
+from pipeline.project.cache import SHORT_KEY, cache_key
+from pipeline.project.entries import open_cache
 from pipeline.project.params.edit import dump_inline
 from pipeline.project.runner import Event, input_facts, run
 from pipeline.project.stage_graph import Project, Stage
@@ -37,16 +38,13 @@ class StageRun:
 
     def unit(self, nodes: int) -> Unit:
         """The unit that makes it."""
-        project = self.project
-        command = [*self.stage.command.split()[1:], "--params", project.params.file, *self.more]
-        command += [f"--set={override}" for override in self.overrides]
-        root, cache = str(project.root), str(project.cache.resolve())
-        return Unit(command, self.label, root, self.stage.name, cache, nodes)
+        command = [*self.stage.command.split()[1:], *self.more]
+        return unit_of(self.project, self.overrides, command, self.label, self.stage.name, nodes)
 
     def is_made(self) -> bool:
         """Whether the cache has its result. Raises UserError if what it needs is not there."""
         key = cache_key(input_facts(self.project, self.stage))
-        return Cache(self.project.cache).has(self.stage.name, key)
+        return open_cache(self.project).has(self.stage.name, key)
 
 
 class FleetStages:

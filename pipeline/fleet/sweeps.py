@@ -5,9 +5,10 @@ from collections.abc import Generator, Iterator, Sequence
 from pipeline.errors import UserError
 from pipeline.fleet.plan import Cost, cost_of_adapters, divided, parts_of, plan_notes
 from pipeline.fleet.run import incomplete, open_run, wait
-from pipeline.fleet.unit import Unit
-from pipeline.project.adapter_entries import outcomes
-from pipeline.project.cache import ADAPTERS, SHORT_KEY, Cache, cache_key
+from pipeline.fleet.unit import Unit, unit_of
+from pipeline.project.cache import ADAPTERS, SHORT_KEY, cache_key
+from pipeline.project.entries import open_cache
+from pipeline.project.entries.adapter_entries import outcomes
 from pipeline.project.runner import Event, input_facts
 from pipeline.project.stage_graph import Project
 from pipeline.stages.methods.sweep import STAGE, WHOLE, Passes, entry_keys
@@ -27,8 +28,9 @@ class FleetSweep:
         stage = project.stage(STAGE.name)
         if stage.check:
             stage.check(project)
-        self._facts, self._cache = input_facts(project, stage), Cache(project.cache)
+        self._facts = input_facts(project, stage)
         self.run = open_run(project, stage.name, cache_key(self._facts)[:SHORT_KEY], cluster)
+        self._cache = open_cache(project)
 
     def events(self) -> Generator[Event, None, None]:
         """Train what the cache has not, pass after pass. Raises UserError."""
@@ -64,8 +66,5 @@ class FleetSweep:
         return [self._unit(half) for half in divided(names, 2)] if len(names) > 1 else []
 
     def _unit(self, names: Sequence[str]) -> Unit:
-        params = self._project.params.file
-        command = ["finetune", "sweep", "--params", params, "--only", ",".join(names)]
-        command += [f"--set={override}" for override in self._overrides]
-        root, cache = str(self._project.root), str(self._project.cache.resolve())
-        return Unit(command, " ".join(names), root, STAGE.name, cache)
+        command = ["finetune", "sweep", "--only", ",".join(names)]
+        return unit_of(self._project, self._overrides, command, " ".join(names), STAGE.name)

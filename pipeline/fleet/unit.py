@@ -23,10 +23,11 @@ from typing import Any, NamedTuple, Protocol
 
 from pipeline.errors import AGAIN, NO_MEMORY, UserError
 from pipeline.files.artifact import write_file
+from pipeline.project.entries import STORE
 from pipeline.project.logs import run_state
 from pipeline.project.logs.run_state import Journal
 from pipeline.project.process import WORK
-from pipeline.project.stage_graph import RUNS
+from pipeline.project.stage_graph import RUNS, Project
 
 UNIT, ATTEMPTS, EXIT, LOG = "unit.json", "attempts.jsonl", "exit.json", "log"
 MOST_VAIN = 3  # attempts in a row without progress
@@ -42,9 +43,10 @@ class Unit:
     label: str
     root: str  # the folder in which the command runs
     stage: str
-    cache: str  # the cache's folder, which the units share
+    cache: str  # the cache's folder, which units without a store share
     nodes: int = 1  # machines that run the command together
     half_of: int = 0  # the unit whose half it is, which ran out of memory
+    store: str = ""  # the DVC remote of machines that share no cache
 
 
 class Attempt(NamedTuple):
@@ -74,6 +76,21 @@ class Ended(NamedTuple):
 
     code: int
     message: str = ""
+
+
+def unit_of(
+    project: Project,
+    overrides: Sequence[str],
+    command: Sequence[str],
+    label: str,
+    stage: str,
+    nodes: int = 1,
+) -> Unit:
+    """The unit of a command on a project that was opened with `overrides`."""
+    command = [*command, "--params", project.params.file]
+    command += [f"--set={override}" for override in overrides]
+    root, cache, store = str(project.root), str(project.cache.resolve()), os.environ.get(STORE, "")
+    return Unit(command, label, root, stage, cache, nodes, store=store)
 
 
 def write_unit(folder: Path, unit: Unit) -> None:
@@ -160,7 +177,12 @@ def run_unit(folder: Path, job: Job | None = None) -> int:
 
 def _run(command: Sequence[str], unit: Unit, folder: Path) -> tuple[int, set[int]]:
     """The command's exit code, and the signals that asked it to stop."""
-    environment = {**os.environ, "LORA_CACHE": unit.cache, WORK: str(folder)}
+    environment = {**os.environ, WORK: str(folder)}
+    if unit.store:
+        environment[STORE] = unit.store
+        environment.setdefault("LORA_CACHE", unit.cache)  # `setup` may name a disk of the machine
+    else:
+        environment["LORA_CACHE"] = unit.cache
     if cores := environment.get(CORES):
         os.sched_setaffinity(0, map(int, cores.split(",")))  # the command inherits it
     signals, children = set[int](), list[subprocess.Popen[bytes]]()

@@ -16,6 +16,7 @@ from pipeline.files import artifact, base_model
 from pipeline.files.locks import Lock
 from pipeline.project import provenance
 from pipeline.project.cache import SHORT_KEY, Cache, Damaged, cache_key
+from pipeline.project.entries import open_cache
 from pipeline.project.logs import run_state
 from pipeline.project.logs.run_state import Settings
 from pipeline.project.probes import held
@@ -192,7 +193,7 @@ def _make(
     from concurrent.futures import ThreadPoolExecutor  # 10 ms, which the calculator does not need
 
     target, folder = project.output(stage.name), project.run_folder(stage.name)
-    cache = Cache(project.cache)
+    cache = open_cache(project)
     with ThreadPoolExecutor(1) as pool:
         if stage.trains and (force or _is_new(cache, project, stage)):
             pool.submit(import_module, "torch")  # while the base is hashed
@@ -231,7 +232,7 @@ def _make(
 def _store_parts(cache: Cache, stage: Stage, target: Path) -> None:
     """Store the adapters of an artifact that has several, each by itself, if the cache can."""
     if stage.kind == "adapters":
-        from pipeline.project.adapter_entries import store_adapters
+        from pipeline.project.entries.adapter_entries import store_adapters
 
         with suppress(OSError):
             store_adapters(cache, target)

@@ -31,7 +31,8 @@ from pipeline.inference.score import (
     score,
     score_answers,
 )
-from pipeline.project.cache import NAMED, Cache
+from pipeline.project.cache import NAMED
+from pipeline.project.entries import open_cache
 from pipeline.project.logs.run_log import LOSS, final_loss, flat_from, read_steps
 from pipeline.project.params.load import TRAINING
 from pipeline.project.params.sections import Evaluate, Training
@@ -250,7 +251,7 @@ class _Reference:
     ) -> None:
         self.name, self._folders, self._trusted, self._job = name, folders, trusted, job
         self._pool, digest = ModelPool(), artifact.digest(folders[0])
-        self._entries = MeasuredEntries(Cache(job.project.cache), job.key, digest)
+        self._entries = MeasuredEntries(open_cache(job.project), job.key, digest)
         self._measured: _Measured | None = None
 
     def numbers(self) -> dict[str, Any]:

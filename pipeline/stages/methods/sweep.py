@@ -345,11 +345,11 @@ def run_part(job: Job, names: Collection[str]) -> Generator[Event, None, None]:
 
     The passes before must be in the cache. Raises UserError, and whatever `train` raises.
     """
-    from pipeline.project.adapter_entries import outcomes, store_adapters
-    from pipeline.project.cache import Cache
+    from pipeline.project.entries import open_cache
+    from pipeline.project.entries.adapter_entries import outcomes, store_adapters
 
     check(job.project)
-    passes, cache = Passes(job.project), Cache(job.project.cache)
+    passes, cache = Passes(job.project), open_cache(job.project)
     while adapters := passes.ask():
         keys = entry_keys(job.project, job.input_facts, adapters)
         if not keys:
@@ -479,12 +479,12 @@ def _restored(
     job: Job, adapters: Mapping[str, Adapter], entries: Mapping[str, str]
 ) -> dict[str, Any]:
     """Name → outcome of the adapters that the cache has, copied to `job.out`, and their logs."""
-    from pipeline.project.adapter_entries import restore_adapter
-    from pipeline.project.cache import Cache
+    from pipeline.project.entries import open_cache
+    from pipeline.project.entries.adapter_entries import restore_adapter
     from pipeline.project.logs.run_log import DIVERGED
     from pipeline.training.saving import save_logs
 
-    cache, found = Cache(job.project.cache), dict[str, Any]()
+    cache, found = open_cache(job.project), dict[str, Any]()
     for name, (values, _) in adapters.items():
         outcome = name in entries and restore_adapter(cache, entries[name], job.out / name)
         if not outcome:
@@ -740,7 +740,7 @@ def _save_adapters(
     from pipeline.adapters.batched import only_adapter, trained_by
     from pipeline.files import artifact
     from pipeline.project import provenance
-    from pipeline.project.adapter_entries import OUTCOME
+    from pipeline.project.entries.adapter_entries import OUTCOME
     from pipeline.project.logs.run_log import DIVERGED, DONE, LOSS, STOPPED, final_loss, read_steps
     from pipeline.stages.finetune import facts_of_base, save_adapter_of
     from pipeline.training.saving import save_logs

@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 
 from pipeline.errors import UserError
 from pipeline.files import artifact
-from pipeline.fleet import store as module
-from pipeline.fleet.store import Store
 from pipeline.project.cache import Cache, Damaged
+from pipeline.project.entries import store as module
+from pipeline.project.entries.store import Store
 from tests.helpers.projects import cut_off, folder_bytes
 from tests.helpers.s3 import BUCKET, USER, serving_s3
 
@@ -107,11 +107,10 @@ def edit_manifest(store: Store, edit: Callable[[dict[str, Any]], object]) -> Non
 
 def test_a_result_reaches_another_machine_with_the_same_bytes(store: Store, tmp_path: Path) -> None:
     here, there = cache_with(tmp_path, FILES, note="é \u2028"), Cache(tmp_path / "there")
-    assert not store.has(STAGE, KEY) and store.keys(STAGE) == []
+    assert not store.has(STAGE, KEY)
     assert not store.pull(there, STAGE, KEY) and not there.has(STAGE, KEY)
     store.push(here, STAGE, KEY)
-    assert store.has(STAGE, KEY) and store.keys(STAGE) == [KEY]
-    assert store.keys("finetune") == []
+    assert store.has(STAGE, KEY)
     assert store.pull(there, STAGE, KEY)
     assert result(there) == result(here)
     assert {*result(there)} == {*FILES, "manifest.json"}
@@ -119,12 +118,21 @@ def test_a_result_reaches_another_machine_with_the_same_bytes(store: Store, tmp_
     assert there.restore(STAGE, KEY, tmp_path / "artifact")
 
 
-def test_keys_that_another_machine_pushed_later_are_listed(store: Store, tmp_path: Path) -> None:
-    keys = ["1" * 64, "2" * 64]
-    for count, key in enumerate(keys, 1):
-        other = replace(store, fs=type(store.fs)(**store.fs.config))
-        other.push(cache_with(tmp_path / key, FILES, key), STAGE, key)
-        assert store.keys(STAGE) == keys[:count]
+def test_a_damaged_result_that_another_machine_replaced_is_used(
+    store: Store, tmp_path: Path
+) -> None:
+    here, there = cache_with(tmp_path, FILES), Cache(tmp_path / "there")
+    other = replace(store, fs=type(store.fs)(**store.fs.config))
+    store.push(here, STAGE, KEY)
+    (path,) = (path for path in store.fs.find(store.root) if path.endswith("adapter.safetensors"))
+    store.fs.remove(path)
+    with pytest.raises(Damaged, match=r"adapter\.safetensors is missing"):
+        store.pull(there, STAGE, KEY)
+    other.push(here, STAGE, KEY)
+    with pytest.raises(Damaged, match=r"adapter\.safetensors is missing"):
+        store.pull(there, STAGE, KEY)
+    other.push(here, STAGE, KEY, replace=True)
+    assert store.pull(there, STAGE, KEY) and result(there) == result(here)
 
 
 def test_an_empty_result_is_one_too(store: Store, tmp_path: Path) -> None:
@@ -154,7 +162,7 @@ def test_a_machine_that_is_killed_between_files_leaves_no_result(
         killed.setattr(store.fs, "put", die)
         with pytest.raises(KeyboardInterrupt):
             store.push(here, STAGE, KEY)
-    assert not store.has(STAGE, KEY) and store.keys(STAGE) == []
+    assert not store.has(STAGE, KEY)
     assert not store.pull(there, STAGE, KEY)
     store.push(here, STAGE, KEY)
     assert store.pull(there, STAGE, KEY) and result(there) == result(here)
@@ -373,40 +381,6 @@ def test_a_hostile_manifest_writes_nothing_outside(
     inside = {str(path.relative_to(root)) for path in (there.root / STAGE / KEY).rglob("*")}
     outside = {name: content for name, content in folder_bytes(root).items() if name not in inside}
     assert outside == {**before, "there/.lock": b""} or outside == before
-
-
-def test_keys_are_names_that_a_terminal_can_show(folder_store: Store, tmp_path: Path) -> None:
-    folder_store.push(cache_with(tmp_path, FILES), STAGE, KEY)
-    for key in ("\x1b[2J", "a\nb"):
-        folder = Path(folder_store.root, module.CACHE, STAGE, key)
-        folder.mkdir()
-        (folder / "manifest.json").write_text("{}")
-    assert folder_store.keys(STAGE) == [KEY]
-
-
-@pytest.mark.parametrize("name", ["../a", "/a", "a/../../b", "a\\..\\b", "", "a//b", "\x1b[2J"])
-def test_files_of_runs_have_names_inside(name: str, folder_store: Store) -> None:
-    with pytest.raises(UserError, match="is not the name of a file of a run"):
-        folder_store.put_file(name, "a")
-    with pytest.raises(UserError, match="is not the name of a file of a run"):
-        folder_store.get_file(name)
-
-
-@pytest.mark.parametrize("text", ["", "143", "line\nline\n", "é\u2028"])
-def test_files_of_runs_come_back(text: str, store: Store) -> None:
-    assert store.get_file("run/units/0/log") is None
-    store.put_file("run/units/0/log", "first")
-    store.put_file("run/units/0/log", text)
-    assert store.get_file("run/units/0/log") == text
-
-
-def test_a_file_of_a_run_has_a_limit(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LARGEST_FILE", 10)
-    store.put_file("log", "0123456789")
-    assert store.get_file("log") == "0123456789"
-    store.put_file("log", "0123456789a")
-    with pytest.raises(UserError, match="log must have at most 10 bytes"):
-        store.get_file("log")
 
 
 def test_a_damaged_result_is_not_pushed(folder_store: Store, tmp_path: Path) -> None:

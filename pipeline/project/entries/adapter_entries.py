@@ -41,6 +41,8 @@ def outcomes(cache: Cache, entries: Mapping[str, str]) -> dict[str, Any]:
     found = dict[str, Any]()
     with suppress(UserError, KeyError):
         for name, key in entries.items():
+            if not cache.has(ADAPTERS, key):
+                return {}
             found[name] = artifact.read_manifest(cache.root / ADAPTERS / key)[OUTCOME]
         return found
     return {}
@@ -51,7 +53,9 @@ def restore_adapter(cache: Cache, key: str, target: Path) -> dict[str, Any] | No
 
     One that diverged has no files: `target` then has a manifest alone.
     """
-    with suppress(Damaged, OSError, UserError, KeyError, TypeError):
-        if cache.restore(ADAPTERS, key, target):
+    with suppress(Damaged, OSError):
+        if not cache.restore(ADAPTERS, key, target):
+            return None
+        with suppress(UserError, KeyError, TypeError):
             return dict(artifact.read_manifest(target)[OUTCOME])
     return None

@@ -2,7 +2,6 @@
 
     lora-cache/<stage>/<key>/<digest>/…      the files of a result
     lora-cache/<stage>/<key>/manifest.json   written last: without it there is no result
-    fleet/…                                  small text files of a run
 
 The files of a result stand under the digest of their names and contents. Two machines can make
 different bytes for one key, such as on two kinds of GPU. Neither overwrites files of the other, and
@@ -29,10 +28,12 @@ from pipeline.files.artifact import MANIFEST
 from pipeline.project.cache import Cache, Damaged
 
 CACHE = "lora-cache"
-FLEET = "fleet"
 SIZES = "sizes"  # in a manifest in the remote: name → bytes of each file
-LARGEST_FILE = 10_000_000  # bytes of a text file of a run
 LONGEST_NAME = 255  # bytes of a name in a folder, of most file systems
+
+
+class Unreachable(UserError):
+    """The remote does not answer, or refuses."""
 
 
 class _Contents(msgspec.Struct):
@@ -44,10 +45,7 @@ class _Contents(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Store:
-    """A DVC remote, with DVC's credentials.
-
-    Methods raise UserError if it cannot be reached.
-    """
+    """A DVC remote, with DVC's credentials. Methods raise Unreachable."""
 
     name: str
     fs: Any  # DVC's file system
@@ -78,9 +76,12 @@ class Store:
             problem = f"{name}: {first_line(error)}. See `dvc remote list`."
         raise UserError(f"fleet.yaml: store: {problem}")
 
-    def push(self, cache: Cache, stage: str, key: str) -> None:
-        """Upload a result, unless the store has it. Raises UserError if it is damaged."""
-        if self.has(stage, key):
+    def push(self, cache: Cache, stage: str, key: str, replace: bool = False) -> None:
+        """Upload a result, unless the store has it. Raises UserError if it is damaged.
+
+        `replace`: also if the store has one, which is damaged.
+        """
+        if not replace and self.has(stage, key):
             return
         folder = cache.root / stage / key
         manifest = artifact.verify(folder)
@@ -129,33 +130,13 @@ class Store:
         except Damaged:
             return False
 
-    def keys(self, stage: str) -> list[str]:
-        """The keys of a stage that have a manifest."""
-        names = (name.split("/") for name in self._list(self._path(CACHE, stage)))
-        return sorted(key for key, *rest in names if rest == [MANIFEST] and _is_inside(key))
-
-    def put_file(self, name: str, text: str) -> None:
-        """Write a small text file of a run."""
-        self._write(self._file(name), text)
-
-    def get_file(self, name: str) -> str | None:
-        """A text file of a run; None if there is none. Raises UserError if it is too large."""
-        return self._read(self._file(name), LARGEST_FILE)
-
     def _path(self, *parts: str) -> str:
         return str(self.fs.join(self.root, *parts))
-
-    def _file(self, name: str) -> str:
-        if not _is_inside(name):
-            raise UserError(
-                f"{name} is not the name of a file of a run. Name one such as ID/units/0/log."
-            )
-        return self._path(FLEET, name)
 
     def _manifest(self, stage: str, key: str) -> dict[str, Any] | None:
         """The manifest, with sizes; None if there is none. Raises Damaged."""
         path = self._path(CACHE, stage, key, MANIFEST)
-        text = self._read(path, artifact.LARGEST_JSON)
+        text = self._read(path)
         if text is None:
             return None
         try:
@@ -194,10 +175,11 @@ class Store:
             # not empty, as S3 has no range of an empty file to read
             self.fs.put_file(BytesIO(f"{text}\n".encode()), path)
 
-    def _read(self, path: str, most: int) -> str | None:
+    def _read(self, path: str) -> str | None:
         """The text that `_write` wrote; None if there is none. Raises UserError if it is larger
-        than `most` bytes.
+        than a manifest.
         """
+        most = artifact.LARGEST_JSON
         with self._explain_errors():
             try:
                 raw: bytes = self.fs.cat_file(path, start=0, end=most + 2)
@@ -209,11 +191,11 @@ class Store:
 
     @contextmanager
     def _explain_errors(self) -> Iterator[None]:
-        """UserError for whatever the remote's library raises: errors of some are no OSError."""
+        """Unreachable for whatever the remote's library raises: errors of some are no OSError."""
         try:
             yield
         except Exception as error:
-            raise UserError(
+            raise Unreachable(
                 f"fleet.yaml: store: {self.name}: {first_line(error).rstrip('.')}. "
                 f"Check it with `dvc status --cloud --remote {self.name}`."
             ) from error
