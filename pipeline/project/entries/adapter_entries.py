@@ -24,8 +24,6 @@ def store_adapters(cache: Cache, sweep: Path) -> None:
     """
     manifest = artifact.read_manifest(sweep)
     for name, key in manifest.get("entries", {}).items():
-        if cache.has(ADAPTERS, key):
-            continue
         folder = sweep / name
         if folder.is_dir():
             cache.store(ADAPTERS, key, folder)

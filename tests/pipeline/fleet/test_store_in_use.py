@@ -31,6 +31,7 @@ from tests.helpers.projects import (
     swept_weights,
 )
 from tests.helpers.s3 import BUCKET, USER, serving_s3
+from tests.helpers.slurm import cluster
 
 SETTINGS = ("finetune_lora.epochs=2", "finetune_sweep.grid={rank: [1, 2, 4]}")
 STAGE, KEY = "finetune_lora", "ab" * 32
@@ -220,23 +221,42 @@ def test_a_stage_whose_result_cannot_be_uploaded_ends_with_the_error_and_resumes
     assert [*(tmp_path / "team" / "lora-cache" / STAGE).glob("*/manifest.json")]
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ("fleet", "run", "lora", "--vary", "seed=0,1", "--set", "finetune_lora.epochs=2"),
-        ("evaluate", "--adapter", "artifacts/lora_adapter"),
-    ],
-)
-def test_other_commands_take_from_the_store_what_another_machine_made(
-    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Sequence[str]
+def test_a_part_that_was_not_uploaded_is_uploaded_by_the_next_attempt(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if command[0] == "evaluate":
-        make_one(project, STAGE, SETTINGS)
-    told = lora(*command, "--on", "pool", cwd=project)
+    monkeypatch.setenv("LORA_WORK", str(tmp_path / "unit"))
+    grid = [f"--set={setting}" for setting in SETTINGS]
+    for store, stored in (("", 0), ("team", 1)):
+        told = lora("finetune", "sweep", "--only", "rank-1", *grid, cwd=project, LORA_STORE=store)
+        assert told.returncode == 0, told.stderr
+        assert len(stored_adapters(tmp_path / "team")) == stored
+    assert len(trained(tmp_path / "unit")) == 1
+
+
+def test_clones_that_share_a_store_train_nothing_twice(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for clone, seeds, is_made in (("a", "0", False), ("b", "1", False), ("c", "0,1", True)):
+        root = tmp_path / clone
+        shutil.copytree(project, root)
+        monkeypatch.setenv("LORA_CACHE", str(root / "cache"))
+        command = ["fleet", "run", "lora", "--vary", f"seed={seeds}", f"--set={SETTINGS[0]}"]
+        told = lora(*command, "--on", "pool", cwd=root)
+        assert told.returncode == 0 and "all in the cache" in told.stdout, told.stderr
+        assert (" units on pool" not in told.stderr) == is_made
+    assert len([*(root / "cache" / STAGE).glob("[!.]*/")]) == 2
+
+
+def test_what_another_machine_measured_comes_from_the_store(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_one(project, STAGE, SETTINGS)
+    command = ["evaluate", "--adapter", "artifacts/lora_adapter", "--on", "pool"]
+    told = lora(*command, cwd=project)
     assert told.returncode == 0 and " units on pool" in told.stderr, told.stderr
-    shutil.rmtree(project / "artifacts/measured", ignore_errors=True)
+    shutil.rmtree(project / "artifacts/measured")
     monkeypatch.setenv("LORA_CACHE", str(tmp_path / "there"))
-    again = lora(*command, "--on", "pool", cwd=project)
+    again = lora(*command, cwd=project)
     assert (again.returncode, again.stdout) == (0, told.stdout), again.stderr
     assert "units" not in again.stderr
 
@@ -257,3 +277,20 @@ def test_a_sweep_goes_through_s3(
         another_machine(project, tmp_path / "there", monkeypatch)
         send(project)
         assert not trained(project) and swept_weights(project) == weights
+
+
+@pytest.mark.slow
+def test_nodes_of_slurm_have_the_caches_that_setup_names(project: Path, tmp_path: Path) -> None:
+    setup = f'export LORA_CACHE="{tmp_path}/disk-$SLURMD_NODENAME"'
+    pool = {"engine": "slurm", "store": "team", "at_once": 2, "setup": [setup]}
+    (project / "fleet.yaml").write_text(json.dumps({"pool": pool}))
+    grid = [f"--set={setting}" for setting in SETTINGS]
+    with cluster(tmp_path / "slurm") as nodes:
+        command = ["finetune", "sweep", *grid, "--on", "pool", "--parts", "2"]
+        told = lora(*command, cwd=project, **nodes.environment)
+    assert told.returncode == 0, told.stderr
+    assert "3 of 3 adapters are taken from the cache" in told.stderr
+    keys = stored_adapters(tmp_path / "team")
+    assert len(keys) == 3 and trained(project) == keys == cached_adapters(tmp_path / "here")
+    disks = [*tmp_path.glob("disk-node*")]
+    assert {key for disk in disks for key in cached_adapters(disk)} == {*keys}
