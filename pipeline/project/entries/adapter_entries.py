@@ -37,10 +37,10 @@ def store_adapters(cache: Cache, sweep: Path) -> None:
 def outcomes(cache: Cache, entries: Mapping[str, str]) -> dict[str, Any]:
     """Adapter → its outcome, if the cache has all of these entries; else empty."""
     found = dict[str, Any]()
+    if not all(cache.has(ADAPTERS, key) for key in entries.values()):
+        return found
     with suppress(UserError, KeyError):
         for name, key in entries.items():
-            if not cache.has(ADAPTERS, key):
-                return {}
             found[name] = artifact.read_manifest(cache.root / ADAPTERS / key)[OUTCOME]
         return found
     return {}

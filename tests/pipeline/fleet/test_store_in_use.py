@@ -14,6 +14,7 @@ from pipeline.fleet.engines import local
 from pipeline.fleet.sweeps import FleetSweep
 from pipeline.project.cache import ADAPTERS, Cache
 from pipeline.project.entries import stored_cache
+from pipeline.project.entries.adapter_entries import outcomes, restore_adapter
 from pipeline.project.entries.store import Store, Unreachable
 from pipeline.project.entries.stored_cache import StoredCache
 from pipeline.project.probes import held
@@ -200,6 +201,21 @@ def test_what_was_not_uploaded_stays_in_the_cache_and_is_uploaded_once_it_is_rea
         cache.store(STAGE, KEY, result(tmp_path / "made"))
     assert Cache(cache.root).has(STAGE, KEY) and not cache.remote.has(STAGE, KEY)
     assert cache.restore(STAGE, KEY, tmp_path / "again") and cache.remote.has(STAGE, KEY)
+
+
+def test_a_store_that_stops_to_answer_is_not_one_without_the_result(
+    cache: StoredCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ConnectionError("reset by peer")
+
+    assert not outcomes(cache, {"rank-1": KEY})
+    assert not restore_adapter(cache, KEY, tmp_path / "adapter")
+    monkeypatch.setattr(cache.remote.fs, "cat_file", refuse)
+    with pytest.raises(Unreachable, match="reset by peer"):
+        outcomes(cache, {"rank-1": KEY})
+    with pytest.raises(Unreachable, match="reset by peer"):
+        restore_adapter(cache, KEY, tmp_path / "adapter")
 
 
 def test_a_stage_whose_result_cannot_be_uploaded_ends_with_the_error_and_resumes_from_the_cache(
