@@ -13,6 +13,7 @@ from pipeline.fleet.engines import Place
 from pipeline.fleet.plan import Cost, parts_of
 from pipeline.fleet.run import find_run
 from pipeline.fleet.unit import end_unit, ended, oom_kills, read_unit
+from tests.helpers.fleets import new_fleet
 from tests.helpers.projects import BRIEF, lora, make_base, new_project, swept_weights
 
 SWEEP = ["finetune", "sweep", "--set", "finetune_lora.epochs=2", "--grid", "rank=1,2,4"]
@@ -114,20 +115,16 @@ def test_the_kernel_s_kills_are_read_of_this_cgroup(tmp_path: Path) -> None:
 
 
 def test_what_slurm_stopped_for_memory_has_failed_for_memory(
-    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = find_run(project, "")
-    (run.unit_folder(3) / "exit.json").unlink()
+    run = new_fleet(tmp_path, ["rank-1", "rank-2"], cluster="pool")
     squeue = tmp_path / "squeue"
-    squeue.write_text("#!/bin/sh\necho '42_3|OUT_OF_MEMORY|node5|OutOfMemory'\n")
+    squeue.write_text("#!/bin/sh\necho '42_2|OUT_OF_MEMORY|node5|OutOfMemory'\n")
     squeue.chmod(0o755)
-    (project / "fleet.yaml").write_text("local: {engine: slurm}")
+    (tmp_path / "fleet.yaml").write_text("pool: {engine: slurm}")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    run.jobs = [("42", [3])]
-    try:
-        state = run.states()[2]
-    finally:
-        (project / "fleet.yaml").unlink()
+    run.jobs = [("42", [1, 2])]
+    _, state = run.states()
     assert (state.state, state.code, state.node) == ("failed", NO_MEMORY, "node5")
-    ending = ended(run.unit_folder(3))
+    ending = ended(run.unit_folder(2))
     assert ending is not None and ending.code == NO_MEMORY
