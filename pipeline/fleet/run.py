@@ -110,11 +110,12 @@ class FleetRun:
         """Submit units that the run has not yet, and those that did not end well: not the latter
         where this process is the run's job in the queue.
 
-        A unit is told by its label. Returns the numbers of what was submitted.
+        A unit is told by its label and its project. Returns the numbers of what was submitted.
         """
         states = self.states()
-        known = {unit.label for unit in states}
-        numbers = self.add([unit for unit in units if unit.label not in known])
+        there = [read_unit(self.unit_folder(unit.number)) for unit in states]
+        known = {(unit.root, unit.label) for unit in there}
+        numbers = self.add([unit for unit in units if (unit.root, unit.label) not in known])
         if os.environ.get(FOLLOWS) != self.name:
             again = (unit for unit in states if unit.state in ("failed", "stopped"))
             # of the others `wait` makes halves

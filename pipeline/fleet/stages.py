@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from graphlib import TopologicalSorter
 from itertools import product
 from pathlib import Path
@@ -56,6 +56,7 @@ class FleetStages:
         facts = [[str(w.project.root), w.stage.name, *w.overrides, *w.more] for w in wanted]
         name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:SHORT_KEY]
         self._wanted, self._nodes = wanted, nodes
+        self._of_several = len({stage.project.root for stage in wanted}) > 1  # projects
         self.run = open_run(first.project, first.stage.name, name, cluster, nodes)
 
     def events(self) -> Generator[Event, None, None]:
@@ -70,7 +71,7 @@ class FleetStages:
         missing = [stage for stage in stages if not stage.is_made()]
         if not missing:
             return
-        units = [stage.unit(nodes) for stage in missing]
+        units = [self._unit(stage, nodes) for stage in missing]
         costs = [memory_of(stage.project, stage.stage) for stage in missing if nodes == 1]
         largest = max(costs, key=lambda cost: cost.memory(1), default=Cost())
         what = f"{len(units)} of {len(stages)} results"
@@ -79,6 +80,12 @@ class FleetStages:
         yield from wait(self.run)
         if any(not stage.is_made() for stage in missing):
             raise incomplete(self.run, missing[0].project.cache)
+
+    def _unit(self, stage: StageRun, nodes: int) -> Unit:
+        unit = stage.unit(nodes)
+        if self._of_several:
+            return replace(unit, label=f"{stage.project.root.name}/{unit.label}")
+        return unit
 
 
 def _waves(wanted: Sequence[StageRun]) -> list[list[StageRun]]:
