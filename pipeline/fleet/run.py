@@ -290,7 +290,8 @@ def incomplete(run: FleetRun, cache: Path) -> UserError:
     """The error where units have ended well and the cache lacks what they made."""
     return UserError(
         f"The units of {run.name} have ended, and the cache in {cache} has not all of their "
-        "results. Is it the folder that the other machines see? Set LORA_CACHE."
+        "results. Is it the folder that the other machines see? Set LORA_CACHE. Do they have "
+        "this version of lora? `lora fleet logs` shows what they made."
     )
 
 
