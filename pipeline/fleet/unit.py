@@ -145,6 +145,8 @@ def run_unit(folder: Path, job: Job | None = None) -> int:
     ends, and the next attempt goes on from there.
     """
     unit = read_unit(folder)
+    if ended(folder) is not None:  # Slurm requeues jobs that it preempted once more at their end
+        return 0
     seen = journal(folder, unit)
     earlier, done = attempts(folder), seen.done if seen else 0
     attempt = Attempt(node_name(), os.getpid(), time.time(), done)

@@ -1,6 +1,7 @@
 """Sweeps on Slurm: four nodes on this machine, that die, are lost, are downed, and run out of time."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -121,6 +122,24 @@ def test_before_the_time_limit_a_unit_writes_its_checkpoint_and_goes_on(
     assert all(len(sweep.attempts(number)) > 1 for number in range(1, 5))
     assert all("resumed after step" in sweep.log(number) for number in range(1, 5))
     assert_as_in_one_pass(project, [*GRID, *LONG, "--set", "finetune_lora.epochs=3000"])
+
+
+@pytest.mark.slow
+def test_preempted_units_write_a_checkpoint_and_go_on(
+    project: Path, slurm: Slurm, send: Callable[..., Sent]
+) -> None:
+    urgent = "PartitionName=urgent", "Nodes=ALL", "PriorityTier=10"
+    slurm.run("scontrol", "create", *urgent)
+    sweep = send(*GRID, *LONG)
+    wait_for(lambda: all(sweep.checkpoints(number) for number in range(1, 5)), PATIENCE)
+    options = "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null"
+    slurm.run("sbatch", *options, "--wrap=sleep 1")
+    sweep.end()
+    preempted = [number for number in range(1, 5) if len(sweep.attempts(number)) > 1]
+    assert len(preempted) >= 2
+    steps = [int(re.findall(r"resumed after step (\d+)", sweep.log(n))[0]) for n in preempted]
+    assert any(step % 100 for step in steps)  # not those of the last regular checkpoint
+    assert_as_in_one_pass(project, [*GRID, *LONG])
 
 
 @pytest.mark.slow
