@@ -309,7 +309,7 @@ def incomplete(run: FleetRun, cache: Path) -> UserError:
     return UserError(
         f"The units of {run.name} have ended, and the cache in {cache} has not all of their "
         "results. Is it the folder that the other machines see? Set LORA_CACHE, or `store` in "
-        "fleet.yaml."
+        "fleet.yaml. Do they have this version of lora? `lora fleet check` compares it."
     )
 
 

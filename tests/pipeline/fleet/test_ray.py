@@ -193,7 +193,7 @@ def test_cancelled_units_write_checkpoints_and_the_same_command_goes_on(
     assert_stopped(project)
 
     sweep = send(*GRID, *LONG)
-    wait_for(lambda: len(sweep.attempts(1)) > 1 and len(sweep.attempts(2)) > 1, PATIENCE)
+    wait_for(lambda: min(resumed(sweep)) > 0, PATIENCE)
     sweep.process.send_signal(signal.SIGINT)
     _, errors = sweep.process.communicate(timeout=PATIENCE)
     assert sweep.process.returncode == 130 and "Traceback" not in errors
@@ -201,15 +201,18 @@ def test_cancelled_units_write_checkpoints_and_the_same_command_goes_on(
     assert_stopped(project)
 
     send(*GRID, *LONG).end()
-    assert "resumed after step" in sweep.log(1) and "resumed after step" in sweep.log(2)
+    assert min(resumed(sweep)) > 1
     assert_as_in_one_pass(project, [*GRID, *LONG])
 
 
+def resumed(sweep: Sent) -> list[int]:
+    """How often each unit went on from a checkpoint."""
+    return [sweep.log(number).count("resumed after step") for number in (1, 2)]
+
+
 def assert_stopped(project: Path) -> None:
-    """With a checkpoint each, and no process goes on."""
     (run,) = json.loads(lora("fleet", "--json", cwd=project).stdout)
     assert [unit["state"] for unit in run["units"]] == ["stopped", "stopped"]
-    assert all(unit["step"] > 0 for unit in run["units"])
 
 
 @pytest.mark.slow

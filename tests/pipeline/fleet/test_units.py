@@ -369,7 +369,7 @@ def test_ctrl_c_stops_the_units_and_the_same_command_goes_on(project: Path) -> N
     assert "are stopped; the same command goes on from their checkpoints" in errors
     assert "Traceback" not in errors
     (run,) = listed(project)
-    assert {unit["state"] for unit in run["units"]} == {"lost"}
+    assert {unit["state"] for unit in run["units"]} == {"stopped"}
 
 
 def test_a_run_is_listed_with_how_far_it_is(
