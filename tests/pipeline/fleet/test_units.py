@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -275,6 +276,19 @@ def test_methods_that_are_none_are_refused(project: Path) -> None:
     told = lora("fleet", "run", "lora", "dora", cwd=project)
     message = refusal((told.returncode, told.stdout, told.stderr))
     assert "dora is not a method. There is scratch, full, freeze, lora," in message
+
+
+def test_units_of_two_projects_are_told_apart(project: Path, tmp_path: Path) -> None:
+    second = tmp_path / "second"
+    shutil.copytree(project, second)
+    folders = [f"--project={folder}" for folder in (project, second)]
+    told = lora("fleet", "run", "lora", *folders, "--set=finetune_lora.epochs=2", cwd=project)
+    assert told.returncode == 0, told.stderr
+    (run,) = listed(project)
+    made = [unit["makes"] for unit in run["units"]]
+    assert made == [["mini/finetune_lora,epochs=2"], ["second/finetune_lora,epochs=2"]]
+    for root in (project, second):
+        assert list(root.glob(".lora-cache/finetune_lora/*/adapter_model.safetensors"))
 
 
 def test_a_requeue_outside_a_job_is_refused(tmp_path: Path) -> None:
