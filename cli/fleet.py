@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -61,13 +61,13 @@ def show(context: Context, as_json: JsonOption = False) -> None:
 
     if context.invoked_subcommand is not None:
         return
-    runs = [(run, run.states()) for run in find_runs(Path())]
+    runs = [(run, *run.look()) for run in find_runs(Path())]
     if as_json:
-        print_json([_document(run, states) for run, states in runs])
+        print_json([_document(run, states) for run, states, _ in runs])
         return
     if not runs:
         print_line("No run of a fleet is here. `lora finetune sweep --on local` starts one.")
-    for run, states in runs:
+    for run, states, problem in runs:
         rows = []
         for unit in states:
             seen = unit.journal
@@ -76,7 +76,7 @@ def show(context: Context, as_json: JsonOption = False) -> None:
             counts = str(unit.number), str(unit.attempts)
             rows.append([counts[0], unit.state, unit.node, counts[1], step, left, unit.label])
         makes = "adapters" if run.stage in OF_ADAPTERS else "makes"
-        print_line(f"{run.name}  {run.stage} on {run.cluster}")
+        print_line(f"{run.name}  {run.stage} on {run.cluster}{problem and f'  ✗ {problem}'}")
         print_line(_progress(states))
         print_table(["unit", "state", "node", "attempts", "step", "left", makes], rows)
 
@@ -200,6 +200,11 @@ def retry(name: RunArgument, units: UnitsArgument = None) -> None:
     from pipeline.fleet.run import find_run
 
     run = find_run(Path(), name)
+    if units and not run.engine.has_queue:
+        raise UserError(
+            f"{run.cluster} has no queue: the command starts all units that did not end well. Leave "
+            "out UNIT."
+        )
     ended = [unit.number for unit in run.states() if unit.state in ("failed", "stopped", "lost")]
     chosen = [number for number in ended if not units or number in units]
     if chosen and run.engine.has_queue:
@@ -219,8 +224,11 @@ def collect(name: RunArgument) -> None:
 
 def _collect(run: FleetRun) -> NoReturn:
     """The command that started the run, again, in the folder in which it was typed."""
-    command = [sys.executable, "-P", "-m", "lora_workbench", *run.command]
-    raise Exit(subprocess.run(command, cwd=run.place, check=False).returncode)
+    words = [word for word in run.command if word != "--detach"]
+    os.chdir(run.place)
+    sys.stdout.flush()
+    # in this process, which then has Ctrl-C and its question
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "lora_workbench", *words])
 
 
 @fleet.command()

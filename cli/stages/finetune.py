@@ -369,6 +369,8 @@ def wait_for(sent: FleetSweep | FleetStages | FleetEvaluation, detach: bool = Fa
         print_line(f"{run.name} is in the queue, and what follows it. `lora fleet` shows it.")
         raise Exit from None
     except KeyboardInterrupt:
+        if run.is_elsewhere:
+            raise Interrupted(SIGINT, f"the units of {run.name} go on", False) from None
         again = "the same command goes on from their checkpoints"
         if not run.engine.has_queue or _wants_to_cancel():
             cancel(run)

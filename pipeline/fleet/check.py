@@ -14,7 +14,7 @@ import msgspec
 from pipeline.errors import UserError
 from pipeline.files.locks import flock
 from pipeline.files.text import duration, in_units, printable
-from pipeline.fleet.run import POLL, FleetRun, open_run
+from pipeline.fleet.run import POLL, FleetRun, cancel, open_run
 from pipeline.fleet.settings import Cluster
 from pipeline.fleet.states import UnitState
 from pipeline.fleet.unit import LOG, LONGEST, Unit, node_name
@@ -126,8 +126,9 @@ def check(
             has_locks = flock(stack.enter_context((folder / LOCK).open("a")))
         except OSError as error:
             raise UserError(f"{folder}: {error.strerror}. Set LORA_CACHE to a folder.") from None
-        stack.callback(_stop, run)
-        run.start([unit])
+        # after Ctrl-C or too long a time the unit must not stay in the queue
+        stack.callback(cancel, run)
+        yield from run.start([unit])
         state = yield from _ended(run, limit)
         there = _read(run, state)
         here = facts()
@@ -143,12 +144,6 @@ def _remove(folder: Path) -> None:
     with suppress(OSError):  # another probe's is there
         folder.parent.rmdir()
         folder.parent.parent.rmdir()
-
-
-def _stop(run: FleetRun) -> None:
-    """After Ctrl-C or too long a time the unit must not stay in the queue."""
-    if any(state.state not in ("done", "failed") for state in run.states()):
-        run.engine.cancel(run, [1])
 
 
 def _ended(run: FleetRun, limit: float) -> Generator[Event, None, UnitState]:

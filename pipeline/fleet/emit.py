@@ -47,8 +47,8 @@ def units_of(wanted: StageRun, most: int, parts: int | None, nodes: int) -> list
     facts = input_facts(project, stage)  # what it needs is there
     if stage.kind != "adapters":
         return [wanted.unit(nodes)]
-    if nodes > 1:
-        raise UserError("A sweep's unit runs on one machine. Leave out --nnodes.")
+    if nodes > 1 or wanted.more:
+        raise UserError("A sweep's unit runs on one device. Leave out --nnodes and --devices.")
     if stage.check:
         stage.check(project)
     passes = Passes(project)

@@ -64,7 +64,7 @@ class FleetEvaluation:
 
     def _make(self, what: str, units: Sequence[Unit], why: str = "") -> Iterator[Event]:
         yield from plan_notes(self.run, f"{STAGE}: {what}", units, Cost(), why)
-        self.run.start(units)
+        yield from self.run.start(units)
         yield from wait(self.run)
 
     def _unit(self, names: Sequence[str]) -> Unit:

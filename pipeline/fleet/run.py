@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,16 +20,19 @@ from pathlib import Path
 from pipeline.errors import NO_MEMORY, UserError
 from pipeline.files.artifact import write_file
 from pipeline.files.file_tail import file_stamp
+from pipeline.files.locks import Lock
 from pipeline.fleet.engines import ENGINES, Engine, Queued
 from pipeline.fleet.settings import Cluster, read_cluster
 from pipeline.fleet.states import ENDED, Fleet, State, UnitState, joined, state_by_files
 from pipeline.fleet.unit import (
     EXIT,
     MOST_VAIN,
+    STOP,
     UNIT,
     Ended,
     Unit,
     attempts,
+    begin_anew,
     end_unit,
     ended,
     journal,
@@ -40,10 +43,18 @@ from pipeline.project.entries import STORE
 from pipeline.project.runner import Event, Note, Progress
 from pipeline.project.stage_graph import RUNS, Project
 
-RUN, UNITS, FLEET = "run.json", "units", "fleet"
+RUN, UNITS, FLEET, LOCK = "run.json", "units", "fleet", "lock"
 FOLLOWS = "LORA_FOLLOWS"  # environment variable of a run's job in the queue: its name
 STARTS = ("finetune", "train", "evaluate", "fleet")  # the commands that start runs
 POLL = 1.0  # seconds between two looks at the units
+
+
+Halves = Callable[[Unit], Sequence[Unit]]
+
+
+def no_halves(_unit: Unit) -> Sequence[Unit]:
+    """Of units that cannot be divided."""
+    return ()
 
 
 class Detached(Exception):
@@ -62,6 +73,8 @@ class FleetRun:
     place: Path = Path()  # the folder in which they were typed
     jobs: list[tuple[str, list[int]]] = field(default_factory=list)  # of the engine, with units
     detaches: bool = False  # whether a job in the queue waits for the units, and no process
+    is_elsewhere: bool = False  # whether another command runs the units, and this one waits
+    _lock: Lock | None = None  # of a command whose units end with it
 
     @property
     def name(self) -> str:
@@ -106,28 +119,58 @@ class FleetRun:
             write_unit(self.unit_folder(number), unit)
         return list(range(first, first + len(units)))
 
-    def start(self, units: Sequence[Unit]) -> list[int]:
-        """Submit units that the run has not yet, and those that did not end well: not the latter
-        where this process is the run's job in the queue.
+    def start(
+        self, units: Sequence[Unit], halves: Halves = no_halves, missing: Collection[str] = ()
+    ) -> Iterator[Event]:
+        """Submit units that the run has not yet, those that did not end well, and those whose
+        results are gone: only the first where this process is the run's job in the queue.
 
-        A unit is told by its label and its project. Returns the numbers of what was submitted.
+        A unit is told by its label and its project. Where units end with their command, another
+        command's are waited for first. `halves`: as of `wait`; `missing`: words of labels without
+        a result, beside those of `units`.
         """
+        waited = False
+        if not self.engine.has_queue:
+            waited = yield from self._attend()
         states = self.states()
         there = [read_unit(self.unit_folder(unit.number)) for unit in states]
         known = {(unit.root, unit.label) for unit in there}
         numbers = self.add([unit for unit in units if (unit.root, unit.label) not in known])
         if os.environ.get(FOLLOWS) != self.name:
-            again = (unit for unit in states if unit.state in ("failed", "stopped"))
+            words = {*missing, *(word for unit in units for word in unit.label.split())}
+            gone = [unit for unit in states if unit.is_whole and words & {*unit.label.split()}]
+            if waited:  # what the other command has made was missing before
+                gone = []
+            again = [unit for unit in states if unit.state in ("failed", "stopped")]
             # of the others `wait` makes halves
-            numbers += [unit.number for unit in again if unit.code != NO_MEMORY]
+            again = [unit for unit in again if not self.halves_of(unit, halves)]
+            numbers += [unit.number for unit in (*again, *gone)]
         if numbers:
             self.submit(numbers)
-        return numbers
+
+    def halves_of(self, state: UnitState, halves: Halves) -> Sequence[Unit]:
+        """Two units in place of one that ran out of memory, unless it is a half."""
+        unit = read_unit(self.unit_folder(state.number))
+        return () if state.code != NO_MEMORY or unit.half_of else halves(unit)
+
+    def _attend(self) -> Generator[Event, None, bool]:
+        """Hold the run's lock until this process ends. Returns whether another had it."""
+        if self._lock is not None:
+            return False
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = Lock(self.folder / LOCK)
+        if self._lock.acquire(wait=False):
+            return False
+        self.is_elsewhere = True
+        yield Note(f"{self.name}: {self._lock.holder} runs its units; this command waits")
+        self._lock.acquire()
+        self.is_elsewhere = False
+        return True
 
     def submit(self, numbers: Collection[int]) -> None:
         """Let the engine start units, anew where they had ended."""
         for number in numbers:
-            (self.unit_folder(number) / EXIT).unlink(missing_ok=True)
+            begin_anew(self.unit_folder(number))
         self.save()
         self.jobs.append((self.engine.submit(self, numbers), sorted(numbers)))
         self.save()
@@ -171,9 +214,18 @@ class FleetRun:
                 state, ending = "failed", Ended(NO_MEMORY, reason)
             else:
                 state = now.state
+        elif (folder / STOP).exists():
+            state = "stopped"
         seen, code = journal(folder, unit), ending.code if ending else 0
         count = len(made)
         return UnitState(number, unit.label, state, node, count, seen, reason, code, unit.stage)
+
+    def look(self) -> tuple[Sequence[UnitState], str]:
+        """What units do, and why only files tell it, if the engine cannot be asked."""
+        try:
+            return self.states(), ""
+        except UserError as error:
+            return self.by_files().units, str(error)
 
     def by_files(self) -> Fleet:
         """What its units do, as far as files tell: the engine is not asked."""
@@ -198,9 +250,8 @@ def open_run(project: Project, stage: str, name: str, cluster: str, nodes: int =
     """
     folder = project.root / RUNS / stage / FLEET / name
     run = FleetRun(folder, stage, cluster, project.root, sys.argv[1:], Path.cwd())
-    # those of a command that has ended are over without a queue
-    if run.engine.has_queue and folder.is_dir():
-        run.jobs = read_run(folder).jobs
+    if (folder / RUN).is_file():
+        run.jobs = _jobs_before(read_run(folder), run)
     if nodes > 1 and not run.engine.has_gangs:
         raise UserError(
             f"--on {cluster} runs a unit on one machine. Leave out --nnodes, or name a cluster of "
@@ -211,6 +262,20 @@ def open_run(project: Project, stage: str, name: str, cluster: str, nodes: int =
         # for this process, which collects, and what it starts
         os.environ[STORE] = run.settings.store
     return run
+
+
+def _jobs_before(before: FleetRun, run: FleetRun) -> list[tuple[str, list[int]]]:
+    """The jobs of a run that is there already. Raises UserError if they go on elsewhere."""
+    if before.cluster != run.cluster:
+        units, _ = before.look()
+        if any(unit.state in ("queued", "running") for unit in units):
+            raise UserError(
+                f"{run.name} goes on on {before.cluster}. Wait for it, or stop it first by `lora "
+                f"fleet cancel {run.name}`."
+            )
+        return []
+    # those of a command that has ended are over without a queue
+    return before.jobs if run.engine.has_queue else []
 
 
 def read_run(folder: Path) -> FleetRun:
@@ -263,9 +328,7 @@ def find_run(root: Path, name: str) -> FleetRun:
     return named[0]
 
 
-def wait(
-    run: FleetRun, halves: Callable[[Unit], Sequence[Unit]] = lambda _unit: ()
-) -> Iterator[Event]:
+def wait(run: FleetRun, halves: Halves = no_halves) -> Iterator[Event]:
     """Wait until every unit has ended, and start those again that were lost.
 
     `halves`: two units instead of one that ran out of memory; none if it cannot be divided. Each
@@ -274,10 +337,10 @@ def wait(
     told = set[int]()
     while True:
         states = run.states()
-        for unit in [unit for unit in states if unit.code == NO_MEMORY]:
-            if note := _divide(run, unit.number, halves):
-                yield note
-                states = run.states()
+        for unit in states:
+            if parts := run.halves_of(unit, halves):
+                yield _divide(run, unit, parts)
+        states = run.states()
         for unit in states:
             if unit.state == "failed" and unit.number not in told:
                 told.add(unit.number)
@@ -313,18 +376,13 @@ def incomplete(run: FleetRun, cache: Path) -> UserError:
     )
 
 
-def _divide(run: FleetRun, number: int, halves: Callable[[Unit], Sequence[Unit]]) -> Note | None:
-    """Start halves in place of a unit, unless it is one; returns what to say."""
-    folder = run.unit_folder(number)
-    unit = read_unit(folder)
-    parts = () if unit.half_of else halves(unit)
-    if not parts:
-        return None
-    numbers = run.add([replace(part, half_of=number) for part in parts])
+def _divide(run: FleetRun, unit: UnitState, parts: Sequence[Unit]) -> Note:
+    """Start halves in place of a unit; returns what to say."""
+    numbers = run.add([replace(part, half_of=unit.number) for part in parts])
     words = f"ran out of memory; units {_listed(numbers)} make half of it each"
-    end_unit(folder, 0, words)
+    end_unit(run.unit_folder(unit.number), 0, words)
     run.submit(numbers)
-    return Note(f"unit {number} ({unit.label}) {words}")
+    return Note(f"unit {unit.number} ({unit.label}) {words}")
 
 
 def _progress(states: Sequence[UnitState]) -> Progress:
@@ -340,6 +398,8 @@ def cancel(run: FleetRun, numbers: Sequence[int] = ()) -> list[int]:
     """Stop units, by default all that have not ended; returns their numbers."""
     going = [unit.number for unit in run.states() if unit.state not in ENDED]
     chosen = [number for number in going if not numbers or number in numbers]
+    for number in chosen:  # on whichever machine it is
+        (run.unit_folder(number) / STOP).touch()
     if chosen:
         run.engine.cancel(run, chosen)
     return chosen

@@ -66,9 +66,11 @@ class Cluster(Section, frozen=True, kw_only=True):
 
     engine: Annotated[Engine, "what runs the units"] = LOCAL
     address: Annotated[Address, "the head of Ray's cluster; empty: one of this machine alone"] = ""
-    gpus: Annotated[Steps, "GPUs of a unit"] = 0
-    cpus: Annotated[Steps, "CPU cores of a unit; 0: as the engine decides"] = 0
-    memory: Annotated[Memory, "main memory of a unit; empty: as the engine decides"] = ""
+    gpus: Annotated[Steps, "GPUs of a unit on each machine"] = 0
+    cpus: Annotated[Steps, "CPU cores of a unit on each machine; 0: as the engine decides"] = 0
+    memory: Annotated[
+        Memory, "main memory of a unit on each machine; empty: as the engine decides"
+    ] = ""
     time: Annotated[Duration, "a unit's time limit, at which it goes on in another attempt"] = (
         14_400
     )

@@ -76,7 +76,7 @@ class FleetStages:
         largest = max(costs, key=lambda cost: cost.memory(1), default=Cost())
         what = f"{len(units)} of {len(stages)} results"
         yield from plan_notes(self.run, what, units, largest)
-        self.run.start(units)
+        yield from self.run.start(units)
         yield from wait(self.run)
         if any(not stage.is_made() for stage in missing):
             raise incomplete(self.run, missing[0].project.cache)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from pipeline.files.locks import is_running
 from pipeline.files.text import counted
 from pipeline.fleet.unit import Attempt, Unit, attempts, ended, journal, node_name, read_unit
 from pipeline.project.logs import run_state
@@ -34,6 +33,11 @@ class UnitState:
     reason: str = ""  # the error, or why it waits
     code: int = 0  # exit code of one that failed
     stage: str = ""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it has made what its label says, and no halves in its place."""
+        return self.state == "done" and not self.reason
 
 
 class Fleet(NamedTuple):
@@ -67,7 +71,7 @@ def state_by_files(number: int, folder: Path) -> UnitState:
     state: State = "waiting"
     reason, code = "", 0
     if ending is not None:
-        code, reason = ending
+        code, reason = ending.code, ending.message
         state = "failed" if code else "done"
     elif made and _is_alive(folder, unit, made[-1]):
         state = "running"
@@ -81,7 +85,7 @@ def _is_alive(folder: Path, unit: Unit, last: Attempt) -> bool:
     if run_state.alive(folder / RUNS / unit.stage):
         return True
     if last.node == node_name():
-        return is_running(last.pid)
+        return last.runs_here
     return time.time() - last.started < STARTING
 
 

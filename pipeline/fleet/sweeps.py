@@ -60,7 +60,7 @@ class FleetSweep:
         cached = f", {total - len(missing)} from the cache" if len(missing) < total else ""
         what = f"{STAGE.name}: {counted(len(missing), 'adapter')}{cached}"
         yield from plan_notes(self.run, what, units, cost, why)
-        self.run.start(units)
+        yield from self.run.start(units, self._halves, missing)
 
     def _halves(self, unit: Unit) -> list[Unit]:
         names = unit.label.split()

@@ -21,12 +21,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, Protocol
+from typing import Protocol
 
 import msgspec
 
 from pipeline.errors import AGAIN, NO_MEMORY, UserError
 from pipeline.files.artifact import write_file
+from pipeline.files.locks import is_running, process_state
 from pipeline.project.entries import STORE
 from pipeline.project.logs import run_state
 from pipeline.project.logs.run_state import Journal
@@ -34,6 +35,7 @@ from pipeline.project.process import WORK
 from pipeline.project.stage_graph import RUNS, Project
 
 UNIT, ATTEMPTS, EXIT, LOG = "unit.json", "attempts.jsonl", "exit.json", "log"
+BEFORE = "before"  # in a unit's folder: attempts before a user started it anew
 STOP = "stop"  # in a unit's folder: its attempt is to end, on whichever machine it is
 POLL = 1.0  # seconds between two looks at it
 MOST_VAIN = 3  # attempts in a row without progress
@@ -56,13 +58,20 @@ class Unit:
     store: str = ""  # the DVC remote of machines that share no cache
 
 
-class Attempt(NamedTuple):
+@dataclass(frozen=True)
+class Attempt:
     """A process that ran a unit; `done`: units of work before it."""
 
     node: str
     pid: int
     started: float
     done: int
+    ticks: str = ""  # when the process started, by its machine: another may get its number
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether it is a process of this machine that has not ended."""
+        return self.node == node_name() and is_running(self.pid, self.ticks)
 
 
 class Job(Protocol):
@@ -78,7 +87,8 @@ class Job(Protocol):
         """Whether what `together` printed tells that a machine was lost."""
 
 
-class Ended(NamedTuple):
+@dataclass(frozen=True)
+class Ended:
     """How a unit ended: 0, or an error's message."""
 
     code: int
@@ -123,20 +133,26 @@ def attempts(folder: Path) -> list[Attempt]:
     """A unit's attempts so far."""
     made = list[Attempt]()
     with suppress(OSError):
-        for line in (folder / ATTEMPTS).read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError, TypeError, KeyError):  # half of a line, of a killed process
-                row = json.loads(line)
-                node, pid = str(row["node"]), int(row["pid"])
-                made.append(Attempt(node, pid, float(row["started"]), int(row["done"])))
+        for line in (folder / ATTEMPTS).read_bytes().splitlines():
+            with suppress(ValueError):  # half of a line, of a killed process
+                made.append(msgspec.json.decode(line, type=Attempt))
     return made
 
 
 def ended(folder: Path) -> Ended | None:
     """How a unit ended; None if it has not."""
-    with suppress(OSError, ValueError, TypeError, KeyError):
-        row = json.loads((folder / EXIT).read_text(encoding="utf-8"))
-        return Ended(int(row["code"]), str(row["message"]))
+    with suppress(OSError, ValueError):
+        return msgspec.json.decode((folder / EXIT).read_bytes(), type=Ended)
     return None
+
+
+def begin_anew(folder: Path) -> None:
+    """Forget how a unit ended or was stopped. Attempts before do not count as vain then."""
+    endings = [path for path in (folder / EXIT, folder / STOP) if path.exists()]
+    if endings:
+        write_file(folder / BEFORE, str(len(attempts(folder))))
+    for path in endings:
+        path.unlink(missing_ok=True)
 
 
 def journal(folder: Path, unit: Unit) -> Journal | None:
@@ -174,10 +190,11 @@ def run_unit(folder: Path, job: Job | None = None) -> int:
         return 0
     seen = journal(folder, unit)
     earlier, done = attempts(folder), seen.done if seen else 0
-    attempt = Attempt(node_name(), os.getpid(), time.time(), done)
+    _, ticks = process_state(os.getpid())
+    attempt = Attempt(node_name(), os.getpid(), time.time(), done, ticks)
     with (folder / ATTEMPTS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(attempt._asdict()) + "\n")
-    vain = earlier[-MOST_VAIN:]
+        file.write(json.dumps(asdict(attempt)) + "\n")
+    vain = earlier[_attempts_before(folder) :][-MOST_VAIN:]
     if len(vain) == MOST_VAIN and all(before.done == done for before in vain):
         nodes = ", ".join(before.node for before in vain)
         return end_unit(
@@ -247,9 +264,16 @@ def _end_with_unit() -> None:
 
 def end_unit(folder: Path, code: int, message: str = "") -> int:
     """Write how a unit ended; returns the code."""
-    ending: dict[str, Any] = Ended(code, message)._asdict()
+    ending = asdict(Ended(code, message))
     write_file(folder / EXIT, json.dumps(ending) + "\n", durable=True)
     return code
+
+
+def _attempts_before(folder: Path) -> int:
+    """How many there were when a user last started the unit anew."""
+    with suppress(OSError, ValueError):
+        return int((folder / BEFORE).read_bytes())
+    return 0
 
 
 def oom_kills(root: Path = Path("/")) -> int:

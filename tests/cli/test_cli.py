@@ -614,6 +614,7 @@ COMMANDS_WITH_FLOATS = {  # what each needs besides, so that it runs
     "prompt": ["die katze"],
     "chat": [],
     "calc": [],
+    "fleet check": ["local"],
     "data check": ["data/finetune.de.txt"],
     "adapters combine": [
         "artifacts/lora_adapter",

@@ -5,7 +5,6 @@ from abc import abstractmethod
 from collections.abc import Collection, Mapping
 from typing import Generic, TypeVar
 
-from pipeline.files.locks import is_running
 from pipeline.fleet.engines import Queued, Submission
 from pipeline.fleet.unit import STOP, attempts, journal_folder, node_name, read_unit
 from pipeline.project.logs.run_state import alive
@@ -38,20 +37,14 @@ class Attended(Generic[T]):
         """Wait until an attempt has ended that was told to stop."""
 
     def submit(self, run: Submission, numbers: Collection[int]) -> str:
-        for number in numbers:
-            (run.unit_folder(number) / STOP).unlink(missing_ok=True)
+        self._reap()
         known = {*self._waiting, *self._running}
         self._waiting += [number for number in numbers if number not in known]
         self._fill(run)
         return str(os.getpid())
 
     def states(self, run: Submission, numbers: Collection[int]) -> Mapping[int, Queued]:
-        found = dict[int, Queued]()
-        for number, attempt in list(self._running.items()):
-            if state := self.look(attempt):
-                found[number] = state
-            else:
-                del self._running[number]
+        found = self._reap()
         stopped = {number for number in numbers if (run.unit_folder(number) / STOP).exists()}
         self._waiting = [number for number in self._waiting if number not in stopped]
         self._fill(run)
@@ -62,13 +55,9 @@ class Attended(Generic[T]):
                 found[number] = Queued("running")
             elif number in self._waiting:
                 found[number] = Queued("queued")
-            elif number in stopped:
-                found[number] = Queued("stopped")
         return found
 
-    def cancel(self, run: Submission, numbers: Collection[int]) -> None:
-        for number in numbers:
-            (run.unit_folder(number) / STOP).touch()
+    def cancel(self, run: Submission, numbers: Collection[int]) -> None:  # noqa: ARG002
         self._waiting = [number for number in self._waiting if number not in numbers]
         for number in numbers:
             if number in self._running:
@@ -76,6 +65,16 @@ class Attended(Generic[T]):
 
     def follow(self, run: Submission, script: str) -> None:
         """It has no queue."""
+
+    def _reap(self) -> dict[int, Queued]:
+        """What attempts do that have not ended; the others leave room."""
+        found = dict[int, Queued]()
+        for number, attempt in list(self._running.items()):
+            if state := self.look(attempt):
+                found[number] = state
+            else:
+                del self._running[number]
+        return found
 
     def _fill(self, run: Submission) -> None:
         while self._waiting:
@@ -90,5 +89,5 @@ def _is_elsewhere(run: Submission, number: int) -> bool:
     folder = run.unit_folder(number)
     made = attempts(folder)
     if made and made[-1].node == node_name():
-        return is_running(made[-1].pid)
+        return made[-1].runs_here
     return bool(made) and alive(journal_folder(folder, read_unit(folder)))

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.fleet.engines import Place, Queued, Submission
 from pipeline.fleet.engines._attended import Attended
-from pipeline.fleet.unit import CORES, attempt_command
+from pipeline.fleet.unit import CORES, attempt_command, ended
 
 Environment = Mapping[str, str]
 
@@ -35,6 +35,10 @@ class Local(Attended[tuple[subprocess.Popen[bytes], Environment]]):
         return Place(count, f"its share of {cores()} cores", memory // count, is_shared=True)
 
     def submit(self, run: Submission, numbers: Collection[int]) -> str:
+        for number, (process, _) in self._running.items():
+            if ended(run.unit_folder(number)):
+                process.wait()  # it wrote that and is about to leave its place
+        self._reap()
         if not self._running:
             self._places = _places(min(self._most, len(numbers)))
         return super().submit(run, numbers)

@@ -86,6 +86,8 @@ class Slurm:
 
     def cancel(self, run: Submission, numbers: Collection[int]) -> None:
         tasks = [f"{job}_{n}" for job, of in run.jobs for n in of if n in numbers]
+        if not tasks:  # scancel would take all jobs of the user
+            return
         # the signal to the batch shell too: it passes it on, and a checkpoint is written; with a
         # task that does not run scancel would try for 95 s
         signal = ["scancel", "--full", "--signal=TERM", "--state=RUNNING"]
@@ -126,7 +128,7 @@ def job_options(cluster: Any) -> dict[str, Any]:
     if cluster.memory:
         options["mem"] = cluster.memory
     if cluster.gpus:
-        options["gpus"] = cluster.gpus
+        options["gpus-per-node"] = cluster.gpus
     return options
 
 

@@ -48,9 +48,14 @@ class Batch:
             # the cache is what outlives a machine: so must the checkpoints
             folder = PurePosixPath(cache).parent / "units" / self.name
         values = {"LORA_CACHE": cache or unit.cache, WORK: str(folder / str(number))}
-        if self.cluster.store:
-            values[STORE] = self.cluster.store
-        return f"export {' '.join(f'{name}={quoted([value])}' for name, value in values.items())}"
+        begin = ""
+        if store := self.cluster.store:
+            values[STORE] = store
+            if not cache:  # `setup` may name a disk of the machine
+                own = quoted([values.pop("LORA_CACHE")])
+                begin = f'[ "$LORA_CACHE" ] || export LORA_CACHE={own}; '
+        exports = " ".join(f"{name}={quoted([value])}" for name, value in values.items())
+        return f"{begin}export {exports}"
 
     def script(self, number: int, meet: str, cache: str = "", is_there: bool = False) -> str:
         """bash lines that run a unit. `meet`: options with which several machines find each other,

@@ -136,7 +136,7 @@ def test_a_damaged_result_of_the_store_is_named_and_made_again(
     (finding,) = findings
     assert str(finding).startswith(f"store team: {damaged} has ")
     assert str(finding).endswith("; the result is made again")
-    assert "finetune_sweep: 1 adapters, 2 from the cache, in 1 units on pool" in " ".join(notes)
+    assert "finetune_sweep: 1 adapter, 2 from the cache, in 1 unit on pool" in " ".join(notes)
     assert trained(project) == keys[:1] and swept_weights(project) == weights
     another_machine(project, tmp_path / "third", monkeypatch)
     send(project)
@@ -259,7 +259,7 @@ def test_clones_that_share_a_store_train_nothing_twice(
         command = ["fleet", "run", "lora", "--vary", f"seed={seeds}", f"--set={SETTINGS[0]}"]
         told = lora(*command, "--on", "pool", cwd=root)
         assert told.returncode == 0 and "all in the cache" in told.stdout, told.stderr
-        assert (" units on pool" not in told.stderr) == is_made
+        assert ("on pool (local)" not in told.stderr) == is_made
     assert len([*(root / "cache" / STAGE).glob("[!.]*/")]) == 2
 
 
@@ -269,7 +269,7 @@ def test_what_another_machine_measured_comes_from_the_store(
     make_one(project, STAGE, SETTINGS)
     command = ["evaluate", "--adapter", "artifacts/lora_adapter", "--on", "pool"]
     told = lora(*command, cwd=project)
-    assert told.returncode == 0 and " units on pool" in told.stderr, told.stderr
+    assert told.returncode == 0 and "on pool (local)" in told.stderr, told.stderr
     shutil.rmtree(project / "artifacts/measured")
     monkeypatch.setenv("LORA_CACHE", str(tmp_path / "there"))
     again = lora(*command, cwd=project)

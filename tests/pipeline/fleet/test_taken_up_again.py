@@ -1,0 +1,199 @@
+"""Runs that a second command finds: other jobs, endings, clusters and terminals."""
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Collection
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import NO_MEMORY, UserError
+from pipeline.files.locks import process_state
+from pipeline.fleet.engines import Queued, local
+from pipeline.fleet.engines.slurm import Slurm
+from pipeline.fleet.run import FleetRun, cancel, find_run, open_run
+from pipeline.fleet.settings import Cluster
+from pipeline.fleet.states import state_by_files
+from pipeline.fleet.unit import STOP, attempts, end_unit
+from pipeline.stages.registry import open_project
+from tests.conftest import Lora
+from tests.helpers.fleets import new_fleet
+from tests.helpers.projects import (
+    BRIEF,
+    LORA,
+    lora,
+    make_base,
+    new_project,
+    wait_for,
+)
+
+POOL = "pool: {engine: slurm}\n"
+
+
+def program(folder: Path, name: str, script: str) -> None:
+    """A program that stands in for one of Slurm's."""
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+class Queue:
+    """An engine that starts what it is given."""
+
+    has_queue = True
+
+    def __init__(self) -> None:
+        self.submitted = list[list[int]]()
+
+    def submit(self, _run: FleetRun, numbers: Collection[int]) -> str:
+        self.submitted.append(sorted(numbers))
+        return "42"
+
+    def states(self, _run: FleetRun, _numbers: Collection[int]) -> dict[int, Queued]:
+        return {}
+
+
+def test_a_run_without_jobs_cancels_nobody_else_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """scancel without names takes all jobs of the user."""
+    (tmp_path / "fleet.yaml").write_text(POOL)
+    program(tmp_path, "scancel", f'echo "$@" >> {tmp_path}/canceled')
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    run = new_fleet(tmp_path, ["rank-1"], cluster="pool")
+    assert cancel(run) == [1]
+    assert not (tmp_path / "canceled").exists()
+    program(tmp_path, "squeue", "echo '42_1|RUNNING|node1|None'")
+    run.jobs = [("42", [1])]
+    assert cancel(run) == [1]
+    assert all("42_1" in line for line in (tmp_path / "canceled").read_text().splitlines())
+
+
+def test_what_was_stopped_on_one_cluster_is_not_stopped_on_the_next(tmp_path: Path) -> None:
+    run = new_fleet(tmp_path, ["rank-1"])
+    assert cancel(run) == [1] and [unit.state for unit in run.states()] == ["stopped"]
+    run.__dict__["engine"] = queue = Queue()
+    list(run.start([]))
+    assert queue.submitted == [[1]] and not (run.unit_folder(1) / STOP).exists()
+
+
+@pytest.mark.parametrize("code", [1, NO_MEMORY])
+def test_a_unit_that_failed_for_good_is_tried_by_who_asks_again(tmp_path: Path, code: int) -> None:
+    run = new_fleet(tmp_path, ["rank-1", "rank-2"])
+    rows = [{"node": "node1", "pid": 1, "started": 1.0, "done": 0}] * 3
+    folder = run.unit_folder(1)
+    (folder / "attempts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    end_unit(folder, code, "no progress in 3 attempts")
+    end_unit(run.unit_folder(2), 0)
+    run.__dict__["engine"] = queue = Queue()
+    list(run.start([]))
+    assert queue.submitted == [[1]]
+    # the unit runs, though three attempts before it made no progress
+    assert lora("fleet", "unit", str(folder), cwd=tmp_path).returncode == 0
+    assert len(attempts(folder)) == 4
+
+
+def test_jobs_of_another_cluster_are_refused_and_not_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = open_project(new_project(tmp_path / "mini") / "params.yaml", [])
+    (project.root / "fleet.yaml").write_text(POOL)
+    program(tmp_path, "squeue", "echo '42_1|RUNNING|node1|None'")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    run = new_fleet(project.root, ["rank-1"], cluster="pool")
+    run.jobs = [("42", [1])]
+    run.save()
+    with pytest.raises(UserError, match=f"{run.name} goes on on pool.*fleet cancel"):
+        open_run(project, run.stage, run.name, "local")
+    program(tmp_path, "squeue", "echo '42_1|CANCELLED|node1|None'")
+    assert open_run(project, run.stage, run.name, "local").jobs == []
+
+
+def test_a_second_wave_of_units_has_all_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "_places", lambda most: [{"OMP_NUM_THREADS": "1"}] * min(2, most))
+    run = new_fleet(tmp_path, ["base", "rank-1", "rank-2"])
+    engine = local.Local("local", Cluster())
+    engine.submit(run, [1])
+    wait_for(lambda: (run.unit_folder(1) / "exit.json").exists())
+    engine.submit(run, [2, 3])
+    states = engine.states(run, [2, 3])
+    assert [states[number].state for number in (2, 3)] == ["running"] * 2
+    cancel(run)
+    engine.cancel(run, [2, 3])
+
+
+def test_a_process_with_the_number_of_an_attempt_is_not_the_attempt(tmp_path: Path) -> None:
+    run = new_fleet(tmp_path, ["rank-1"])
+    folder = run.unit_folder(1)
+    for ticks, state in [(process_state(os.getpid())[1], "running"), ("1", "lost")]:
+        row = {"node": os.uname().nodename, "pid": os.getpid(), "started": 1.0, "done": 0}
+        (folder / "attempts.jsonl").write_text(json.dumps({**row, "ticks": ticks}))
+        assert state_by_files(1, folder).state == state
+        assert [unit.state for unit in run.states()] == [state]
+
+
+@pytest.mark.parametrize(
+    "row", [b'{"node": "n", "pid": 1e999, "started": 1, "done": 0}', b'{"node": "\xff"}', b"\x1b["]
+)
+def test_rows_of_nonsense_are_passed_over(cli: Lora, tmp_path: Path, row: bytes) -> None:
+    run = new_fleet(tmp_path, ["rank-1"])
+    (run.unit_folder(1) / "attempts.jsonl").write_bytes(row + b"\n")
+    (run.unit_folder(1) / "exit.json").write_bytes(row)
+    code, out, _ = cli("fleet", cwd=tmp_path)
+    assert code == 0 and "waiting" in out
+
+
+def test_a_run_whose_cluster_is_gone_hides_no_other(cli: Lora, tmp_path: Path) -> None:
+    new_fleet(tmp_path, ["rank-1"], cluster="gone")
+    new_fleet(tmp_path, ["finetune_lora"], ["finetune_lora"])
+    code, out, _ = cli("fleet", cwd=tmp_path)
+    assert code == 0 and "finetune_lora on local" in out
+    assert "✗ --on gone: " in out and "has no such cluster" in out
+
+
+def test_collect_types_the_command_without_its_detach(tmp_path: Path) -> None:
+    run = new_fleet(tmp_path, ["rank-1"])
+    run.command, run.place = ["fleet", "--json", "--detach"], tmp_path
+    run.save()
+    told = lora("fleet", "collect", run.name, cwd=tmp_path)
+    assert told.returncode == 0 and json.loads(told.stdout)[0]["run"] == run.name
+
+
+def test_gpus_are_of_each_machine(tmp_path: Path) -> None:
+    run = new_fleet(tmp_path, ["rank-1"], cluster="pool")
+    options = Slurm("pool", Cluster(engine="slurm", gpus=8))._options(run)
+    assert "--gpus-per-node=8" in options
+
+
+def test_a_second_command_waits_for_the_first_one_s_units(tmp_path: Path) -> None:
+    root = make_base(new_project(tmp_path / "mini"), BRIEF)
+    command = [LORA, "finetune", "sweep", "--grid", "rank=1,2", "--on", "local", "--parts", "2"]
+    command += ["--set", "finetune_lora.epochs=300"]
+
+    def typed() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            command, cwd=root, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+
+    first = typed()
+    wait_for(lambda: any(root.glob("runs/finetune_sweep/fleet/*/units/*/attempts.jsonl")))
+    second = typed()
+    try:
+        assert second.stderr is not None
+        line = next(line for line in second.stderr if "runs its units" in line)
+        assert f"process {first.pid} runs its units; this command waits" in line
+        run = find_run(root, "")
+        interrupted = typed()
+        assert interrupted.stderr is not None
+        next(line for line in interrupted.stderr if "runs its units" in line)
+        interrupted.send_signal(signal.SIGINT)
+        assert f"the units of {run.name} go on" in interrupted.communicate(timeout=60)[1]
+        assert first.wait(120) == 0 and second.wait(60) == 0
+    finally:
+        for process in (first, second):
+            process.kill()
+            process.communicate()
+    assert [len(attempts(run.unit_folder(number))) for number in (1, 2)] == [1, 1]
