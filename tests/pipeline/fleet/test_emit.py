@@ -204,7 +204,7 @@ def test_a_sweep_is_divided_and_methods_take_seeds(project: Path) -> None:
         (["kubeflow", "lora"], "kubeflow needs image, got none. Add --option image="),
         (["torchx", "lora", "--option", "images=x"], "--option images=x: torchx takes KEY=VALUE"),
         (["torchx", "lora", "--grid", "rank=1"], "--grid and --parts are of a sweep"),
-        (["torchx", "sweep", "--nnodes", "2"], "A sweep's unit runs on one machine"),
+        (["torchx", "sweep", "--nnodes", "2"], "A sweep's unit runs on one device"),
         (
             ["slurm", "lora", "--option", "comment=a\nb"],
             "slurm: comment='a.nb' is no option of one",

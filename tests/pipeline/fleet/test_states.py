@@ -92,7 +92,7 @@ def test_a_file_that_holds_something_else_is_no_matter(root: Path) -> None:
         (run.unit_folder(3) / "unit.json").read_text().replace(SWEEP, "../../../..")
     )
     first, second = look(root).units
-    assert (first.state, first.attempts, first.journal) == ("lost", 1, None)
+    assert (first.state, first.attempts, first.journal) == ("waiting", 0, None)
     assert second.state == "waiting"
     assert joined([first, second]).eta is None
 
