@@ -1,6 +1,5 @@
 """What a run trains, and its checkpoints: a killed run resumes and ends with the same bytes."""
 
-import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,14 @@ from pipeline.models.device import device_for
 from pipeline.models.kernels import uses_cpu_kernels
 from pipeline.models.load import Base
 from pipeline.models.save import load_tensors, save_tensors
-from pipeline.project.logs.run_log import LOSS, SAMPLES, RunLog, count_lines, read_steps
+from pipeline.project.logs.run_log import (
+    LOSS,
+    SAMPLES,
+    RunLog,
+    count_lines,
+    read_steps,
+    remove_other_logs,
+)
 from pipeline.project.params.sections import Training
 from pipeline.project.runner import Event, Facts, Job, Note, checkpoints, discard_checkpoints
 from pipeline.training.batches import Batches
@@ -219,10 +225,8 @@ def resume(job: Job, task: TrainingTask, optimizer: FlatOptimizer) -> Generator[
 def _start_over(job: Job, task: TrainingTask, optimizer: FlatOptimizer) -> Iterator[Event]:
     # before the logs are overwritten: a checkpoint is unusable without them
     discard_checkpoints(job.run)
-    if task.learners[0].name:  # logs of adapters that are no longer in the sweep
-        for log in job.run.glob(f"*/{LOSS}"):
-            if log.parent.name not in task.earlier:
-                shutil.rmtree(log.parent)
+    if task.learners[0].name:
+        remove_other_logs(job.run, task.earlier)
     if task.state is not None and not optimizer.take_over(task.state):
         yield Note(f"{job.stage.name}: the optimizer's state is of other settings and is not used")
 

@@ -7,9 +7,10 @@ import json
 import math
 import os
 import resource
+import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -357,6 +358,13 @@ def epoch_means(steps: Sequence[Step]) -> list[float]:
     for step in steps:
         epochs.setdefault(step.epoch, []).append(step.loss)
     return [sum(losses) / len(losses) for losses in epochs.values()]
+
+
+def remove_other_logs(run: Path, names: Container[str]) -> None:
+    """Remove the logs of adapters that are no longer in a sweep; `names`: those that are."""
+    for log in run.glob(f"*/{LOSS}"):
+        if log.parent.name not in names:
+            shutil.rmtree(log.parent)
 
 
 def read_run_outcomes(folder: Path) -> dict[str, str]:

@@ -311,7 +311,7 @@ def run(job: Job) -> Generator[Event, None, Facts]:
     """
     from pipeline.files import artifact
     from pipeline.models.load import count, skeleton
-    from pipeline.project.logs.run_log import DIVERGED, TABLE
+    from pipeline.project.logs.run_log import DIVERGED, TABLE, remove_other_logs
 
     check(job.project)
     passes, entries = Passes(job.project), dict[str, str]()
@@ -332,6 +332,7 @@ def run(job: Job) -> Generator[Event, None, Facts]:
         for waiting in (job.run / PASSES).glob(f"*/{name}"):
             shutil.move(waiting, job.out / name)
     shutil.rmtree(job.run / PASSES, ignore_errors=True)
+    remove_other_logs(job.run, rows)  # where all came from the cache, none trained
     artifact.write_json(job.out / TABLE, rows)
     trust = job.project.params.origin.trust_remote_code
     total = count(skeleton(job.project.artifact("expand_vocab"), trust))["total"]

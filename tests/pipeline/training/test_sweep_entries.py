@@ -73,6 +73,15 @@ def part(
     return trained(work)
 
 
+def test_logs_are_those_of_the_sweep_s_own_adapters(project: Path) -> None:
+    """Also where all of them come from the cache and nothing trains."""
+    swept(project, {"grid": {"rank": [1, 2]}})
+    _, keys, _ = swept(project, {"grid": {"rank": [2]}})
+    assert not keys
+    logs = (project / "runs/finetune_sweep").glob("*/loss.csv")
+    assert [log.parent.name for log in logs] == ["rank-2"]
+
+
 def test_a_grid_that_grew_trains_only_what_is_new(project: Path) -> None:
     _, first, _ = swept(project, {"grid": {"rank": [1, 2]}})
     manifest, second, notes = swept(project, {"grid": {"rank": [1, 2, 4]}})
