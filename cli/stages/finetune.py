@@ -386,7 +386,7 @@ def _wants_to_cancel() -> bool:
     if not sys.stdin.isatty():
         return False
     return confirm(
-        "Cancel the units? Otherwise they go on, and `lora fleet` shows them", default=False
+        "Cancel the units? Otherwise they go on, and `lora fleet` shows them", False, err=True
     )
 
 

@@ -1,15 +1,26 @@
 """Sweeps on Slurm: four nodes on this machine, that die, are lost, are downed, and run out of time."""
 
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from pipeline.fleet.run import find_run
-from tests.helpers.projects import BRIEF, lora, make_base, new_project, swept_weights, wait_for
+from tests.helpers.projects import (
+    BRIEF,
+    LORA,
+    lora,
+    make_base,
+    new_project,
+    swept_weights,
+    wait_for,
+)
 from tests.helpers.sent import PATIENCE, Sent, assert_as_in_one_pass
 from tests.helpers.slurm import Slurm, cluster
 
@@ -85,6 +96,42 @@ def test_what_sbatch_refuses_is_said_by_the_key_of_fleet_yaml(project: Path, slu
     told = lora(*GRID, "--on", "pool", cwd=project, **environment)
     assert told.returncode == 1 and "Traceback" not in told.stderr
     assert "pool.options.partition: Slurm refuses it: " in told.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("answer", ["y", "n"])
+def test_ctrl_c_asks_whether_units_stay_in_the_queue(
+    project: Path, slurm: Slurm, answer: str
+) -> None:
+    terminal, stdin = os.openpty()
+    command = [LORA, *GRID, *LONG, "--on", "pool", "--parts", "2"]
+    sweep = subprocess.Popen(
+        command, cwd=project, env=slurm.environment, stdin=stdin, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        wait_for(lambda: [*project.glob("runs/*/fleet/*/units/2/runs/*/checkpoint-*")], PATIENCE)
+        sweep.send_signal(signal.SIGINT)
+        os.write(terminal, f"{answer}\n".encode())
+        _, errors = sweep.communicate(timeout=PATIENCE)
+    finally:
+        sweep.kill()
+        os.close(terminal)
+        os.close(stdin)
+    assert "Cancel the units?" in errors and sweep.returncode == 130
+    run = find_run(project, "")
+    environment = {"SLURM_CONF": slurm.environment["SLURM_CONF"]}
+    if answer == "y":
+        assert f"the units of {run.name} are stopped" in errors
+        wait_for(lambda: not [job for job in slurm.jobs() if job.state == "RUNNING"], PATIENCE)
+    else:
+        assert f"`lora fleet collect {run.name}` waits for it" in errors
+    told = lora(
+        "fleet", "retry" if answer == "y" else "collect", run.name, cwd=project, **environment
+    )
+    assert told.returncode == 0, told.stderr
+    told = lora("fleet", "collect", run.name, cwd=project, **environment)
+    assert told.returncode == 0 and "best:" in told.stdout, told.stderr
+    assert_as_in_one_pass(project, [*GRID, *LONG])
 
 
 @pytest.mark.slow
