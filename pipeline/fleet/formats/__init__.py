@@ -52,8 +52,8 @@ class Batch:
         if store := self.cluster.store:
             values[STORE] = store
             if not cache:  # `setup` may name a disk of the machine
-                own = quoted([values.pop("LORA_CACHE")])
-                begin = f'[ "$LORA_CACHE" ] || export LORA_CACHE={own}; '
+                default = quoted([values.pop("LORA_CACHE")])
+                begin = f'[ "$LORA_CACHE" ] || export LORA_CACHE={default}; '
         exports = " ".join(f"{name}={quoted([value])}" for name, value in values.items())
         return f"{begin}export {exports}"
 
