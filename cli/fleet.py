@@ -200,6 +200,7 @@ def retry(name: RunArgument, units: UnitsArgument = None) -> None:
     from pipeline.fleet.run import find_run
 
     run = find_run(Path(), name)
+    _require(run, units or ())
     if units and not run.engine.has_queue:
         raise UserError(
             f"{run.cluster} has no queue: the command starts all units that did not end well. Leave "
@@ -212,6 +213,16 @@ def retry(name: RunArgument, units: UnitsArgument = None) -> None:
     print_line(f"started again: {', '.join(map(str, chosen)) or 'none'}")
     if not run.engine.has_queue:
         _collect(run)
+
+
+def _require(run: FleetRun, units: Sequence[int]) -> None:
+    """Raises UserError for a number that no unit has."""
+    last = len(run.numbers())
+    for unit in units:
+        if not 1 <= unit <= last:
+            raise UserError(
+                f"{run.name} has no unit {unit}. Its units are 1 to {last}: `lora fleet`."
+            )
 
 
 @fleet.command()
@@ -238,7 +249,9 @@ def cancel(name: RunArgument, units: UnitsArgument = None) -> None:
     from pipeline.fleet.run import cancel as stop
     from pipeline.fleet.run import find_run
 
-    stopped = stop(find_run(Path(), name), units or ())
+    run = find_run(Path(), name)
+    _require(run, units or ())
+    stopped = stop(run, units or ())
     print_line(f"stopped: {', '.join(map(str, stopped)) or 'none'}")
 
 
@@ -252,9 +265,7 @@ def logs(
     from pipeline.fleet.unit import LOG
 
     run = find_run(Path(), name)
-    if unit not in run.numbers():
-        last = len(run.numbers())
-        raise UserError(f"{run.name} has no unit {unit}. Its units are 1 to {last}: `lora fleet`.")
+    _require(run, [unit])
     path = run.unit_folder(unit) / LOG
     print_line(path.read_text(encoding="utf-8", errors="replace") if path.is_file() else "")
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import NO_MEMORY, UserError
-from pipeline.files.locks import process_state
+from pipeline.files.locks import Lock, process_state
 from pipeline.fleet.engines import Queued, local
 from pipeline.fleet.engines.slurm import Slurm
-from pipeline.fleet.run import FleetRun, cancel, find_run, open_run
+from pipeline.fleet.run import FleetRun, cancel, open_run
 from pipeline.fleet.settings import Cluster
 from pipeline.fleet.states import state_by_files
+from pipeline.fleet.sweeps import FleetSweep
 from pipeline.fleet.unit import STOP, attempts, end_unit
 from pipeline.stages.registry import open_project
 from tests.conftest import Lora
@@ -119,8 +120,7 @@ def test_a_second_wave_of_units_has_all_devices(
     engine.submit(run, [1])
     wait_for(lambda: (run.unit_folder(1) / "exit.json").exists())
     engine.submit(run, [2, 3])
-    states = engine.states(run, [2, 3])
-    assert [states[number].state for number in (2, 3)] == ["running"] * 2
+    assert sorted(engine._running) == [2, 3]
     cancel(run)
     engine.cancel(run, [2, 3])
 
@@ -154,6 +154,13 @@ def test_a_run_whose_cluster_is_gone_hides_no_other(cli: Lora, tmp_path: Path) -
     assert "✗ --on gone: " in out and "has no such cluster" in out
 
 
+@pytest.mark.parametrize("command", ["retry", "cancel", "logs"])
+def test_a_number_that_no_unit_has_is_refused(cli: Lora, tmp_path: Path, command: str) -> None:
+    run = new_fleet(tmp_path, ["rank-1"])
+    code, out, errors = cli("fleet", command, run.name, "2", cwd=tmp_path)
+    assert (code, out) == (1, "") and "has no unit 2. Its units are 1 to 1" in errors
+
+
 def test_collect_types_the_command_without_its_detach(tmp_path: Path) -> None:
     run = new_fleet(tmp_path, ["rank-1"])
     run.command, run.place = ["fleet", "--json", "--detach"], tmp_path
@@ -170,30 +177,31 @@ def test_gpus_are_of_each_machine(tmp_path: Path) -> None:
 
 def test_a_second_command_waits_for_the_first_one_s_units(tmp_path: Path) -> None:
     root = make_base(new_project(tmp_path / "mini"), BRIEF)
-    command = [LORA, "finetune", "sweep", "--grid", "rank=1,2", "--on", "local", "--parts", "2"]
-    command += ["--set", "finetune_lora.epochs=300"]
+    overrides = ["finetune_sweep.grid={rank: [1, 2]}", "finetune_lora.epochs=2"]
+    command = [LORA, "finetune", "sweep", "--on", "local", *(f"--set={key}" for key in overrides)]
 
     def typed() -> subprocess.Popen[str]:
         return subprocess.Popen(
             command, cwd=root, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
 
-    first = typed()
-    wait_for(lambda: any(root.glob("runs/finetune_sweep/fleet/*/units/*/attempts.jsonl")))
-    second = typed()
-    try:
-        assert second.stderr is not None
-        line = next(line for line in second.stderr if "runs its units" in line)
-        assert f"process {first.pid} runs its units; this command waits" in line
-        run = find_run(root, "")
-        interrupted = typed()
-        assert interrupted.stderr is not None
-        next(line for line in interrupted.stderr if "runs its units" in line)
-        interrupted.send_signal(signal.SIGINT)
-        assert f"the units of {run.name} go on" in interrupted.communicate(timeout=60)[1]
-        assert first.wait(120) == 0 and second.wait(60) == 0
-    finally:
-        for process in (first, second):
-            process.kill()
-            process.communicate()
-    assert [len(attempts(run.unit_folder(number))) for number in (1, 2)] == [1, 1]
+    run = FleetSweep(open_project(root / "params.yaml", overrides), overrides, "local").run
+    run.folder.mkdir(parents=True)
+    with Lock(run.folder / "lock") as lock:
+        lock.acquire()
+        second, interrupted = typed(), typed()
+        try:
+            for process in (second, interrupted):
+                assert process.stderr is not None
+                line = next(line for line in process.stderr if "runs its units" in line)
+                assert f"process {os.getpid()} runs its units; this command waits" in line
+            interrupted.send_signal(signal.SIGINT)
+            assert f"the units of {run.name} go on" in interrupted.communicate(timeout=60)[1]
+            assert not attempts(run.unit_folder(1)) and second.poll() is None
+        except BaseException:
+            second.kill()
+            interrupted.kill()
+            raise
+    _, errors = second.communicate(timeout=120)
+    assert second.returncode == 0, errors
+    assert len(attempts(run.unit_folder(1))) == 1
