@@ -206,7 +206,8 @@ def retry(name: RunArgument, units: UnitsArgument = None) -> None:
             f"{run.cluster} has no queue: the command starts all units that did not end well. Leave "
             "out UNIT."
         )
-    ended = [unit.number for unit in run.states() if unit.state in ("failed", "stopped", "lost")]
+    idle = ("failed", "stopped", "lost", "waiting")
+    ended = [unit.number for unit in run.states() if unit.state in idle]
     chosen = [number for number in ended if not units or number in units]
     if chosen and run.engine.has_queue:
         run.submit(chosen)

@@ -45,7 +45,8 @@ from pipeline.project.stage_graph import RUNS, Project
 
 RUN, UNITS, FLEET, LOCK = "run.json", "units", "fleet", "lock"
 FOLLOWS = "LORA_FOLLOWS"  # environment variable of a run's job in the queue: its name
-STARTS = ("finetune", "train", "evaluate", "fleet")  # the commands that start runs
+# the commands that start runs
+STARTS = (("finetune",), ("train",), ("evaluate",), ("fleet", "run"), ("fleet", "check"))
 POLL = 1.0  # seconds between two looks at the units
 
 
@@ -145,6 +146,10 @@ class FleetRun:
             # of the others `wait` makes halves
             again = [unit for unit in again if not self.halves_of(unit, halves)]
             numbers += [unit.number for unit in (*again, *gone)]
+            # what a user asks for anew is not refused for jobs that ended in vain before
+            going = {unit.number for unit in states if unit.state in ("queued", "running")}
+            jobs = ((job, [n for n in held if n in going]) for job, held in self.jobs)
+            self.jobs = [(job, held) for job, held in jobs if held]
         if numbers:
             self.submit(numbers)
 
@@ -287,7 +292,7 @@ def read_run(folder: Path) -> FleetRun:
         command = [str(word) for word in document["command"]]
         root, place = Path(document["root"]), Path(document["place"])
         # `lora fleet collect` runs it, and run.json may have come with the project
-        if not command or command[0] not in STARTS:
+        if tuple(command[:1]) not in STARTS and tuple(command[:2]) not in STARTS:
             raise ValueError
         return FleetRun(folder, stage, cluster, root, command, place, jobs)
     except (OSError, ValueError, TypeError, KeyError):

@@ -163,10 +163,38 @@ def test_a_number_that_no_unit_has_is_refused(cli: Lora, tmp_path: Path, command
 
 def test_collect_types_the_command_without_its_detach(tmp_path: Path) -> None:
     run = new_fleet(tmp_path, ["rank-1"])
-    run.command, run.place = ["fleet", "--json", "--detach"], tmp_path
+    run.command, run.place = ["finetune", "sweep", "--detach"], tmp_path
     run.save()
     told = lora("fleet", "collect", run.name, cwd=tmp_path)
-    assert told.returncode == 0 and json.loads(told.stdout)[0]["run"] == run.name
+    assert told.returncode == 1 and "--detach" not in told.stderr
+    assert "params.yaml" in told.stderr
+
+
+@pytest.mark.parametrize("command", [["fleet", "collect", "2d67857b"], ["fleet"], ["cache"], []])
+def test_a_run_that_came_with_a_project_types_no_other_command(
+    cli: Lora, tmp_path: Path, command: list[str]
+) -> None:
+    """`fleet collect` of itself would never end."""
+    run = new_fleet(tmp_path, ["rank-1"])
+    run.command = command
+    run.save()
+    code, _, errors = cli("fleet", "collect", run.name, cwd=tmp_path)
+    assert code == 1 and "is not one run of a fleet here" in errors
+
+
+def test_jobs_that_ended_before_a_unit_began_are_not_held_against_who_asks_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_fleet(tmp_path, ["rank-1"])
+    run.__dict__["engine"] = Queue()
+    run.jobs = [(str(number), [1]) for number in range(3)]
+    monkeypatch.setenv("LORA_FOLLOWS", run.name)  # the run's own job in the queue asks nobody
+    list(run.start([]))
+    with pytest.raises(UserError, match="end before it begins"):
+        run.refuse_vain([1])
+    monkeypatch.delenv("LORA_FOLLOWS")
+    list(run.start([]))
+    run.refuse_vain([1])
 
 
 def test_gpus_are_of_each_machine(tmp_path: Path) -> None:
