@@ -51,6 +51,7 @@ KINDS = {
     "data_format": Kind("FORMAT", "pipeline.data.formats"),
     "export_format": Kind("FORMAT", "pipeline.export.formats"),
     "gguf_family": Kind("FAMILY", "pipeline.export.gguf.families"),
+    "certify_engine": Kind("ENGINE", "pipeline.certify.engines"),
     "adapter_format": Kind("FORMAT", "pipeline.weights.foreign"),
     "config_format": Kind("FORMAT", "pipeline.project.foreign"),
     "tool_call_format": Kind("FORMAT", "pipeline.inference.http.tool_calls"),

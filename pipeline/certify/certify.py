@@ -1,0 +1,173 @@
+"""Certify an adapter: open it in each program, and compare with the adapter's own library."""
+
+import tempfile
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, closing, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipeline.certify import chat
+from pipeline.certify.compare import against, itself
+from pipeline.certify.engines import ENGINES, Wanted
+from pipeline.certify.measured import Answers, Question, ask
+from pipeline.certify.process import Process
+from pipeline.errors import UserError
+from pipeline.project.runner import Event, Progress
+
+PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
+REFERENCE = "peft"
+MOST_TOKENS = 512  # of all prompts
+SHORT = 2  # prompts on which groups are compared
+GREEDY_TOKENS = 32
+SPREAD = 32  # tokens of the prompt that has rows of the whole vocabulary
+
+
+class Checked(NamedTuple):
+    """An adapter, and the base that it is checked on."""
+
+    adapter: Path
+    base: Path
+    trust_remote_code: bool = False
+
+
+class Processes:
+    """The engines' processes, each started once: a program takes seconds to be imported."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = device
+        self._stack = ExitStack()
+        self._open = dict[Wanted, Process]()
+
+    def __enter__(self) -> "Processes":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def of(self, wanted: Wanted) -> Process:
+        """A running process. Raises UserError where the engine cannot be had."""
+        process = self._open.get(wanted)
+        if process is None or not process.is_alive:
+            runner = ENGINES[wanted.name].runner
+            process = Process(wanted.python(), runner, wanted.name, self._device)
+            self._open[wanted] = self._stack.enter_context(closing(process))
+        return process
+
+
+def certify(
+    checked: Checked, engines: Sequence[Wanted], processes: Processes
+) -> Generator[Event, None, dict[str, Any]]:
+    """The certificate: what is wrong with the adapter, and what each engine makes of it.
+
+    Raises UserError where nothing can be compared, as without a base.
+    """
+    total = len(engines) + 1
+    yield Progress(0, total, "the adapter's own library")
+    question = _question(checked)
+    problems = _files(checked)
+    entries = list[dict[str, Any]]()
+    try:
+        expected = _ask(checked, Wanted(REFERENCE, None), processes, question)
+        problems += itself(expected)
+    except UserError as error:
+        problems.append(f"its own library does not open it: {error}")
+        expected = None
+    for number, wanted in enumerate(engines, start=1):
+        yield Progress(number, total, wanted.label)
+        entries.append(_entry(checked, wanted, processes, question, expected))
+    verdicts = {entry["verdict"] for entry in entries}
+    verdict = PASSED if PASSED in verdicts else NOT_RUN
+    return {
+        "verdict": FAILED if problems or FAILED in verdicts else verdict,
+        "problems": problems,
+        "reference": None if expected is None else expected.opened.name,
+        "engines": entries,
+    }
+
+
+def _entry(
+    checked: Checked,
+    wanted: Wanted,
+    processes: Processes,
+    question: Question,
+    expected: Answers | None,
+) -> dict[str, Any]:
+    """What one engine makes of the adapter."""
+    entry: dict[str, Any] = {"engine": wanted.label}
+    try:
+        processes.of(wanted)
+    except UserError as error:
+        return {**entry, "verdict": NOT_RUN, "problems": [str(error)]}
+    try:
+        found = _ask(checked, wanted, processes, question)
+    except UserError as error:
+        return {**entry, "verdict": FAILED, "problems": [f"it does not open it: {error}"]}
+    entry["name"] = found.opened.name
+    if expected is None:
+        return {**entry, "verdict": NOT_RUN, "problems": ["there is nothing to compare it with"]}
+    measured, problems = against(expected, found)
+    process = processes.of(wanted)
+    problems += chat.in_program(process, checked.adapter, checked.base)
+    verdict = FAILED if problems else PASSED
+    return {**entry, "verdict": verdict, "problems": problems, **measured}
+
+
+def _ask(checked: Checked, wanted: Wanted, processes: Processes, question: Question) -> Answers:
+    with tempfile.TemporaryDirectory() as room:
+        return ask(processes.of(wanted), checked.base, checked.adapter, question, Path(room))
+
+
+def _files(checked: Checked) -> list[str]:
+    """Why our own reader rejects the adapter: keys, shapes, settings, another base."""
+    from pipeline.adapters.config import read_config
+    from pipeline.files.base_model import tensor_locations
+    from pipeline.models.load import skeleton
+    from pipeline.weights.merge_plan import attach_to_meta_model
+
+    base = checked.base
+    problems = []
+    try:
+        config = read_config(checked.adapter)
+        if config.get("peft_type") == "LORA" and "lora_alpha" not in config:
+            problems.append("adapter_config.json has no lora_alpha: PEFT takes 8")
+        model = skeleton(base, checked.trust_remote_code)
+        attach_to_meta_model(model, base, tensor_locations(base), checked.adapter)
+    except UserError as error:
+        problems.append(str(error))
+    return [*problems, *chat.of_files(checked.adapter, base)]
+
+
+def _question(checked: Checked) -> Question:
+    """Ids of everyday English, and of tokens from the whole vocabulary. Raises UserError."""
+    from pipeline.data.tokenizers.word import load_tokenizer
+    from pipeline.inference.score import builtin_prompts
+    from pipeline.models.load import skeleton
+
+    tokenizer = load_tokenizer(checked.base)
+    model = skeleton(checked.base, checked.trust_remote_code)
+    rows = model.shape.rows
+    most = min(model.max_length, MOST_TOKENS // 2)
+    step = max(1, rows // SPREAD)
+    spread = [*_trained_rows(checked.adapter, rows), *range(rows - 1, -1, -step)]
+    prompts = [spread[:most]]
+    left = MOST_TOKENS - len(prompts[0])
+    for text in builtin_prompts():
+        ids = list(tokenizer.encode(text))[: min(most, left)]
+        if ids:
+            prompts.append(ids)
+        left -= len(ids)
+    start = prompts[1][: max(1, model.max_length // 2)]
+    limit = min(GREEDY_TOKENS, model.max_length - len(start))
+    return Question(prompts, prompts[:SHORT], start, limit, tokenizer.end_ids)
+
+
+def _trained_rows(adapter: Path, rows: int) -> list[int]:
+    """Ids of tokens that the adapter trains: without them in a prompt nothing would move."""
+    from pipeline.adapters.config import read_config
+
+    named: Any = []
+    with suppress(UserError):
+        named = read_config(adapter).get("trainable_token_indices") or []
+    lists = named.values() if isinstance(named, dict) else [named]
+    ids = [id_ for ids in lists if isinstance(ids, list) for id_ in ids]
+    return [id_ for id_ in ids if isinstance(id_, int) and 0 <= id_ < rows][:SPREAD]

@@ -1,0 +1,258 @@
+"""Runs a model in transformers with an adapter loaded by PEFT, transformers or TRL.
+
+Run as a file, by the Python of an environment in which this package is not installed.
+"""
+
+import copy
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+# Models up to this many parameters are copied for another adapter, larger ones read again.
+COPIED = 10**9
+
+
+def _import_worker() -> Any:
+    """`pipeline.files.worker` beside this file, without the packages that lie around `pipeline`."""
+    root = Path(__file__).parents[2]
+    for name, folder in (("pipeline", root), ("pipeline.files", root / "files")):
+        spec = spec_from_file_location(
+            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    from pipeline.files import worker
+
+    return worker
+
+
+class Warned(logging.Handler):
+    """What libraries warn of while they load, by `logging` or `warnings`."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage()[:2000])
+
+    def during(self, load: Callable[[], Any]) -> Any:
+        """What `load` returns; its warnings are in `lines`."""
+        self.lines = []
+        loggers = [logging.getLogger(name) for name in ("transformers", "peft", "trl")]
+        for logger in loggers:
+            logger.addHandler(self)
+        try:
+            with warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always", UserWarning)
+                loaded = load()
+            self.lines += [str(warning.message)[:2000] for warning in warned]
+            return loaded
+        finally:
+            for logger in loggers:
+                logger.removeHandler(self)
+
+
+class Models:
+    """A base, or a checkpoint, and an adapter on it."""
+
+    def __init__(self, engine: str, device: str) -> None:
+        libraries = dict.fromkeys(("transformers", *(("peft",) if engine == "peft" else ())))
+        if engine == "trl":
+            libraries = dict.fromkeys(("trl", "peft", "transformers"))
+        self.name = ", ".join(f"{name} {version(name)}" for name in reversed(libraries))
+        self._engine, self._device = engine, device
+        self._folder: str | None = None
+        self._base: Any = None
+        self._model: Any = None
+        self._warned = Warned()
+
+    def open(self, base: str, adapter: str | None) -> dict[str, Any]:
+        """Open a checkpoint in fp32, with an adapter if given; returns what was said of it."""
+        self._model = None
+        if base != self._folder:
+            self._base = self._folder = None
+            self._base, unread, missing = self._read_base(base)
+            self._folder, self._of_base = base, (unread, missing, self._warned.lines)
+        unread, missing, said = self._of_base
+        model = self._base
+        if adapter is not None:
+            model = self._warned.during(lambda: self._with_adapter(adapter))
+            said = [*said, *self._warned.lines]
+            found_unread, found_missing = self._compare_keys(model, adapter)
+            unread, missing = [*unread, *found_unread], [*missing, *found_missing]
+        self._model = model.eval()
+        head = model.get_output_embeddings()
+        return {
+            "name": self.name,
+            "rows": int(head.weight.shape[0]),
+            "unread": unread,
+            "missing": missing,
+            "said": said,
+        }
+
+    def _read_base(self, folder: str) -> tuple[Any, list[str], list[str]]:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        def load() -> Any:
+            # transformers 5 renamed the option
+            key = "dtype" if version("transformers") >= "5" else "torch_dtype"
+            return AutoModelForCausalLM.from_pretrained(
+                folder,
+                **{key: torch.float32},
+                attn_implementation="eager",
+                output_loading_info=True,
+                local_files_only=True,
+            )
+
+        model, info = self._warned.during(load)
+        model.to(self._device)
+        unread, missing = (
+            sorted(map(str, info.get(key, ()))) for key in ("unexpected_keys", "missing_keys")
+        )
+        return model, unread, missing
+
+    def _with_adapter(self, adapter: str) -> Any:
+        """The base with an adapter; the base itself stays as it is."""
+        if self._base.num_parameters() <= COPIED:
+            model = copy.deepcopy(self._base)
+        else:
+            model, self._base, self._folder = self._base, None, None
+        if self._engine == "transformers":
+            model.load_adapter(adapter)
+            return model
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(model, adapter)
+
+    def _compare_keys(self, model: Any, adapter: str) -> tuple[list[str], list[str]]:
+        """Keys of the adapter's file that were not loaded as they are, and keys it lacks.
+
+        By what PEFT would save of the model, so that keys are compared in the file's spelling.
+        """
+        from safetensors.torch import load_file
+
+        stored = load_file(Path(adapter) / "adapter_model.safetensors")
+        if self._engine == "transformers":
+            loaded = {"base_model.model." + k: v for k, v in model.get_adapter_state_dict().items()}
+        else:
+            from peft import get_peft_model_state_dict
+
+            loaded = get_peft_model_state_dict(model)
+        unread = [
+            key
+            for key, values in stored.items()
+            if key not in loaded
+            or loaded[key].shape != values.shape
+            or not bool((loaded[key].float().cpu() == values.float()).all())
+        ]
+        # PEFT may save a copy of an embedding with LoRA, and need not
+        missing = [key for key in set(loaded) - set(stored) if ".base_layer." not in key]
+        return sorted(unread), sorted(missing)
+
+    def logits(self, ids: Sequence[int]) -> bytes:
+        """fp32 (T, V)."""
+        import torch
+
+        with torch.no_grad():
+            given = torch.tensor([list(ids)], device=self._device)
+            out = self._model(input_ids=given).logits[0]
+        return bytes(out.float().cpu().contiguous().numpy().data)
+
+    def generate(self, ids: Sequence[int], limit: int, ends: Sequence[int]) -> list[int]:
+        """The greedy continuation without its end token."""
+        import torch
+
+        new: list[int] = []
+        past, given = None, list(ids)
+        with torch.no_grad():
+            for _ in range(limit):
+                out = self._model(
+                    input_ids=torch.tensor([given], device=self._device),
+                    past_key_values=past,
+                    use_cache=True,
+                )
+                token = int(out.logits[0, -1].argmax())
+                if token in ends:
+                    break
+                new.append(token)
+                past, given = out.past_key_values, [token]
+        return new
+
+
+class Texts:
+    """The tokenizer that a program finds in a folder."""
+
+    def __init__(self, folder: str) -> None:
+        from transformers import AutoTokenizer
+
+        self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+    def facts(self) -> dict[str, Any]:
+        template = getattr(self._tokenizer, "chat_template", None)
+        return {
+            "template": template if isinstance(template, str) else None,
+            "bos": self._tokenizer.bos_token_id,
+            "eos": self._tokenizer.eos_token_id,
+        }
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer(text)["input_ids"])
+
+    def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """The ids of a conversation, ready for an answer."""
+        rendered = self._tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True
+        )
+        return list(self._tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+
+class Handler:
+    """Answers requests with a model and a tokenizer."""
+
+    def __init__(self, engine: str, device: str) -> None:
+        self._models = Models(engine, device)
+        self._texts: Texts | None = None
+
+    def answer(self, request: Any) -> Iterator[dict[str, Any]]:
+        from pipeline.errors import UserError
+
+        try:
+            yield from self._answer(request.do, request.fields)
+        except (UserError, MemoryError):
+            raise
+        except Exception as error:
+            # whatever a library raises for files from elsewhere
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            said = " ".join(line.strip() for line in lines[:2])
+            raise UserError(f"{type(error).__name__}: {said[:600]}") from None
+
+    def _answer(self, do: str, fields: Any) -> Iterator[dict[str, Any]]:
+        if do == "open":
+            yield {"event": "done", **self._models.open(**fields)}
+        elif do == "tokenizer":
+            self._texts = Texts(**fields)
+            yield {"event": "done", **self._texts.facts()}
+        elif do == "logits":
+            yield {"event": "done", "data": self._models.logits(**fields)}
+        elif do == "generate":
+            yield {"event": "done", "answer": self._models.generate(**fields)}
+        else:
+            yield {"event": "done", "answer": getattr(self._texts, do)(**fields)}
+
+
+def main() -> None:
+    worker = _import_worker()
+    engine, device = sys.argv[1:3]
+    worker.serve(lambda: Handler(engine, device).answer, most_bytes=-1)
+
+
+if __name__ == "__main__":
+    main()
