@@ -63,7 +63,7 @@ COMMANDS = {
     "serve": ("cli.inference.serve", "Serve base and adapters over OpenAI's HTTP API."),
     "adapters": ("cli.adapters", "List, compare, combine, compress, export adapters."),
     "export": ("cli.export", "Export an adapter for another program, or merged."),
-    "certify": ("cli.certify", "Certify an adapter in other programs."),
+    "certify": ("cli.export", "Certify an adapter in other programs."),
     "push": ("cli.export", "Push an export of an adapter to the Hugging Face hub."),
     "data": ("cli.data", "Check, show and convert data files."),
     "fleet": ("cli.fleet", "Runs on other devices and machines."),

@@ -23,8 +23,10 @@ FOLDER = "LORA_ENGINES"  # an environment variable: where environments lie
 LINKED = ("torch", "torchgen", "functorch", "torch.libs", "triton", "nvidia")
 # What PyTorch requires of others, since it is no package of the environment that would say so.
 NEEDED_BY_TORCH = ("sympy", "networkx", "jinja2", "filelock", "fsspec", "typing-extensions")
+# Built against one PyTorch each: another's would not load. Text needs none of them.
+BESIDE_TORCH = ("torch", "torchvision", "torchaudio", "torchcodec")
 # uv leaves out a package whose override holds nowhere.
-WITHOUT_TORCH = 'torch ; sys_platform == "never"\n'
+WITHOUT_TORCH = "".join(f'{name} ; sys_platform == "never"\n' for name in BESIDE_TORCH)
 SECONDS = 900.0  # for one environment: gigabytes may be downloaded
 
 

@@ -217,8 +217,8 @@ class Texts:
 class Handler:
     """Answers requests with a model and a tokenizer."""
 
-    def __init__(self, engine: str, device: str) -> None:
-        self._models = Models(engine, device)
+    def __init__(self, models: Any) -> None:
+        self._models = models
         self._texts: Texts | None = None
 
     def answer(self, request: Any) -> Iterator[dict[str, Any]]:
@@ -248,11 +248,11 @@ class Handler:
             yield {"event": "done", "answer": getattr(self._texts, do)(**fields)}
 
 
-def main() -> None:
+def serve(models: Callable[[], Any]) -> None:
+    """Answer requests with what `models` makes."""
     worker = _import_worker()
-    engine, device = sys.argv[1:3]
-    worker.serve(lambda: Handler(engine, device).answer, most_bytes=-1)
+    worker.serve(lambda: Handler(models()).answer, most_bytes=-1)
 
 
 if __name__ == "__main__":
-    main()
+    serve(lambda: Models(*sys.argv[1:3]))
