@@ -88,8 +88,9 @@ def describe_model(
     notes = []
     if (context := settings["context_length"]) < model.shape.positions:
         notes.append(
-            "llama.cpp has no sliding window for this model. The file names a context of "
-            f"{context} tokens, up to which it makes no difference."
+            "llama.cpp computes longer texts otherwise, as it has no sliding windows or other "
+            f"positions for them. The file names a context of {context} tokens, up to which it "
+            "makes no difference."
         )
     metadata = {f"{family.architecture}.{key}": value for key, value in settings.items()}
     metadata = {"general.architecture": family.architecture, **metadata}

@@ -28,6 +28,7 @@ from tests.pipeline.stages.test_families import IDS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TABLES = 5e-3  # llama.cpp looks GELU up in a table of fp16
+FURTHER = ("smollm3", "phi", "phi3", "phi4")  # families that no adapter of SPECS is on
 LETTERS = st.text(
     st.one_of(
         st.sampled_from("aAbE 'stLlvednm1234567890.,!?_-\n\t\r▁()#/<|>"),
@@ -51,6 +52,20 @@ def test_llama_cpp_computes_the_merged_model(cli: Lora, name: str, tmp_path: Pat
     written(cli, source, tmp_path / "out", "gguf", "--quantize", "f32")
     both = logits(ours(tmp_path / "project/base", source), IDS)[0]
     assert (in_llama_cpp(tmp_path / "out/model-f32.gguf") - both).abs().max() <= TABLES
+
+
+@pytest.mark.parametrize("name", FURTHER)
+@pytest.mark.sampled(2)
+@pytest.mark.slow
+def test_llama_cpp_computes_the_base_and_the_adapter_on_every_linear(
+    cli: Lora, name: str, tmp_path: Path
+) -> None:
+    source = project(tmp_path, MODELS[name])
+    base, out = tmp_path / "project/base", tmp_path / "out"
+    # so that the base is kept
+    write_json(base / "manifest.json", {"files": {}, "new_rows": [127, 128]})
+    written(cli, source, out, "gguf-adapter")
+    assert_computes_both(out, base, source)
 
 
 @pytest.mark.parametrize("kind", ["linear", "yarn"])
@@ -81,10 +96,12 @@ def test_llama_cpp_computes_base_and_adapter(cli: Lora, name: str, tmp_path: Pat
     if not spec.rows:  # an adapter of zeros merged is the base
         write_json(base / "manifest.json", {"files": {}, "new_rows": [127, 128]})
     written(cli, source, out, "gguf-adapter")
-    found, both = (
-        in_llama_cpp(out / "base-f16.gguf", out / "adapter.gguf"),
-        logits(ours(base, source), IDS)[0],
-    )
+    assert_computes_both(out, base, source)
+
+
+def assert_computes_both(out: Path, base: Path, source: Path) -> None:
+    found = in_llama_cpp(out / "base-f16.gguf", out / "adapter.gguf")
+    both = logits(ours(base, source), IDS)[0]
     # the base is rounded to fp16
     assert (found - both).abs().max() <= 0.05 < (both - logits(ours(base), IDS)[0]).abs().max()
 
