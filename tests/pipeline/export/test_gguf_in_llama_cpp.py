@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from pipeline.adapters.config import AdapterSpec
 from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.data.tokenizers.template_process import Rendered
 from pipeline.export import llama_cpp
@@ -22,13 +23,19 @@ from tests.conftest import Lora
 from tests.helpers.json_files import read_json
 from tests.helpers.side_by_side import logits, ours
 from tests.helpers.tokenizers import INSTRUCTS, MARKED, TEXT, folder_with
-from tests.pipeline.export.test_export import SPECS, made
+from tests.pipeline.export.test_export import ATTENTION, SPECS, made
 from tests.pipeline.export.test_gguf import MODELS, project, sentencepiece_merges, written
 from tests.pipeline.stages.test_families import IDS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TABLES = 5e-3  # llama.cpp looks GELU up in a table of fp16
-FURTHER = ("smollm3", "phi", "phi3", "phi4")  # families that no adapter of SPECS is on
+FURTHER: dict[
+    str, tuple[str, ...] | str
+] = {  # families that no adapter of SPECS is on, and the modules of one
+    **dict.fromkeys(("smollm3", "phi-2", "phi3", "phi4", "gemma4-31b"), "all-linear"),
+    # all but what llama.cpp adds no update to
+    "gemma4-e2b": (*ATTENTION, "down_proj", "per_layer_input_gate", "per_layer_projection"),
+}
 LETTERS = st.text(
     st.one_of(
         st.sampled_from("aAbE 'stLlvednm1234567890.,!?_-\n\t\r▁()#/<|>"),
@@ -57,10 +64,10 @@ def test_llama_cpp_computes_the_merged_model(cli: Lora, name: str, tmp_path: Pat
 @pytest.mark.parametrize("name", FURTHER)
 @pytest.mark.sampled(2)
 @pytest.mark.slow
-def test_llama_cpp_computes_the_base_and_the_adapter_on_every_linear(
+def test_llama_cpp_computes_the_base_and_the_adapter_of_further_families(
     cli: Lora, name: str, tmp_path: Path
 ) -> None:
-    source = project(tmp_path, MODELS[name])
+    source = project(tmp_path, MODELS[name], AdapterSpec(4, 8, FURTHER[name]))
     base, out = tmp_path / "project/base", tmp_path / "out"
     # so that the base is kept
     write_json(base / "manifest.json", {"files": {}, "new_rows": [127, 128]})

@@ -67,6 +67,7 @@ class Family(NamedTuple):
     layout: Callable[[Config, str], Layout] = lambda _config, _name: Layout()  # by full name
     extra: Callable[[Config], Mapping[str, Tensor]] = lambda _config: {}  # tensors by name
     own_head: bool = True  # whether llama.cpp reads a head that is not the embedding
+    without_lora: tuple[str, ...] = ()  # modules to which llama.cpp adds no adapter's update
 
 
 def family_of(config: Config) -> Family:
