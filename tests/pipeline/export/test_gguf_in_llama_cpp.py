@@ -196,6 +196,25 @@ def test_llama_cpp_merges_as_sentencepiece_does(space: bool, tmp_path: Path) -> 
     assert_our_ids(tokenizer, path)
 
 
+def test_llama_cpp_merges_by_rank_as_gemma_4_does(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path / "t", sentencepiece=True, writes=("<s>",), bos="<s>")
+    tree = read_json(folder / "tokenizer.json")
+    tree["normalizer"], tree["pre_tokenizer"] = tree["normalizer"]["normalizers"][1], None
+    merges = [(left + right).strip("\n") for left, right in tree["model"]["merges"]]
+    tree["model"]["merges"] = [
+        pair
+        for pair, text in zip(tree["model"]["merges"], merges, strict=True)
+        if text in ("", "".join(pair))
+    ]
+    write_json(folder / "tokenizer.json", tree)
+    tokenizer, path = vocabulary_file(folder)
+    assert read_vocabulary(tokenizer, len(tokenizer)).metadata["tokenizer.ggml.model"] == "gemma4"
+    assert_our_ids(tokenizer, path)
+    with llama_cpp.LlamaCpp(path) as runner:
+        for text in ("\n" * 40, "a\n\n\n b\n" * 3):
+            assert runner.encode(text) == list(tokenizer.encode(text))
+
+
 def assert_our_ids(tokenizer: SubwordTokenizer, path: Path) -> None:
     with llama_cpp.LlamaCpp(path) as runner:
 
