@@ -50,7 +50,8 @@ def _settings(config: Config) -> dict[str, Any]:
 
 def _blocks(config: Config) -> list[dict[str, Any]]:
     """The settings of each block."""
-    changes = {int(number): own for number, own in (config.get("per_layer_config") or {}).items()}
+    listed = config.get("per_layer_config") or {}
+    changes = {int(number): values for number, values in listed.items()}
     return [
         {**config, **changes.get(number, {}), "layer_type": kind}
         for number, kind in enumerate(config["layer_types"])
