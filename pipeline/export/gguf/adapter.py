@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
 from pipeline.adapters.low_rank import LowRank, inner_product
+from pipeline.errors import UserError
 from pipeline.export.gguf.families import Layout, family_of
 from pipeline.export.gguf.writer import Output, file_type, tensor_names
 from pipeline.models.base import CausalLM
@@ -80,6 +81,10 @@ def _targets(updates: Updates, model: CausalLM) -> dict[str, tuple[str, Layout]]
     name_of = tensor_names(family.architecture, model.shape.layers)
     targets = {}
     for name in updates:
+        if name.rpartition(".")[2] in family.without_lora:
+            raise UserError(
+                f"llama.cpp adds no update to {name}. Merge the adapter with --format gguf."
+            )
         layout = family.layout(config, f"{name}.weight")
         targets[name] = name_of(f"{name}.weight"), layout._replace(transposed=False)
     return targets

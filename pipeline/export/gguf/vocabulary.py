@@ -16,10 +16,16 @@ _LLAMA3 = (
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
     r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_GPT4O = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + _ENDING + "|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*" + _ENDING + "|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # How a text is split before merging, and whether a word that is a token is taken unmerged →
 # llama.cpp's name.
@@ -30,6 +36,8 @@ PRE_TOKENIZERS = {
     ((_LLAMA3, "bytes"), False): "dbrx",
     ((_LLAMA3.replace("{1,3}", ""), "bytes"), False): "qwen2",
     ((_TEKKEN, "bytes"), True): "tekken",
+    ((_GPT4O, "bytes"), False): "gpt-4o",
+    ((_GPT4O, "bytes"), True): "gpt-4o",
 }
 DIFFERENCES = {
     "qwen2": (
@@ -97,13 +105,17 @@ def read_vocabulary(tokenizer: SubwordTokenizer, rows: int) -> Vocabulary:
     notes = [*_loose_tokens(tree["added_tokens"])]
     if sentencepiece:
         metadata |= _sentencepiece(tree, kinds, notes, tokenizer.has_template)
-        scores = _scores(model, kinds)
-        metadata["tokenizer.ggml.scores"] = [scores.get(texts[id_], 0.0) for id_ in ids]
+        ranks, odd = _ranks(model, kinds)
+        scores = (-float(ranks.get(texts[id_], len(ranks))) for id_ in ids)
+        metadata["tokenizer.ggml.scores"] = list(scores)
     else:
+        odd = None
         metadata |= _byte_level(tree, notes)
     if tokenizer.template:
         metadata["tokenizer.chat_template"] = tokenizer.template
     metadata |= _beginning(tokenizer, notes)
+    if odd is not None:
+        metadata |= _by_rank(model, metadata, odd)
     # end tokens may come from generation_config.json, with ids that are no tokens
     ends = sorted(id_ for id_ in tokenizer.end_ids if id_ < rows)
     ends.sort(key=lambda id_: id_ != tokenizer.end_id)
@@ -178,11 +190,10 @@ def _byte_level(tree: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
             f"{len(missing)} bytes have no token: llama.cpp skips them, here they are "
             f"{model['unk_token']}."
         )
-    merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": name,
-        "tokenizer.ggml.merges": list(merges),
+        "tokenizer.ggml.merges": list(map(" ".join, _merges(model))),
     }
 
 
@@ -231,39 +242,58 @@ def _sentencepiece(
     }
 
 
-def _scores(model: Mapping[str, Any], kinds: Mapping[int, int]) -> dict[str, float]:
-    """Scores by which llama.cpp merges the same pairs.
+def _ranks(model: Mapping[str, Any], kinds: Mapping[int, int]) -> tuple[dict[str, int], str | None]:
+    """The rank of each token's first merge, and a token that llama.cpp would merge otherwise.
 
-    It joins any two pieces that make a token, best score first. That is BPE only if every split of
-    a token into two tokens is a merge, and a token's merges have adjacent ranks. This holds for
-    SentencePiece's merges. Raises UserError for those of other trainers.
+    As SentencePiece it joins any two pieces that make a token, best rank first. That is BPE only if
+    every split of a token into two tokens is a merge, and a token's merges have adjacent ranks.
+    This holds for SentencePiece's merges.
     """
-    vocabulary = model["vocab"]
+    vocabulary, odd = model["vocab"], None
     ranks: dict[str, int] = {}
     count: dict[str, int] = {}
     last = None
-    for merge in model["merges"]:
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
+    for left, right in _merges(model):
         token = left + right
         if token != last and token in ranks:
-            raise _other_merges(token)
+            odd = token
         last = token
         ranks.setdefault(token, len(ranks))
         count[token] = count.get(token, 0) + 1
     for token, id_ in vocabulary.items():
-        if kinds[id_] == NORMAL:
+        if odd is None and kinds[id_] == NORMAL:
             pairs = ((token[:at], token[at:]) for at in range(1, len(token)))
             splits = sum(left in vocabulary and right in vocabulary for left, right in pairs)
             if splits != count.get(token, 0):
-                raise _other_merges(token)
-    return {token: -float(ranks.get(token, len(ranks))) for token in vocabulary}
+                odd = token
+    return ranks, odd
 
 
-def _other_merges(token: str) -> UserError:
-    return UserError(
-        f"tokenizer.json: the merges of {token!r} are not those of a SentencePiece model, so "
-        "llama.cpp would tokenize differently. Use --format merged."
-    )
+def _merges(model: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The merges of a BPE, in either spelling."""
+    for merge in model["merges"]:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        yield left, right
+
+
+def _by_rank(model: Mapping[str, Any], metadata: Mapping[str, Any], odd: str) -> dict[str, Any]:
+    """Metadata of Gemma 4's tokenizer, which merges by rank. llama.cpp always adds BOS to it, and
+    merges no line break with another letter.
+
+    Raises UserError if that would tokenize differently.
+    """
+    merges = list(_merges(model))
+    lines = ((left + right).replace("\n", "") not in ("", left + right) for left, right in merges)
+    prefix = metadata["tokenizer.ggml.add_space_prefix"]
+    if prefix or not metadata["tokenizer.ggml.add_bos_token"] or any(lines):
+        raise UserError(
+            f"tokenizer.json: the merges of {odd!r} are not those of a SentencePiece model, so "
+            "llama.cpp would tokenize differently. Use --format merged."
+        )
+    return {
+        "tokenizer.ggml.model": "gemma4",
+        "tokenizer.ggml.merges": list(map(" ".join, merges)),
+    }
 
 
 def _beginning(tokenizer: SubwordTokenizer, notes: list[str]) -> dict[str, Any]:

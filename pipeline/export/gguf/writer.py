@@ -72,7 +72,7 @@ def describe_model(
         )
     names = tensor_names(family.architecture, model.shape.layers)
     sources = []
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in model.state_dict().items():  # with buffers that are stored
         if name in tied[1:] and not own_head:
             continue
         stored = name if name in merge.copies else stored_name(name, merge.locations, tied)
@@ -88,8 +88,9 @@ def describe_model(
     notes = []
     if (context := settings["context_length"]) < model.shape.positions:
         notes.append(
-            "llama.cpp has no sliding window for this model. The file names a context of "
-            f"{context} tokens, up to which it makes no difference."
+            "llama.cpp computes longer texts otherwise, as it has no sliding windows or other "
+            f"positions for them. The file names a context of {context} tokens, up to which it "
+            "makes no difference."
         )
     metadata = {f"{family.architecture}.{key}": value for key, value in settings.items()}
     metadata = {"general.architecture": family.architecture, **metadata}
@@ -102,6 +103,8 @@ def tensor_names(architecture: str, layers: int) -> Callable[[str], str]:
     table = gguf.get_tensor_name_map(kind, layers)
 
     def name_of(parameter: str) -> str:
+        if not parameter.endswith((".weight", ".bias")):
+            parameter = f"{parameter}.weight"
         name: str | None = table.get_name(parameter, (".weight", ".bias"))
         if name is None:
             raise UserError(

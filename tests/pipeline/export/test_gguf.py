@@ -59,23 +59,64 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+BROAD = {**WIDE, "hidden_size": 64}  # heads as wide as the model
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+    "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+    # llama.cpp's smallest context: with more it would take the long factors
+    "original_max_position_embeddings": 512,
+}
+GEMMA4 = {
+    **{**WIDE, "num_hidden_layers": 4, "head_dim": 8, "global_head_dim": 32, "sliding_window": 5},
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+PER_LAYER = {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 128}
 MODELS = {
     "llama": FAMILIES["llama"],
     "mistral": Family("mistral", {**WIDE, "head_dim": 8, "sliding_window": 32}, tied=False),
     "llama3": Family("llama", {**WIDE, "rope_parameters": LLAMA3}),
-    "qwen2": Family("qwen2", {**WIDE, "hidden_size": 64}, tied=False, begins=None),
+    "qwen2": Family("qwen2", BROAD, tied=False, begins=None),
     # which transformers assumes
     "qwen3": Family("qwen3", {**WIDE, "head_dim": 128}, tied=False, begins=None),
     "gemma2": scaled("gemma2"),
     "gemma3": scaled("gemma3"),
     # so here
     "gpt2": replace(FAMILIES["gpt2"], config={**FAMILIES["gpt2"].config, "n_positions": 1024}),
+    "smollm3": Family("smollm3", {**WIDE, "num_hidden_layers": 4}),
+    "phi-2": Family("phi", BROAD, tied=False),
+    "phi3": Family("phi3", {**BROAD, "sliding_window": 32}, tied=False),
+    "phi4": Family("phi3", {**BROAD, "max_position_embeddings": 2048, "rope_parameters": LONG}),
+    "gemma4-e2b": Family(
+        "gemma4_text",
+        {
+            **{**GEMMA4, **PER_LAYER, "final_logit_softcapping": 30.0},
+            **{"num_kv_shared_layers": 2, "use_double_wide_mlp": True},
+        },
+    ),
+    "gemma4-31b": Family(
+        "gemma4_text",
+        {
+            **{**GEMMA4, "hidden_size_per_layer_input": 0},
+            **{"attention_k_eq_v": True, "num_global_key_value_heads": 1},
+        },
+    ),
 }
+READ_BY_TRANSFORMERS = [
+    name for name in MODELS if not name.startswith(("smollm3", "phi-", "gemma4"))
+]
 
 
 def project(root: Path, family: Family, spec: AdapterSpec | None = None) -> Path:
     """An adapter of random numbers on a toy base beside it."""
     base = new_project(root / "project", replace(family, rows=128)) / "base"
+    weights = load_file(base / "model.safetensors")
+    scalars = [name for name in weights if name.endswith("layer_scalar")]
+    for number, name in enumerate(scalars):  # buffers, which are 1 in a new model
+        weights[name] += 0.25 * number
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
     return adapter(root / "adapter", base, spec or AdapterSpec(4, 8, "all-linear"))
 
 
@@ -130,7 +171,7 @@ def test_an_export_reads_the_adapter_once_its_comparison_included(
     assert opened == ["bytes", "tensors"]  # the header's check, and what safetensors reads
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", READ_BY_TRANSFORMERS)
 def test_transformers_reads_from_the_file_every_tensor_of_the_merged_model(
     cli: Lora, name: str, tmp_path: Path
 ) -> None:
@@ -388,7 +429,7 @@ REFUSED: dict[str, tuple[Family, AdapterSpec | None, tuple[str, ...], str]] = {
         FAMILIES["opt"],
         None,
         (),
-        "does not support model_type opt. Supported: gemma2, gemma3_text, gpt2, llama",
+        "does not support model_type opt. Supported: gemma2, gemma3_text, gemma4_text, gpt2, llama",
     ),
     "mixtral": (
         FAMILIES["mixtral"],
@@ -466,6 +507,43 @@ REFUSED: dict[str, tuple[Family, AdapterSpec | None, tuple[str, ...], str]] = {
         (),
         "rope_parameters.attention_factor=2.0",
     ),
+    "every block rotated": (
+        Family("smollm3", {**WIDE, "no_rope_layers": [1, 1, 1, 1], "num_hidden_layers": 4}),
+        None,
+        (),
+        "no_rope_layers=[1, 1, 1, 1]",
+    ),
+    "biases": (
+        replace(MODELS["smollm3"], config={**WIDE, "attention_bias": True}),
+        None,
+        (),
+        "attention_bias=True",
+    ),
+    "normalized": (
+        replace(MODELS["phi-2"], config={**BROAD, "qk_layernorm": True}),
+        None,
+        (),
+        "qk_layernorm=True",
+    ),
+    "experts": (
+        replace(
+            MODELS["gemma4-31b"],
+            config={
+                **{**MODELS["gemma4-31b"].config, "enable_moe_block": True, "num_experts": 2},
+                **{"top_k_experts": 1, "moe_intermediate_size": 8},
+            },
+        ),
+        AdapterSpec(4, 8, ATTENTION),
+        (),
+        "enable_moe_block=True",
+    ),
+    "fewer tokens": (
+        Family("gemma4_text", {**GEMMA4, **PER_LAYER, "vocab_size_per_layer_input": 64}),
+        None,
+        (),
+        "vocab_size_per_layer_input=64",
+    ),
+    "no head": (replace(MODELS["phi-2"], tied=True), None, (), "tie_word_embeddings=True"),
     "narrow": (Family("qwen2", WIDE, tied=False, begins=None), None, (), "head_dim=16"),
     "kind": (MODELS["llama"], None, ("--quantize", "f16,q9"), "got 'q9'"),
 }
@@ -489,6 +567,15 @@ def test_an_adapter_of_a_base_that_llama_cpp_computes_otherwise_is_refused_too(
     assert "query_pre_attn_scalar=8" in refusal(
         export(cli, "gguf-adapter", source, tmp_path / "out")
     )
+
+
+def test_an_update_that_llama_cpp_would_ignore_is_refused(cli: Lora, tmp_path: Path) -> None:
+    source = project(
+        tmp_path, MODELS["gemma4-e2b"], AdapterSpec(4, 8, ("q_proj", "per_layer_model_projection"))
+    )
+    said = refusal(export(cli, "gguf-adapter", source, tmp_path / "out"))
+    assert "adds no update to model.per_layer_model_projection" in said
+    written(cli, source, tmp_path / "out")
 
 
 def test_minigpt_is_refused_with_what_to_do(cli: Lora, tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ class Family(NamedTuple):
     layout: Callable[[Config, str], Layout] = lambda _config, _name: Layout()  # by full name
     extra: Callable[[Config], Mapping[str, Tensor]] = lambda _config: {}  # tensors by name
     own_head: bool = True  # whether llama.cpp reads a head that is not the embedding
+    without_lora: tuple[str, ...] = ()  # modules to which llama.cpp adds no adapter's update
 
 
 def family_of(config: Config) -> Family:
@@ -101,6 +102,9 @@ def attention(config: Config) -> dict[str, Any]:
     """The settings of all families with rotary positions, by Llama's names in the config."""
     heads = config["num_attention_heads"]
     size = head_size(config)
+    norm, key = "layer_norm_rms_epsilon", "rms_norm_eps"
+    if key not in config:
+        norm, key = "layer_norm_epsilon", "layer_norm_eps"
     return {
         "block_count": config["num_hidden_layers"],
         "context_length": config["max_position_embeddings"],
@@ -110,7 +114,7 @@ def attention(config: Config) -> dict[str, Any]:
         "attention.head_count_kv": config.get("num_key_value_heads") or heads,
         "attention.key_length": size,
         "attention.value_length": size,
-        "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
+        f"attention.{norm}": float(config[key]),
         "rope.dimension_count": size,
         "vocab_size": config["vocab_size"],
     }
@@ -146,6 +150,21 @@ def rotary(config: Config, kinds: Iterable[str]) -> dict[str, Any]:
     """The settings of families like Llama: rotary positions of one kind, windows as contexts."""
     positions = rope(config["rope_parameters"], kinds)
     return {**attention(config), **within_window(config), **positions}
+
+
+def partly_rotary(config: Config, kinds: Iterable[str]) -> dict[str, Any]:
+    """`rotary`, for heads of which positions may rotate only the first values."""
+    parameters = dict(config["rope_parameters"])
+    rotated = int(head_size(config) * parameters.pop("partial_rotary_factor", 1.0))
+    settings = rotary({**config, "rope_parameters": parameters}, kinds)
+    return {**settings, "rope.dimension_count": rotated}
+
+
+def refuse_narrow_heads(config: Config) -> None:
+    """Raises UserError unless the heads together are as wide as the model."""
+    size = head_size(config)
+    if size * config["num_attention_heads"] != config["hidden_size"]:
+        raise unsupported("head_dim", size)
 
 
 def window_period(config: Config) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 from pipeline.export.gguf.families import Config, Family, Layout, head_size, rotary
 
 
-def _layout(config: Config, name: str) -> Layout:
+def rotated_by_neighbours(config: Config, name: str) -> Layout:
     """llama.cpp rotates neighbours, transformers the halves of a head: reorder rows of q and k."""
     for module, key in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
         if f".{module}." in name:
@@ -39,6 +39,6 @@ FAMILY = Family(
     "llama",
     lambda config: rotary(config, ("default", "linear", "yarn", "llama3")),
     {"hidden_act": ("silu",)},
-    _layout,
+    rotated_by_neighbours,
     _frequency_factors,
 )

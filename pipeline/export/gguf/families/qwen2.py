@@ -2,12 +2,11 @@
 
 from typing import Any
 
-from pipeline.export.gguf.families import Config, Family, head_size, rotary, unsupported
+from pipeline.export.gguf.families import Config, Family, refuse_narrow_heads, rotary
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    if (size := head_size(config)) * config["num_attention_heads"] != config["hidden_size"]:
-        raise unsupported("head_dim", size)
+    refuse_narrow_heads(config)
     return rotary(config, ("default", "linear", "yarn"))
 
 
