@@ -17,14 +17,17 @@ from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.data.tokenizers.template_process import Rendered
 from pipeline.export import llama_cpp
 from pipeline.export.gguf.vocabulary import PRE_TOKENIZERS, read_vocabulary
-from pipeline.export.gguf.writer import Output
+from pipeline.export.gguf.writer import Output, describe_model, write_files
 from pipeline.files.artifact import write_json
+from pipeline.files.base_model import tensor_locations
+from pipeline.weights.merge_plan import MergePlan
 from tests.conftest import Lora
 from tests.helpers.json_files import read_json
+from tests.helpers.projects import played
 from tests.helpers.side_by_side import logits, ours
 from tests.helpers.tokenizers import INSTRUCTS, MARKED, TEXT, folder_with
 from tests.pipeline.export.test_export import ATTENTION, SPECS, made
-from tests.pipeline.export.test_gguf import MODELS, project, sentencepiece_merges, written
+from tests.pipeline.export.test_gguf import MODELS, NEWER, project, sentencepiece_merges, written
 from tests.pipeline.stages.test_families import IDS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -51,11 +54,11 @@ def in_llama_cpp(model: Path, adapter: Path | None = None) -> torch.Tensor:
     return logits
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *NEWER])
 @pytest.mark.sampled(3)
 @pytest.mark.slow
 def test_llama_cpp_computes_the_merged_model(cli: Lora, name: str, tmp_path: Path) -> None:
-    source = project(tmp_path, MODELS[name])
+    source = project(tmp_path, (MODELS | NEWER)[name])
     written(cli, source, tmp_path / "out", "gguf", "--quantize", "f32")
     both = logits(ours(tmp_path / "project/base", source), IDS)[0]
     assert (in_llama_cpp(tmp_path / "out/model-f32.gguf") - both).abs().max() <= TABLES
@@ -111,6 +114,24 @@ def assert_computes_both(out: Path, base: Path, source: Path) -> None:
     both = logits(ours(base, source), IDS)[0]
     # the base is rounded to fp16
     assert (found - both).abs().max() <= 0.05 < (both - logits(ours(base), IDS)[0]).abs().max()
+
+
+@pytest.mark.parametrize("name", NEWER)
+@pytest.mark.sampled(3)
+@pytest.mark.slow
+def test_llama_cpp_computes_base_and_adapter_of_newer_families(
+    cli: Lora, name: str, tmp_path: Path
+) -> None:
+    """On the base in fp32: in fp16, rounding chooses other experts."""
+    source = project(tmp_path, NEWER[name])
+    base, out = tmp_path / "project/base", tmp_path / "out"
+    written(cli, source, out, "gguf-adapter")
+    model = describe_model(MergePlan(base, tensor_locations(base)))
+    vocabulary = read_vocabulary(SubwordTokenizer.load(base), model.rows)
+    played(write_files({tmp_path / "base.gguf": "f32"}, model, vocabulary.metadata))
+    found = in_llama_cpp(tmp_path / "base.gguf", out / "adapter.gguf")
+    both = logits(ours(base, source), IDS)[0]
+    assert (found - both).abs().max() <= TABLES < (both - logits(ours(base), IDS)[0]).abs().max()
 
 
 def vocabulary_file(folder: Path) -> tuple[SubwordTokenizer, Path]:
