@@ -107,6 +107,8 @@ def _run(command: Sequence[str]) -> None:
         )
     except subprocess.TimeoutExpired:
         raise UserError(f"uv did not end within {SECONDS:g} seconds. Try again.") from None
+    except OSError as error:
+        raise UserError(f"uv does not start: {error.strerror}.") from None
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         reason = " ".join(lines[-3:]) or f"exit code {done.returncode}"

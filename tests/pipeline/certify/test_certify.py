@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 from lora_workbench.api import ignore, play
-from pipeline.adapters.config import AdapterSpec
-from pipeline.certify.certify import FAILED, PASSED, Checked, Processes, certify
+from pipeline.adapters.config import WEIGHTS, AdapterSpec
+from pipeline.certify import environment, record
+from pipeline.certify.certify import FAILED, NOT_RUN, PASSED, Checked, Processes, certify
 from pipeline.certify.engines import Wanted, parse
+from tests.conftest import Lora
 from tests.helpers.bases import toy_checkpoint
 from tests.helpers.broken_adapters import BROKEN, broken
 from tests.helpers.checkpoints import adapter
@@ -80,3 +82,45 @@ def test_engines_are_named_with_versions() -> None:
     ]
     assert parse("peft,peft") == [PEFT]
     assert "got 'tgi'" in user_error(parse, "tgi")
+
+
+def test_the_command_says_why_and_exits_with_1(cli: Lora, base: Path, tmp_path: Path) -> None:
+    whole = adapter(tmp_path / "whole", base, SPEC)
+    code, said, _ = cli("certify", str(whole), "--base", str(base), cwd=tmp_path)
+    assert code == 0 and "6 of 6" in said
+    assert record.read(whole) is not None
+    lost = broken(whole, tmp_path / "lost", "alpha is lost")
+    code, said, _ = cli("certify", str(lost), "--base", str(base), cwd=tmp_path)
+    assert code == 1 and "no lora_alpha: PEFT takes 8" in said
+
+
+def test_a_certificate_is_of_exactly_its_files(tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / WEIGHTS).write_bytes(b"1")
+    record.write(record.place_of(folder), folder, {"verdict": PASSED})
+    assert record.read(folder) == {"files": record.digests(folder), "verdict": PASSED}
+    (folder / WEIGHTS).write_bytes(b"2")
+    assert record.read(folder) is None
+
+
+def test_an_engine_that_cannot_be_had_is_not_run(
+    base: Path, processes: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "_find_uv", lambda: "/nonexistent/uv")
+    monkeypatch.setenv(environment.FOLDER, str(tmp_path / "engines"))
+    whole = adapter(tmp_path / "whole", base, SPEC)
+    found = certificate(whole, base, processes, Wanted("peft", "0.1"))
+    assert found["verdict"] == NOT_RUN and found["engines"][0]["verdict"] == NOT_RUN
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["0.17", "0.18", "0.19", "0.20", "0.21"])
+def test_peft_of_every_version(
+    version: str, base: Path, processes: Processes, tmp_path: Path
+) -> None:
+    """Before transformers 5 a tokenizer that it saved does not open, and nothing else differs."""
+    whole = adapter(tmp_path / "whole", base, SPEC)
+    (entry,) = certificate(whole, base, processes, Wanted("peft", version))["engines"]
+    assert entry["name"].startswith(f"peft {version}.") and entry["missed"] < 1e-5
+    assert all("TokenizersBackend" in problem for problem in entry["problems"])
