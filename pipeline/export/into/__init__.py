@@ -4,7 +4,7 @@
 merged model sees, `update.py` compares stored codes, and `models.py` what the models answer.
 """
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,8 +15,15 @@ from pipeline.project.runner import Event
 Kind = Literal["nf4", "q4_k_m", "q8_0"]
 Rounding = Literal["nearest", "gptq"]
 ENTRY = "into"  # of certificate.json
-NEARLY_ALL = 0.95  # of what was learned: no advice is needed
-LABELS = {"base": "{0} of the base", "apart": "adapter beside it"}
+CLEARLY = 0.9  # of a cost: above it, a difference is no advice
+# of the table of the update: an entry of the certificate, its format, and its words
+MEASURES = (
+    ("codes_changed", ".1%", "of the codes differ from the base's"),
+    ("rows_changed", ".1%", "of the rows have such a code"),
+    ("share_of_step", ".3g", "times the error of rounding: the size of the update"),
+    ("contained", ".3g", "times the update is contained"),
+    ("lost", ".3g", "times its size: what rounding adds to it or takes from it"),
+)
 
 
 class Into(NamedTuple):
@@ -46,79 +53,75 @@ def write(export: Export, into: Into, out: Path) -> Generator[Event, None, dict[
 
 
 def describe(entry: Mapping[str, Any]) -> list[str]:
-    """What was lost, as a table of at most 80 columns, and what would help."""
-    kind, models = entry["kind"], entry["models"]
-    nearest = entry["update"]["nearest"].values()
-    lines = []
-    if nearest:
-        lines.append(f"{len(nearest)} changed matrices in {kind}, each number rounded to nearest:")
-        for name, what in (
-            ("codes_changed", "of the stored codes changed by the update"),
-            ("rows_changed", "of the rows have a changed code"),
-            ("share_of_step", "the update, as a share of the error of rounding"),
-            ("contained", "times the update is contained"),
-            ("lost", "of the update's size is off, by rounding before and after it"),
-        ):
-            values = [value[name] for value in nearest if value[name] is not None]
-            if values:
-                lines.append(f"  {min(values):8.4g} to {max(values):<8.4g} {what}")
-    rows = [("", "KL", "first choice", "loss", "kept")]
-    for model in models:
-        has_loss = model["loss"] is not None
+    """What was lost, as tables of at most 80 columns, and what would help."""
+    return [*_update_table(entry), *_model_table(entry), *_advice(entry)]
+
+
+def _update_table(entry: Mapping[str, Any]) -> Iterator[str]:
+    """What is left of the update in the matrix that has least of it, and in that with most."""
+    matrices = entry["update"]["nearest"].values()
+    if matrices:
+        yield f"The update of {len(matrices)} matrices, rounded to the nearest {entry['kind']}:"
+    for name, form, what in MEASURES:
+        values = [matrix[name] for matrix in matrices if matrix[name] is not None]
+        if values:
+            span = f"{min(values):{form}} to {max(values):{form}}"
+            yield f"  {span:16} {what}"
+
+
+def _model_table(entry: Mapping[str, Any]) -> Iterator[str]:
+    rows = [("", "KL", "first choices", "loss", "learned")]
+    for model in entry["models"]:
+        loss, kept = model["loss"], model["kept"]
         rows.append(
             (
-                label_of(model["model"], kind),
+                _label(model["model"], entry["kind"]),
                 f"{max(model['divergence'], 0):.1e}",
                 f"{model['same_first_choices']} of {entry['prompts_checked']}",
-                f"{model['loss']:.3f}" if has_loss else "",
-                f"{model['kept']:.0%}" if has_loss and model["kept"] is not None else "",
+                "" if loss is None else f"{loss:.3f}",
+                "" if kept is None else f"{kept:.0%}",
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for first, *others in rows:
-        cells = map(str.rjust, others, widths[1:])
-        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
-    return [*lines, *_advice(entry)]
+    for label, *numbers in rows:
+        cells = map(str.rjust, numbers, widths[1:])
+        yield "  ".join([label.ljust(widths[0]), *cells]).rstrip()
 
 
-def label_of(model: str, kind: str) -> str:
-    """A model of the table, in words."""
-    return LABELS.get(model, f"merged, {model}").format(kind)
+def _label(model: str, kind: str) -> str:
+    if model == "base":
+        return f"{kind} of the base"
+    return "adapter beside it" if model == "apart" else f"{kind} of the merge, {model}"
 
 
-def _advice(entry: Mapping[str, Any]) -> list[str]:
+def _advice(entry: Mapping[str, Any]) -> Iterator[str]:
     """What the numbers say, and what would lose less."""
     models = {model["model"]: model for model in entry["models"]}
     kind, written = entry["kind"], models[entry["rounding"]]
-    costs, anyway = (max(model["divergence"], 0) for model in (written, models["base"]))
-    lines = [
-        f"KL in nats per token to base + adapter, of {label_of('base', kind)} to the base: rounding "
-        f"costs {anyway:.1e} anyway, the merge {costs:.1e}."
-    ]
-    has_tasks = written["kept"] is not None
-    if has_tasks:
-        lines.append(
-            f"{written['kept']:.0%} of what was learned is kept: of the fall of the loss on "
+    anyway, cost = (max(model["divergence"], 0) for model in (models.pop("base"), written))
+    yield (
+        f"Rounding costs the base {anyway:.1e} nats per token (KL to the base), and what was "
+        f"written {cost:.1e} (KL to base + adapter)."
+    )
+    kept = written["kept"]
+    if kept is not None:
+        yield (
+            f"It keeps {kept:.0%} of what was learned: of the fall of the loss on "
             f"{entry['examples_checked']} examples."
         )
-    best = min(models.values(), key=lambda model: _badness(model, has_tasks))
-    if best is written or (has_tasks and written["kept"] >= NEARLY_ALL):
-        return lines
-    help_ = {
-        "gptq": "--rounding gptq loses less",
-        "nearest": "--rounding nearest loses less here",
-        "apart": f"the adapter beside the base in {kind} loses less: "
-        + ("load the base in nf4" if kind == "nf4" else "`lora export --format gguf-adapter`"),
-    }
-    if best["model"] in help_:
-        lines.append(f"{help_[best['model']]}.".capitalize())
+    cheapest = min(models.values(), key=lambda model: _cost(model, kept is not None))
+    best = cheapest["model"]
+    if _cost(cheapest, kept is not None) > CLEARLY * _cost(written, kept is not None):
+        best = entry["rounding"]
+    if best == "apart":
+        how = "load the base in nf4" if kind == "nf4" else "lora export --format gguf-adapter"
+        yield f"The adapter beside a base in {kind} loses less: {how}."
+    elif best != entry["rounding"]:
+        yield f"--rounding {best} loses less."
     if entry["rounding"] == "nearest":
-        lines.append("--rounding gptq chooses codes by the inputs of base + adapter: try it.")
-    return lines
+        yield "--rounding gptq chooses the codes by the inputs of base + adapter."
 
 
-def _badness(model: Mapping[str, Any], has_tasks: bool) -> float:
-    """What a model lost; the base in few bits is no candidate."""
-    if model["model"] == "base":
-        return float("inf")
-    return float(-model["kept"] if has_tasks else model["divergence"])
+def _cost(model: Mapping[str, Any], by_task: bool) -> float:
+    cost: float = 1 - model["kept"] if by_task else model["divergence"]
+    return max(0.0, cost)

@@ -93,6 +93,7 @@ def input_grams(
 
     `widths`: I of each. As many as fit into `room` bytes are summed in one pass of the model.
     """
+    bool(model.supports_packing)  # it is tried by running the model: before inputs are summed
     waiting = dict(widths)
     while waiting:
         grams, size = dict[str, Tensor](), 0
