@@ -15,6 +15,7 @@ from pipeline.errors import UserError
 from pipeline.project.runner import Event, Note, Progress
 
 if TYPE_CHECKING:
+    from pipeline.export.into import Kind, Rounding
     from pipeline.inference.engine import LoadedModel
     from pipeline.project.logs.run_log import Step
     from pipeline.project.logs.runs import Run
@@ -364,6 +365,9 @@ def merge(
     base: str | Path | None = None,
     precision: str | None = None,
     prompts: str | Path | None = None,
+    into: Kind | None = None,
+    rounding: Rounding = "nearest",
+    data: str | Path | None = None,
     trust_remote_code: bool = False,
     on_event: OnEvent = ignore,
 ) -> dict[str, Any]:
@@ -371,7 +375,11 @@ def merge(
 
     The certificate says for each matrix how much of the update W + s·BA the rounding left.
     `precision` of the merged weights: fp32, bf16 or fp16; by default the base's. On the prompts of a
-    file the merged model is compared with base + adapter. Raises UserError.
+    file the merged model is compared with base + adapter.
+
+    `into`: nf4 (a checkpoint of bitsandbytes), q4_k_m or q8_0 (a GGUF file), `rounding` to the
+    nearest code or by gptq. Certificate "into": what that costs of the update, on prompts, and of
+    what was learned on the examples of `data`. Raises UserError.
     """
     from pipeline.export.formats import Export, note_on_verdict
     from pipeline.export.formats.merged import merging_of
@@ -386,6 +394,10 @@ def merge(
         prompts=_path(prompts),
         trust_remote_code=trust_remote_code,
     )
+    if into is not None:
+        from pipeline.export.into import Into, write
+
+        return play(write(export, Into(into, rounding, _path(data)), Path(out)), on_event)
     return play(merge_to(Path(out), *merging_of(export)), on_event)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Option
 
@@ -98,6 +98,18 @@ def merge(
     base: BaseOption = None,
     precision: WidthOption = None,
     prompts: PromptsOption = None,
+    into: Annotated[
+        Literal["nf4", "q4_k_m", "q8_0"] | None,
+        Option(help="Quantize the merge, and measure what that costs; needs --adapter."),
+    ] = None,
+    rounding: Annotated[
+        Literal["nearest", "gptq"] | None,
+        Option(help="Of --into: codes by their distance (default), or by what the outputs lose."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        Option(help="Of --into: examples of what was learned; gptq is calibrated on every other."),
+    ] = None,
     trust_remote_code: TrustOption = False,
     _device: DeviceOption = None,
 ) -> None:
@@ -106,13 +118,14 @@ def merge(
     With a certificate: each matrix received its update once, and the answers are the same.
 
     With --adapter and --out: any adapter into its base's files, tensor by tensor, without loading
-    the model.
+    the model. With --into: the merge in 4 or 8 bits, beside the base in as many and the adapter
+    apart.
     """
-    if trust_remote_code or any(
-        option is not None for option in (adapter, out, base, precision, prompts)
-    ):
+    given = (adapter, out, base, precision, prompts, into, rounding, data)
+    if trust_remote_code or any(option is not None for option in given):
         from cli.console import following, noting_replaced, print_line
         from lora_workbench import api
+        from pipeline.export.into import describe as describe_rounding
         from pipeline.weights.merge_check import describe
 
         if adapter is None or out is None:
@@ -124,6 +137,10 @@ def merge(
                 "--params, --set and --force are of the pipeline's merge: leave out --adapter, or "
                 "them."
             )
+        if into is None and (rounding or data):
+            raise UserError(
+                "--rounding and --data are of a quantized merge. Add --into, such as --into q4_k_m."
+            )
         with noting_replaced(out), following("merge") as show:
             certificate = api.merge(
                 adapter,
@@ -131,10 +148,16 @@ def merge(
                 base=base,
                 precision=precision,
                 prompts=prompts,
+                into=into,
+                rounding=rounding or "nearest",
+                data=data,
                 trust_remote_code=trust_remote_code,
                 on_event=show,
             )
             print_line("  ".join((str(out), *describe(certificate))))
+            if into is not None:
+                for line in describe_rounding(certificate["into"]):
+                    print_line(line)
         return
     run_stage("merge", params, overrides, force)
 

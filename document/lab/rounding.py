@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from pipeline.calc.settings import NF4_BLOCK, NF4_BLOCK_2
+from pipeline.export.into.gptq import RoundColumn
+from pipeline.export.into.gptq import gptq as compensated
 from pipeline.models import nf4
 
 SCALE = 16  # bits of a group's scale
 E4M3_LARGEST = 448.0
-DAMPING = 0.01  # of G's mean diagonal, added to it (Frantar et al. 2023, §3.3)
 EXPONENTS = 21  # of AWQ's search: its authors' 20 steps from 0, and 1
 
 
@@ -129,32 +130,16 @@ def gptq(weight: Tensor, gram: Tensor, bits: int, group: int) -> Rounded:
     """GPTQ (Frantar et al. 2023, §3.3): round column by column; the columns still to come
     compensate the error.
 
-    With G⁻¹ = UᵀU, U upper triangular, an error e in column i is compensated in column j by
-    −e·Uᵢⱼ/Uᵢᵢ. A group's grid is computed from its compensated weights when its first column is
-    reached.
+    A group's grid is computed from its compensated weights when its first column is reached.
     """
-    columns = weight.shape[1]
-    group = min(group, columns)
-    remaining, rounded = weight.double().clone(), torch.empty_like(weight, dtype=torch.float32)
-    upper = _inverse_root(gram.double())
-    for start in range(0, columns, group):
-        grid = Grid.of(remaining[:, start : start + group].float(), bits)
-        for column in range(start, min(start + group, columns)):
-            rounded[:, column] = grid.nearest(remaining[:, column : column + 1].float())[:, 0]
-            error = (remaining[:, column] - rounded[:, column]) / upper[column, column]  # (O,)
-            remaining[:, column:] -= torch.outer(error, upper[column, column:])  # (O, I − column)
+    group = min(group, weight.shape[1])
+
+    def rounding(part: Tensor) -> RoundColumn:
+        grid = Grid.of(part.float(), bits)
+        return lambda column, _: grid.nearest(column[:, None].float())[:, 0]
+
+    rounded = compensated(weight.double(), gram, rounding, group).float()
     return Rounded(rounded, grouped_bits(bits, group))
-
-
-def _inverse_root(gram: Tensor) -> Tensor:
-    """Upper triangular U (I, I) with UᵀU = (G + damping)⁻¹. The damping keeps it defined if inputs
-    are always zero.
-    """
-    diagonal = gram.diagonal().mean().clamp(min=1e-30) * DAMPING
-    damped = gram + diagonal * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return upper
 
 
 def awq(weight: Tensor, gram: Tensor, bits: int, group: int) -> Rounded:

@@ -14,6 +14,8 @@ from lab import rounding
 from lab.rounding import Rounded, entropy, four_bit_codes, precisions
 from torch import Tensor
 
+from pipeline.export.into.gptq import DAMPING, inverse_root
+
 WAYS = {one.name: one.quantize for one in precisions(group=32)}
 GROUPED: dict[str, Callable[[Tensor, Tensor, int, int], Rounded]] = {
     "nearest": lambda w, _, bits, group: rounding.nearest(w, bits, group),
@@ -142,10 +144,10 @@ def test_gptqs_update_of_the_rest_is_the_best_there_is() -> None:
     """With one column rounded and all others free, what is left is least squares' solution."""
     weight, x = drawn(1, 12), inputs(60, 12).double()
     gram = gram_of(x)
-    upper = rounding._inverse_root(gram)
+    upper = inverse_root(gram)
     q = float(weight[0, 0]) + 0.1
     moved = weight[0].double() - (float(weight[0, 0]) - q) / upper[0, 0] * upper[0]
-    damped = gram + gram.diagonal().mean() * rounding.DAMPING * torch.eye(12).double()
+    damped = gram + gram.diagonal().mean() * DAMPING * torch.eye(12).double()
     # minimise (v − w)ᵀG(v − w) with v₀ = q
     free = (
         torch.linalg.solve(damped[1:, 1:], damped[1:, 0] * (float(weight[0, 0]) - q))

@@ -4,15 +4,20 @@ An export is refused if a setting differs in llama.cpp (`export/gguf/families/`)
 (`weights/merge_check.py`), or tokens, template or logits (`export/certificate.py`).
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from shlex import quote
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.errors import UserError, require
 from pipeline.export import llama_cpp
 from pipeline.export.formats import Export, Format
 from pipeline.files import artifact
 from pipeline.project.runner import Event, Note
+
+if TYPE_CHECKING:
+    from pipeline.adapters.peft import Reading
+    from pipeline.export.gguf.writer import Model
 
 # the gguf package quantizes to these
 KINDS = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
@@ -22,7 +27,24 @@ BY_LLAMA_CPP = tuple(kind for kind in llama_cpp.KINDS if kind not in KINDS)
 DEFAULT = "f16"
 
 
-def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
+class Files(NamedTuple):
+    """The merged model's files before they are compared, and what they were made of."""
+
+    base: Path
+    model: "Model"
+    metadata: Mapping[str, Any]
+    paths: Mapping[str, Path]  # by kind
+    widest: str  # kind of the file from which the others are quantized
+    reading: "Reading"
+
+
+# may edit the quantized files; returns entries of the certificate
+Finish = Callable[[Files], Generator[Event, None, dict[str, Any]]]
+
+
+def write(
+    export: Export, out: Path, finish: Finish | None = None
+) -> Generator[Event, None, list[str]]:
     """Write a file of each kind, and what Ollama needs. Raises UserError."""
     from pipeline.adapters.peft import Reading
     from pipeline.export.gguf.folder import general, is_earlier_export, tokenizer_of
@@ -52,13 +74,16 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     with artifact.writing(out) as folder:
         paths = {kind: folder / file for kind, file in files.items()}
         written = {path: kind for kind, path in paths.items() if kind in KINDS}
-        facts = general(export.adapter, base, export.base_name)
-        yield from write_files(written, model, {**facts, **vocabulary.metadata})
+        facts = general(export.adapter, base, export.base_name) | vocabulary.metadata
+        yield from write_files(written, model, facts)
         matrices = written_matrices(paths[widest], model)
         certificate = yield from check_merge(merge, matrices, "--quantize f32")
         for kind in kinds:
             if kind not in KINDS:
                 yield from llama_cpp.quantize(paths[widest], paths[kind], kind)
+        if finish:
+            made = Files(base, model, facts, paths, widest, reading)
+            certificate |= yield from finish(made)
 
         candidates = [llama_cpp.candidate(kind, paths[kind]) for kind in kinds]
         if widest not in kinds:
