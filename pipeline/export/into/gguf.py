@@ -120,7 +120,7 @@ def _round_matrix(tensors: Mapping[str, Any], model: "Model", name: str, gram: T
     stored = stored_name(f"{name}.weight", model.merge.locations)
     for source in model.sources:
         tensor = tensors[source.name]
-        if source.stored == stored and tensor.tensor_type in CODINGS:
+        if source.stored == (stored,) and tensor.tensor_type in CODINGS:
             data = torch.from_numpy(tensor.data.copy())
             weight = _in_file(model, source)
             rounded = rounded_for_inputs(data, tensor.tensor_type, weight, gram.cpu())
@@ -129,7 +129,7 @@ def _round_matrix(tensors: Mapping[str, Any], model: "Model", name: str, gram: T
 
 def _in_file(model: "Model", source: "Source") -> Tensor:
     """(O, I) in fp32: a matrix as the file orders it, before it is rounded."""
-    blocks = model.merge.merged_blocks(source.stored, torch.float32)
+    blocks = model.merge.merged_blocks(source.stored[0], torch.float32)
     return torch.cat([*source.layout.of(block.float() for block in blocks)])
 
 
@@ -140,11 +140,13 @@ def _survivals(
     files = [_tensors(path) for path in (before, after)]
     originals = {source.name: source for source in plain.sources}
     for source in merged.sources:
-        if source.stored not in merged.merge.edits or len(source.shape) < 2:
+        # of stacked experts there may be a tensor for each: those are not measured
+        name, *others = source.stored
+        if others or name not in merged.merge.edits or len(source.shape) != 2:
             continue
         stored = [_stored(tensors[source.name]) for tensors in files]
         weight, changed = _in_file(plain, originals[source.name]), _in_file(merged, source)
-        yield source.stored.removesuffix(".weight"), survival(weight, changed, *stored)
+        yield name.removesuffix(".weight"), survival(weight, changed, *stored)
 
 
 def _stored(tensor: Any) -> Stored:
