@@ -46,14 +46,16 @@ def _finish(
     unchanged = replace(merge, edits={}, copies={}, unties=False)
     plain = describe_model(unchanged, export.trust_remote_code, own_head=merge.unties)
     with TemporaryDirectory(dir=written.parent) as folder:
-        base, nearest = Path(folder, "base.gguf"), Path(folder, "nearest.gguf")
+        base, nearest = Path(folder, "base.gguf"), written
         yield from _write_base(base, plain, files, into.kind)
-        shutil.copyfile(written, nearest)
-        models = {"base": _opens(base), "nearest": _opens(nearest)}
         tensors = dict[str, Any]()
         if into.rounding == "gptq":
-            models["gptq"] = _opens(written)
+            nearest = Path(folder, "nearest.gguf")
+            shutil.copyfile(written, nearest)
             tensors = _tensors(written, "r+")
+        by_rounding = {"nearest": nearest, into.rounding: written}
+        models = {"base": _opens(base)}
+        models |= {rounding: _opens(path) for rounding, path in by_rounding.items()}
         adapter = Path(folder, "adapter.gguf")
         try:
             _write_adapter(adapter, export, files)
@@ -62,7 +64,6 @@ def _finish(
             yield Note(f"The adapter beside a quantized base was not measured. {error}")
         job = Job(export, into, files.base, files.reading)
         measured = yield from measure(job, models, partial(_round_matrix, tensors, files.model))
-        by_rounding = {"nearest": nearest, into.rounding: written}
         updates = {
             rounding: dict(_survivals(files.model, plain, base, path))
             for rounding, path in by_rounding.items()

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from pipeline.errors import UserError
 from pipeline.export.formats import Export
 from pipeline.export.into import ENTRY, Into
 from pipeline.export.into.gptq import round_for_inputs
-from pipeline.export.into.models import Job, Logits, in_torch, measure
+from pipeline.export.into.models import Job, Logits, Opens, in_torch, measure
 from pipeline.export.into.update import Stored, survival
 from pipeline.files import artifact
 from pipeline.files.artifact import read_json, write_json
@@ -69,22 +70,21 @@ def _measured(
     if into.rounding == "gptq":
         nearest = scratch / "nearest"
         shutil.copytree(folder, nearest, ignore=shutil.ignore_patterns(scratch.name))
-    models = {
-        "base": lambda: in_torch(job.load(None, KIND)),
-        "nearest": lambda: _opened(nearest, scratch / "plain", job),
-        "gptq": lambda: _opened(folder, scratch / "gptq", job),
-        "apart": lambda: in_torch(job.load(job.export.adapter, KIND)),
-    }
-    if into.rounding == "nearest":
-        del models["gptq"]
-    names = dict(linears)
-    measured = yield from measure(
-        job, models, lambda name, gram: _round_matrix(plan, folder, names[name], gram)
-    )
+    by_rounding = {"nearest": nearest, into.rounding: folder}
+    models: dict[str, Opens] = {"base": lambda: in_torch(job.load(None, KIND))}
+    for rounding, path in by_rounding.items():
+        models[rounding] = partial(_opened, path, scratch / "opened", job)
+    models["apart"] = lambda: in_torch(job.load(job.export.adapter, KIND))
+
+    def round_matrix(name: str, gram: Tensor) -> None:
+        if name in linears:
+            _round_matrix(plan, folder, linears[name], gram)
+
+    measured = yield from measure(job, models, round_matrix)
     changed = [name for name in linears.values() if name in plan.edits]
     updates = {
         rounding: {name.removesuffix(".weight"): _survival(plan, path, name) for name in changed}
-        for rounding, path in {"nearest": nearest, into.rounding: folder}.items()
+        for rounding, path in by_rounding.items()
     }
     return {"kind": KIND, "rounding": into.rounding, "update": updates, **measured}
 
@@ -209,7 +209,7 @@ def _opened(folder: Path, scratch: Path, job: Job) -> Iterator[Logits]:
     """The checkpoint as transformers and bitsandbytes read it, dequantized into `scratch`."""
     scratch.mkdir()
     trust = job.export.trust_remote_code
-    import_base(parse_source(str(folder.resolve()), folder), scratch, "fp32", trust)
+    import_base(parse_source(str(folder.resolve()), folder), scratch, "auto", trust)
     with in_torch(load(scratch, trust_remote_code=trust)) as logits:
         yield logits
     shutil.rmtree(scratch)
