@@ -252,7 +252,7 @@ def refuse_experts(folder: Path, spec: AdapterSpec) -> None:
     if spec.parameters:
         raise UserError(
             f"{folder} adapts experts (target_parameters {', '.join(spec.parameters)}), which only "
-            "PEFT and this project read as an adapter. Merge it: `lora export --format merged`."
+            "PEFT, llama.cpp and this project read as an adapter. Merge it: `lora export --format merged`."
         )
 
 

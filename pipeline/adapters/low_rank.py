@@ -29,17 +29,17 @@ _KEYS = (LINEAR_KEYS, EMBEDDING_KEYS)
 
 @dataclass(frozen=True)
 class LowRank:
-    """A low-rank update s·BA of one weight; an embedding's inputs are its rows."""
+    """A low-rank update s·BA of one weight, or of stacked experts; an embedding's inputs are its rows."""
 
-    a: Tensor  # (R, I)
-    b: Tensor  # (O, R)
+    a: Tensor  # (R, I), of experts (E, R, I)
+    b: Tensor  # (O, R), of experts (E, O, R)
     scale: float
     embedding: bool = False
     magnitude: Tensor | None = None  # DoRA's, (O,)
 
     @property
     def rank(self) -> int:
-        return self.a.shape[0]
+        return self.a.shape[-2]
 
     def delta(self) -> Tensor:
         """(O, I), in fp32."""
@@ -54,7 +54,7 @@ def squared_norm(b: Tensor, a: Tensor, scale: float) -> float:
     """‖s·BA‖² for B (O, R) and A (R, I), without the (O, I) product: trace of BᵀB·AAᵀ."""
     b, a = b.double(), a.double()
     # (R, R) each, symmetric: the trace is the sum of products
-    return scale**2 * float(((b.T @ b) * (a @ a.T)).sum())
+    return scale**2 * float(((b.mT @ b) * (a @ a.mT)).sum())
 
 
 def singular_values(a: Tensor, b: Tensor) -> Tensor:
@@ -95,8 +95,8 @@ def truncated(
 
 def inner_product(first: LowRank, second: LowRank) -> float:
     """⟨s₁B₁A₁, s₂B₂A₂⟩, the sum of the products of their entries, without the (O, I) products."""
-    b = first.b.double().T @ second.b.double()  # (R₁, R₂)
-    a = first.a.double() @ second.a.double().T  # (R₁, R₂)
+    b = first.b.double().mT @ second.b.double()  # (R₁, R₂)
+    a = first.a.double() @ second.a.double().mT  # (R₁, R₂)
     return first.scale * second.scale * float((b * a).sum())
 
 

@@ -33,9 +33,11 @@ def tied_names(model: CausalLM) -> tuple[str, ...]:
 def stored_name(name: str, stored: Collection[str], tied: Collection[str] = ()) -> str | None:
     """The name of a parameter in the files, with or without the prefix of the model's body.
 
-    None if it is missing. Of the parameters `tied`, one may be stored for both.
+    None if it is missing. Of the parameters `tied`, one may be stored for both. Files of a Mixtral
+    call its `mlp` a `block_sparse_moe`.
     """
-    for parameter in (name, *tied) if name in tied else (name,):
+    names = (name, *tied) if name in tied else (name, name.replace(".mlp.", ".block_sparse_moe."))
+    for parameter in dict.fromkeys(names):
         if parameter in stored:
             return parameter
         candidates = [

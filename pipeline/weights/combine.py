@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pipeline.adapters.attach import short_targets
 from pipeline.adapters.config import CONFIG, PREFIX, WEIGHTS, AdapterSpec, config_of, refuse_experts
+from pipeline.adapters.experts import expert_layers
 from pipeline.adapters.lora import LoRAEmbedding, LoRALinear, fan_in_fan_out
 from pipeline.adapters.low_rank import LowRank, svd, tensors_of, truncated
 from pipeline.adapters.peft import Reading
@@ -30,10 +31,10 @@ from pipeline.models.device import device_for_matrix
 from pipeline.models.load import skeleton
 from pipeline.models.save import save_tensors
 from pipeline.weights.blocks import find_location, read_rows, tied_names
-from pipeline.weights.edits import AddLowRank, RescaleRows, SetRows
+from pipeline.weights.edits import AddLowRank, AddToExperts, RescaleRows, SetRows
 from pipeline.weights.merge_plan import attach_to_meta_model, merge_edits
 
-Updates = dict[str, LowRank]  # by full module name
+Updates = dict[str, LowRank]  # by full module name; of stacked experts by the parameter's
 Method = Literal["linear", "cat", "svd", "ties", "dare", "dare-ties", "knots"]
 
 
@@ -217,16 +218,19 @@ def low_rank_updates(
     trust_remote_code: bool = False,
     dora: bool = False,
     reading: Reading | None = None,
+    experts: bool = False,
 ) -> Updates:
     """All changes of the adapter as low-rank updates, in the order of the model's modules.
 
     n trained token rows are exactly an update of rank n: one factor selects the rows, the other
-    holds their difference from the base. `dora`: also DoRA's, with its magnitudes. Raises UserError
-    for changes that are not low-rank, and for an adapter that does not fit the base.
+    holds their difference from the base. `dora`: also DoRA's, with its magnitudes; `experts`: also
+    those of stacked experts. Raises UserError for changes that are not low-rank, and for an adapter
+    that does not fit the base.
     """
     model, stored = skeleton(base, trust_remote_code), tensor_locations(base)
     spec = attach_to_meta_model(model, base, stored, adapter, reading)
-    refuse_experts(adapter, spec)
+    if not experts:
+        refuse_experts(adapter, spec)
     updates: Updates = {}
     for parameter, edit in merge_edits(model, spec).items():
         name = parameter.removesuffix(".weight")
@@ -238,6 +242,8 @@ def low_rank_updates(
                 b, a = a.T, b.T
             magnitude = edit.magnitude if isinstance(edit, RescaleRows) else None
             updates[name] = LowRank(a, b, edit.scale, isinstance(layer, LoRAEmbedding), magnitude)
+        elif isinstance(edit, AddToExperts):
+            continue  # below
         elif isinstance(edit, SetRows):
             location = find_location(parameter, stored, tied_names(model))
             if location is None:
@@ -266,7 +272,11 @@ def low_rank_updates(
                 "finetune_lora.train_embeddings set to new_rows or none and without "
                 "modules_to_save."
             )
-    return {name: updates[name] for name, _ in model.named_modules() if name in updates}
+    ordered = {name: updates[name] for name, _ in model.named_modules() if name in updates}
+    for name, layer in expert_layers(model):
+        for projection, update in layer.by_parameter().items():
+            ordered[f"{name}.{projection}"] = LowRank(*update.pairs(), update.scale)
+    return ordered
 
 
 def write_updates(

@@ -240,26 +240,31 @@ def merge_edits(model: CausalLM, spec: AdapterSpec) -> dict[str, Edit]:
 def separate_edits(name: str, edit: AddToExperts, stored: Collection[str]) -> dict[str, AddLowRank]:
     """The edit of a stacked parameter, split by the tensors of single experts that files hold.
 
-    By stored name; empty if the files hold the stack itself, or neither. transformers stacks
-    Mixtral's w1 on w3, others' gate on up.
+    By stored name; empty if the files hold the stack itself, or neither.
     """
-    if stored_name(name, stored):
-        return {}
+    edits = {}
+    parts = expert_tensors(name, len(edit.left), stored)
+    for number, tensors_of_part in enumerate(parts):
+        size = edit.left.shape[1] // len(parts)  # rows of the stack that each of the parts has
+        rows = slice(number * size, (number + 1) * size)
+        for expert, tensor in enumerate(tensors_of_part):
+            edits[tensor] = edit.of(expert, rows)
+    return edits
+
+
+def expert_tensors(name: str, experts: int, stored: Collection[str]) -> list[list[str]]:
+    """The files' tensors of single experts whose stack is the parameter `name`.
+
+    Of each part of the stack, such as gate and up, one tensor per expert. Empty if the files hold
+    the stack itself, or neither. transformers stacks Mixtral's w1 on w3, others' gate on up.
+    """
     module, _, projection = name.rpartition(".")
-    for folder in (module, module.replace(".mlp.", ".block_sparse_moe.")):
-        for parts in SEPARATE[projection]:
-            first = stored_name(f"{folder}.0.{parts[0]}.weight", stored)
-            if first is None:
-                continue
+    for parts in SEPARATE.get(projection, ()):
+        first = stored_name(f"{module}.0.{parts[0]}.weight", stored)
+        if first is not None:
             prefix = first.removesuffix(f"0.{parts[0]}.weight")
-            size = edit.left.shape[1] // len(parts)  # rows of the stack that each of the parts has
-            edits = {}
-            for expert in range(len(edit.left)):
-                for number, part in enumerate(parts):
-                    rows = slice(number * size, (number + 1) * size)
-                    edits[f"{prefix}{expert}.{part}.weight"] = edit.of(expert, rows)
-            return edits
-    return {}
+            return [[f"{prefix}{e}.{part}.weight" for e in range(experts)] for part in parts]
+    return []
 
 
 def layer_edit(layer: LoRALinear | LoRAEmbedding) -> Edit:

@@ -41,7 +41,7 @@ def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     # a model that llama.cpp does not have is an error before the adapter is read
     family_of(model.describe())
     reading = Reading.once()
-    updates = low_rank_updates(base, export.adapter, trust, reading=reading)
+    updates = low_rank_updates(base, export.adapter, trust, reading=reading, experts=True)
     # With a tied head, llama.cpp would apply the embedding's update to the head too. There its
     # layout is another, and llama.cpp stops. So the base for such an adapter has its own head.
     own_head = bool({model.embedding_name, model.head_name} & updates.keys())

@@ -1,7 +1,7 @@
 """An adapter as a GGUF file for llama.cpp's --lora."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,11 @@ def write_adapter(
     alphas = Counter(update.scale * update.rank for update in updates.values() if update.scale)
     alpha = alphas.most_common(1)[0][0] if alphas else 1.0
     tensors: dict[str, Tensor] = {}
-    for name, (target, layout) in _targets(updates, model).items():
+    for name, target, layout in _targets(updates, model):
         update = updates[name]
-        b = layout.rows(update.b.float()) * (update.scale * update.rank / alpha)  # (O, R)
-        a = update.a.float()  # (R, I)
+        # (O, R), of experts (E, O, R)
+        b = layout.rows(update.b.float()) * (update.scale * update.rank / alpha)
+        a = layout.inputs(update.a.float())  # (R, I), of experts (E, R, I)
         # the embedding's A is stored as (V, R): llama.cpp looks up a token's row
         tensors[f"{target}.lora_a"] = a.T if target == EMBEDDING else a
         tensors[f"{target}.lora_b"] = b
@@ -63,28 +64,36 @@ def adapter_ratios(path: Path, updates: Updates, model: CausalLM) -> dict[str, f
     reader = gguf.GGUFReader(path)
     alpha = float(reader.fields[ALPHA].contents())
     stored = {tensor.name: torch.from_numpy(np.array(tensor.data)) for tensor in reader.tensors}
-    ratios = {}
-    for name, (target, layout) in _targets(updates, model).items():
+    products = dict.fromkeys(updates, 0.0)
+    for name, target, layout in _targets(updates, model):
+        update = updates[name]
         a, b = stored[f"{target}.lora_a"], stored[f"{target}.lora_b"]
         if target == EMBEDDING:
             a = a.T
-        written = LowRank(a, layout.undo(b), alpha / b.shape[1])
-        norm = updates[name].squared_norm()
-        ratios[name] = inner_product(written, updates[name]) / norm if norm else None
-    return ratios
+        # of the rest of the rows, another tensor has B
+        A, B = torch.zeros(update.a.shape), torch.zeros(update.b.shape)
+        layout._replace(order=None).restore(a, A)
+        layout._replace(columns=None).restore(b, B)
+        products[name] += inner_product(LowRank(A, B, alpha / b.shape[-1]), update)
+    norms = {name: update.squared_norm() for name, update in updates.items()}
+    return {name: products[name] / norm if norm else None for name, norm in norms.items()}
 
 
-def _targets(updates: Updates, model: CausalLM) -> dict[str, tuple[str, Layout]]:
-    """Full name of a module → its tensor in llama.cpp, and its layout without transposition."""
+def _targets(updates: Updates, model: CausalLM) -> Iterator[tuple[str, str, Layout]]:
+    """Name of an update, its tensor in llama.cpp, and the layout without transposition.
+
+    A tensor each if llama.cpp splits the parameter.
+    """
     config = model.describe()
     family = family_of(config)
     name_of = tensor_names(family.architecture, model.shape.layers)
-    targets = {}
+    modules = dict(model.named_modules())
     for name in updates:
-        if name.rpartition(".")[2] in family.without_lora:
+        if name.endswith(family.without_lora):
             raise UserError(
-                f"llama.cpp adds no update to {name}. Merge the adapter with --format gguf."
+                f"llama.cpp ignores an update of {name}, or adds a multiple of it. Merge the adapter "
+                "with --format gguf."
             )
-        layout = family.layout(config, f"{name}.weight")
-        targets[name] = name_of(f"{name}.weight"), layout._replace(transposed=False)
-    return targets
+        parameter = f"{name}.weight" if name in modules else name
+        for target, layout in family.layouts(config, parameter).items():
+            yield name, name_of(target), layout._replace(transposed=False)

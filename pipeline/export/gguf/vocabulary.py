@@ -15,6 +15,8 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_QWEN2 = _LLAMA3.replace("{1,3}", "")
+_QWEN35 = _QWEN2.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"\s\p{L}", r"\s\p{L}\p{M}")
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _TEKKEN = (
@@ -34,16 +36,19 @@ PRE_TOKENIZERS = {
     (("digits", "bytes", _GPT2), False): "smollm",
     ((_LLAMA3, "bytes"), True): "llama-bpe",
     ((_LLAMA3, "bytes"), False): "dbrx",
-    ((_LLAMA3.replace("{1,3}", ""), "bytes"), False): "qwen2",
+    ((_QWEN2, "bytes"), False): "qwen2",
+    ((_QWEN35, "bytes"), False): "qwen35",
     ((_TEKKEN, "bytes"), True): "tekken",
     ((_GPT4O, "bytes"), False): "gpt-4o",
     ((_GPT4O, "bytes"), True): "gpt-4o",
 }
+_APART = (
+    "llama.cpp does not compose letters and accents (NFC): a text that has them apart gets other "
+    "token ids."
+)
 DIFFERENCES = {
-    "qwen2": (
-        "llama.cpp does not compose letters and accents (NFC): a text that has them apart gets "
-        "other token ids."
-    ),
+    "qwen2": _APART,
+    "qwen35": _APART,
     "tekken": "llama.cpp splits words with combining accents at other places than transformers.",
 }
 
@@ -173,7 +178,8 @@ def _byte_level(tree: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     if steps == (_GPT2, "bytes"):
         steps = ("bytes", _GPT2)
     name = PRE_TOKENIZERS.get((steps, bool(model.get("ignore_merges"))))
-    if name is None or (normalizer is not None and (name, normalizer["type"]) != ("qwen2", "NFC")):
+    composes = normalizer is not None and normalizer["type"] == "NFC"
+    if name is None or (normalizer and not (composes and DIFFERENCES.get(name) == _APART)):
         raise UserError(
             "tokenizer.json: llama.cpp has no name for this pre_tokenizer and normalizer, or it is "
             f"not known here. Known: {', '.join(PRE_TOKENIZERS.values())}. Use --format merged."

@@ -2,8 +2,9 @@
 model.
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,13 +23,19 @@ from pipeline.project.runner import Event, Progress
 from pipeline.weights.blocks import Rows, blocks, map_in_threads, stored_name, tied_names
 from pipeline.weights.merge import refuse_full_disk
 from pipeline.weights.merge_check import SAMPLES, Written
-from pipeline.weights.merge_plan import MergePlan
+from pipeline.weights.merge_plan import SEPARATE, MergePlan, expert_tensors
 
 # relative rounding of each type; of all others 2^-3
 EPS = {Type.F32: 2.0**-23, Type.F16: 2.0**-10, Type.BF16: 2.0**-7, Type.Q8_0: 2.0**-7}
 DTYPES = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
 OVERFLOW = 65520.0  # from here on a number rounds to infinity in fp16
-POSITIONS = "position_embd.weight"  # llama.cpp adds it in fp32
+# what llama.cpp adds or convolves in fp32, and the gates of experts, whose choice rounding changes
+EXACT = (
+    "position_embd.weight",
+    "ssm_conv1d.weight",
+    "ffn_gate_inp.weight",
+    "ffn_gate_inp_shexp.weight",
+)
 EMBEDDING_AND_HEAD = ("token_embd.weight", "output.weight")
 
 
@@ -37,8 +44,10 @@ class Source(NamedTuple):
 
     name: str  # in llama.cpp
     shape: tuple[int, ...]  # in the file
-    stored: str  # its name in the checkpoint
-    layout: Layout
+    # its names in the checkpoint: of stacked experts there may be a tensor for each
+    stored: tuple[str, ...]
+    part: tuple[int, ...]  # the shape of each of these
+    layout: Layout  # of each
 
 
 class Model(NamedTuple):
@@ -71,9 +80,14 @@ def describe_model(
             "matrix. Use --format merged."
         )
     names = tensor_names(family.architecture, model.shape.layers)
-    sources = []
+    sources = list[Source]()
     for name, parameter in model.state_dict().items():  # with buffers that are stored
         if name in tied[1:] and not own_head:
+            continue
+        shape = tuple(parameter.shape)
+        layouts = family.layouts(config, name)
+        if separate := expert_tensors(name, len(parameter), merge.locations):
+            sources += _stacked(shape, layouts, separate, names)
             continue
         stored = name if name in merge.copies else stored_name(name, merge.locations, tied)
         if stored is None:
@@ -81,9 +95,11 @@ def describe_model(
                 f"{merge.base} has no tensor {name}. Save it again with transformers' "
                 "save_pretrained."
             )
-        layout = family.layout(config, name)
-        shape = tuple(parameter.shape[::-1] if layout.transposed else parameter.shape)
-        sources.append(Source(names(name), shape, stored, layout))
+        if len(shape) > 2 and name.rpartition(".")[2] not in SEPARATE:
+            shape = shape[0], prod(shape[1:])  # a convolution
+        for target, layout in layouts.items():
+            in_file = layout.shape_of(shape)
+            sources.append(Source(names(target), in_file, (stored,), shape, layout))
     settings = family.settings(config)
     notes = []
     if (context := settings["context_length"]) < model.shape.positions:
@@ -97,15 +113,32 @@ def describe_model(
     return Model(merge, sources, family.extra(config), metadata, model.shape.rows, notes)
 
 
+def _stacked(
+    shape: tuple[int, ...],
+    layouts: Mapping[str, Layout],
+    separate: Sequence[Sequence[str]],
+    names: Callable[[str], str],
+) -> Iterator[Source]:
+    """Stacks of the experts' tensors `separate`, such as gate and up, which are (O, I) each.
+
+    If llama.cpp has them in one tensor, an expert's stand there one after another.
+    """
+    parts = [tuple(tensors) for tensors in separate]
+    if len(layouts) < len(parts):
+        parts = [tuple(chain.from_iterable(zip(*parts, strict=True)))]
+    for (target, layout), stored in zip(layouts.items(), parts, strict=True):
+        in_file = layout.shape_of(shape)
+        part = prod(in_file[:-1]) // len(stored), in_file[-1]
+        yield Source(names(target), in_file, stored, part, Layout())
+
+
 def tensor_names(architecture: str, layers: int) -> Callable[[str], str]:
     """Full name of a parameter → its name in llama.cpp, which raises UserError if it has none."""
     (kind,) = (kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     table = gguf.get_tensor_name_map(kind, layers)
 
     def name_of(parameter: str) -> str:
-        if not parameter.endswith((".weight", ".bias")):
-            parameter = f"{parameter}.weight"
-        name: str | None = table.get_name(parameter, (".weight", ".bias"))
+        name: str | None = table.get_name(parameter, (".weight", ".bias", ".scale"))
         if name is None:
             raise UserError(
                 f"llama.cpp's {architecture} has no tensor for {parameter}. Use --format merged."
@@ -138,9 +171,12 @@ def write_files(
             output.begin()
 
         def fill(source: Source) -> str:
-            for block in source.layout.of(_matrix_rows(model.merge, source)):
-                for output in outputs:
-                    output.write(source.name, block)
+            for stored in source.stored:
+                merged = model.merge.merged_blocks(stored, torch.float32)
+                shaped = (block.float().view(-1, *source.part[1:]) for block in merged)
+                for block in source.layout.of(shaped):
+                    for output in outputs:
+                        output.write(source.name, block)
             return source.name
 
         for number, name in enumerate(map_in_threads(fill, model.sources), start=1):
@@ -148,12 +184,6 @@ def write_files(
         for name, tensor in model.extra.items():
             for output in outputs:
                 output.write(name, tensor)
-
-
-def _matrix_rows(merge: MergePlan, source: Source) -> Iterator[Tensor]:
-    """Merged blocks of rows in fp32; of a vector, its values."""
-    for block in merge.merged_blocks(source.stored, torch.float32):
-        yield block.float().flatten() if len(source.shape) == 1 else block.float()
 
 
 class Output:
@@ -239,11 +269,11 @@ def quantized(rows: Tensor, kind: Type) -> np.ndarray[Any, Any]:
 def type_of(source: Source, kind: str) -> Type:
     """The type of a tensor in a file of `kind`.
 
-    Vectors stay in fp32, which llama.cpp computes with. Embedding and head, where 4 or 5 bits cost
+    Vectors, and what is EXACT, stay in fp32, which llama.cpp computes with. Embedding and head, where 4 or 5 bits cost
     most, get 8; rows that no block of the type divides get fp16.
     """
     quantized = Type[kind.upper()]
-    if len(source.shape) == 1 or source.name == POSITIONS:
+    if len(source.shape) == 1 or source.name.endswith(EXACT):
         return Type.F32
     if source.name in EMBEDDING_AND_HEAD and kind.startswith(("q4", "q5")):
         quantized = Type.Q8_0
@@ -258,21 +288,34 @@ def file_type(kind: str) -> int:
 def written_matrices(path: Path, model: Model) -> Callable[[str], Written]:
     """Reads matrices of the file by their names in the checkpoint, sampled for `update_ratios`."""
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    sources = {source.stored: source for source in model.sources}
+    places = dict[str, list[tuple[Source, int]]]()  # several if a parameter was split
+    for source in model.sources:
+        for number, stored in enumerate(source.stored):
+            places.setdefault(stored, []).append((source, number))
 
-    def sampled(source: Source) -> Iterator[Rows]:
-        data, kind = tensors[source.name].data, tensors[source.name].tensor_type
-        count, columns = source.shape[::-1] if source.layout.transposed else source.shape
-        spans = blocks(count, columns, SAMPLES)
-        if source.layout.is_moved:
-            whole = source.layout.undo(_dequantized(data, kind))
+    def restored(name: str, rows: slice) -> Tensor:
+        """Some rows of the matrix, or all; of a stack, some experts."""
+        part = places[name][0][0].part
+        matrix = torch.empty(len(range(part[0])[rows]), *part[1:])
+        for source, number in places[name]:
+            data, kind = tensors[source.name].data, tensors[source.name].tensor_type
+            if len(source.stored) > 1:
+                data = data.reshape(len(source.stored), -1, data.shape[-1])[number]
+            source.layout.restore(_dequantized(data[rows], kind), matrix)
+        return matrix.flatten(1)
+
+    def sampled(name: str, source: Source) -> Iterator[Rows]:
+        spans = blocks(source.part[0], prod(source.part[1:]), SAMPLES)
+        if source.layout.is_moved and len(source.part) == 2:
+            whole = restored(name, slice(None))
             yield from ((rows, whole[rows]) for rows in spans)
         else:
-            yield from ((rows, _dequantized(data[rows], kind)) for rows in spans)
+            yield from ((rows, restored(name, rows)) for rows in spans)
 
     def read(name: str) -> Written:
-        source = sources[name]
-        return Written(EPS.get(tensors[source.name].tensor_type, 2.0**-3), sampled(source))
+        kinds = [tensors[source.name].tensor_type for source, _ in places[name]]
+        eps = max(EPS.get(kind, 2.0**-3) for kind in kinds)
+        return Written(eps, sampled(name, places[name][0][0]))
 
     return read
 

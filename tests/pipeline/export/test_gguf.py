@@ -23,16 +23,21 @@ from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.errors import UserError
 from pipeline.export import llama_cpp
 from pipeline.export.formats.gguf import KINDS
+from pipeline.export.gguf.adapter import adapter_ratios
 from pipeline.export.gguf.modelfile import Turns, go_template, read_turns
 from pipeline.export.gguf.vocabulary import read_vocabulary
 from pipeline.files.artifact import write_json
 from pipeline.inference.engine import load
+from pipeline.models.load import skeleton
+from pipeline.weights.combine import low_rank_updates
 from tests.conftest import Lora
 from tests.helpers.checkpoints import adapter, checkpoint
 from tests.helpers.families import FAMILIES, TEMPLATE, WIDE, Family, new_project
+from tests.helpers.gguf_files import rewritten
 from tests.helpers.json_files import read_json
 from tests.helpers.projects import folder_bytes, refusal
 from tests.helpers.tokenizers import INSTRUCTS, MARKED, SMOLLM2, THINKS, UNLIKE, folder_with
+from tests.pipeline.adapters import test_expert_layouts
 from tests.pipeline.export.test_export import ATTENTION, SPECS, export, exported, made
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -74,21 +79,32 @@ GEMMA4 = {
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }
 PER_LAYER = {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 128}
-MODELS = {
-    "llama": FAMILIES["llama"],
-    "mistral": Family("mistral", {**WIDE, "head_dim": 8, "sliding_window": 32}, tied=False),
-    "llama3": Family("llama", {**WIDE, "rope_parameters": LLAMA3}),
-    "qwen2": Family("qwen2", BROAD, tied=False, begins=None),
-    # which transformers assumes
-    "qwen3": Family("qwen3", {**WIDE, "head_dim": 128}, tied=False, begins=None),
-    "gemma2": scaled("gemma2"),
-    "gemma3": scaled("gemma3"),
-    # so here
-    "gpt2": replace(FAMILIES["gpt2"], config={**FAMILIES["gpt2"].config, "n_positions": 1024}),
+MIXED = {
+    **WIDE,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
+    "norm_topk_prob": True,
+}
+NETS = {
+    "head_dim": 32,
+    "num_hidden_layers": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+# whose GGUF files transformers does not read, or not with such a config
+NEWER = {
+    "mixtral": FAMILIES["mixtral"],
+    "qwen3_moe": Family("qwen3_moe", MIXED, tied=False, begins=None),
+    "qwen3_next": Family("qwen3_next", {**MIXED, **NETS}, tied=False, begins=None),
+    "qwen3_5": Family("qwen3_5_text", {**WIDE, **NETS}, begins=None),
+    "qwen3_5_moe": Family("qwen3_5_moe_text", {**MIXED, **NETS}, tied=False, begins=None),
     "smollm3": Family("smollm3", {**WIDE, "num_hidden_layers": 4}),
     "phi-2": Family("phi", BROAD, tied=False),
-    "phi3": Family("phi3", {**BROAD, "sliding_window": 32}, tied=False),
-    "phi4": Family("phi3", {**BROAD, "max_position_embeddings": 2048, "rope_parameters": LONG}),
     "gemma4-e2b": Family(
         "gemma4_text",
         {
@@ -103,21 +119,46 @@ MODELS = {
             **{"attention_k_eq_v": True, "num_global_key_value_heads": 1},
         },
     ),
+    "gemma4-26b": Family(
+        "gemma4_text",
+        {
+            **{**GEMMA4, "hidden_size_per_layer_input": 0, "enable_moe_block": True},
+            **{"num_experts": 4, "top_k_experts": 3, "moe_intermediate_size": 24},
+        },
+    ),
 }
-READ_BY_TRANSFORMERS = [
-    name for name in MODELS if not name.startswith(("smollm3", "phi-", "gemma4"))
-]
+LINEARS = (*ATTENTION, "down_proj", "per_layer_input_gate", "per_layer_projection")
+ADAPTED = {  # all but what llama.cpp adds no update to
+    "gemma4-e2b": AdapterSpec(4, 8, LINEARS),
+    "gemma4-26b": AdapterSpec(4, 8, "all-linear", parameters=EXPERTS[:1]),
+}
+MODELS = {
+    "llama": FAMILIES["llama"],
+    "mistral": Family("mistral", {**WIDE, "head_dim": 8, "sliding_window": 32}, tied=False),
+    "llama3": Family("llama", {**WIDE, "rope_parameters": LLAMA3}),
+    "qwen2": Family("qwen2", BROAD, tied=False, begins=None),
+    # which transformers assumes
+    "qwen3": Family("qwen3", {**WIDE, "head_dim": 128}, tied=False, begins=None),
+    "gemma2": scaled("gemma2"),
+    "gemma3": scaled("gemma3"),
+    # so here
+    "gpt2": replace(FAMILIES["gpt2"], config={**FAMILIES["gpt2"].config, "n_positions": 1024}),
+    "phi3": Family("phi3", {**BROAD, "sliding_window": 32}, tied=False),
+    "phi4": Family("phi3", {**BROAD, "max_position_embeddings": 2048, "rope_parameters": LONG}),
+}
 
 
 def project(root: Path, family: Family, spec: AdapterSpec | None = None) -> Path:
     """An adapter of random numbers on a toy base beside it."""
     base = new_project(root / "project", replace(family, rows=128)) / "base"
-    weights = load_file(base / "model.safetensors")
-    scalars = [name for name in weights if name.endswith("layer_scalar")]
-    for number, name in enumerate(scalars):  # buffers, which are 1 in a new model
-        weights[name] += 0.25 * number
-    save_file(weights, base / "model.safetensors", {"format": "pt"})
-    return adapter(root / "adapter", base, spec or AdapterSpec(4, 8, "all-linear"))
+    if family.kind == "gemma4_text":  # whose scales of blocks are buffers, 1 in a new model
+        weights = load_file(base / "model.safetensors")
+        scales = [name for name in weights if name.endswith("layer_scalar")]
+        weights |= {name: torch.tensor([1 + number / 4]) for number, name in enumerate(scales)}
+        save_file(weights, base / "model.safetensors", {"format": "pt"})
+    has_experts = {"num_experts", "num_local_experts"} & family.config.keys()
+    every = AdapterSpec(4, 8, "all-linear", parameters=EXPERTS if has_experts else ())
+    return adapter(root / "adapter", base, spec or every)
 
 
 def written(cli: Lora, source: Path, out: Path, form: str = "gguf", *more: str) -> str:
@@ -171,7 +212,7 @@ def test_an_export_reads_the_adapter_once_its_comparison_included(
     assert opened == ["bytes", "tensors"]  # the header's check, and what safetensors reads
 
 
-@pytest.mark.parametrize("name", READ_BY_TRANSFORMERS)
+@pytest.mark.parametrize("name", MODELS)
 def test_transformers_reads_from_the_file_every_tensor_of_the_merged_model(
     cli: Lora, name: str, tmp_path: Path
 ) -> None:
@@ -335,6 +376,26 @@ def test_metadata_name_the_shapes_and_the_context_within_which_there_is_no_windo
     assert found | expected == found
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_5_moe"])
+def test_files_with_stacked_experts_and_with_each_expert_apart_give_the_same_export(
+    cli: Lora, name: str, tmp_path: Path
+) -> None:
+    source = project(tmp_path, NEWER[name])
+    base = tmp_path / "project/base"
+    out = {form: tmp_path / form for form in ("apart", "stacked")}
+    written(cli, source, out["apart"])
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.save_pretrained(base, save_original_format=False)
+    written(cli, source, out["stacked"])
+    apart, stacked = ((path / "model-f16.gguf").read_bytes() for path in out.values())
+    assert apart == stacked
+    ratios = [read_json(path / "certificate.json")["delta_ratios"] for path in out.values()]
+    # of each of 4 experts: gate, up, down, not gate_up and down
+    layers = model.config.num_hidden_layers
+    assert len(ratios[0]) - len(ratios[1]) == layers * (4 * 3 - 2)
+    assert all(abs(ratio - 1) < 5e-3 for found in ratios for ratio in found.values())
+
+
 # The adapter alone
 
 ALONE = [name for name in SPECS if SPECS[name][0] in ("llama", "qwen3", "gpt2")]
@@ -385,6 +446,40 @@ def test_what_llama_cpp_adds_is_what_a_merge_adds_to_each_matrix(
     assert changed
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_an_adapter_on_experts_in_pefts_earlier_layout_gives_the_same_file(
+    cli: Lora, name: str, tmp_path: Path
+) -> None:
+    spec = AdapterSpec(test_expert_layouts.R, 6.0, (), parameters=EXPERTS)
+    source = project(tmp_path, NEWER[name], spec)
+    written(cli, source, tmp_path / "today", "gguf-adapter")
+    test_expert_layouts.turn_back(source, "0.18.1")
+    written(cli, source, tmp_path / "earlier", "gguf-adapter")
+    today, earlier = (tmp_path / form / "adapter.gguf" for form in ("today", "earlier"))
+    assert today.read_bytes() == earlier.read_bytes()
+    assert tensors(today)["blk.1.ffn_up_exps.weight.lora_b"].shape[::2] == (4, spec.rank)
+
+
+@pytest.mark.parametrize(("lost", "expected"), [("attn_gate", (0.1, 0.9)), ("attn_", (0, 0))])
+def test_a_matrix_that_llama_cpp_splits_is_measured_in_all_its_tensors(
+    cli: Lora, lost: str, expected: tuple[float, float], tmp_path: Path
+) -> None:
+    """In attn_qkv and attn_gate, of which either holds a part of its update."""
+    source = project(tmp_path, NEWER["qwen3_next"])
+    base, out = tmp_path / "project/base", tmp_path / "out"
+    written(cli, source, out, "gguf-adapter")
+    damaged = rewritten(
+        out / "adapter.gguf",
+        tmp_path / "damaged.gguf",
+        change=lambda name, data: data * (not name.startswith(f"blk.0.{lost}")),
+    )
+    updates = low_rank_updates(base, source, experts=True)
+    ratio = adapter_ratios(damaged, updates, skeleton(base))[
+        "model.layers.0.linear_attn.in_proj_qkvz"
+    ]
+    assert ratio is not None and expected[0] <= ratio <= expected[1]
+
+
 def config(base: Path) -> Any:
     return read_json(base / "config.json")
 
@@ -431,11 +526,20 @@ REFUSED: dict[str, tuple[Family, AdapterSpec | None, tuple[str, ...], str]] = {
         (),
         "does not support model_type opt. Supported: gemma2, gemma3_text, gemma4_text, gpt2, llama",
     ),
-    "mixtral": (
-        FAMILIES["mixtral"],
-        AdapterSpec(4, 8, ATTENTION),
+    "weights of experts": (
+        replace(NEWER["qwen3_moe"], config={**MIXED, "norm_topk_prob": False}),
+        None,
         (),
-        "does not support model_type mixtral",
+        "norm_topk_prob=False",
+    ),
+    "heads of nets": (
+        replace(
+            NEWER["qwen3_5"],
+            config={**WIDE, **NETS, "linear_key_head_dim": 8},
+        ),
+        None,
+        (),
+        "linear_value_head_dim=16",
     ),
     "scale": (scaled("gemma2", 8), None, (), "query_pre_attn_scalar=8"),
     "activation": (
@@ -514,28 +618,16 @@ REFUSED: dict[str, tuple[Family, AdapterSpec | None, tuple[str, ...], str]] = {
         "no_rope_layers=[1, 1, 1, 1]",
     ),
     "biases": (
-        replace(MODELS["smollm3"], config={**WIDE, "attention_bias": True}),
+        replace(NEWER["smollm3"], config={**WIDE, "attention_bias": True}),
         None,
         (),
         "attention_bias=True",
     ),
     "normalized": (
-        replace(MODELS["phi-2"], config={**BROAD, "qk_layernorm": True}),
+        replace(NEWER["phi-2"], config={**BROAD, "qk_layernorm": True}),
         None,
         (),
         "qk_layernorm=True",
-    ),
-    "experts": (
-        replace(
-            MODELS["gemma4-31b"],
-            config={
-                **{**MODELS["gemma4-31b"].config, "enable_moe_block": True, "num_experts": 2},
-                **{"top_k_experts": 1, "moe_intermediate_size": 8},
-            },
-        ),
-        AdapterSpec(4, 8, ATTENTION),
-        (),
-        "enable_moe_block=True",
     ),
     "fewer tokens": (
         Family("gemma4_text", {**GEMMA4, **PER_LAYER, "vocab_size_per_layer_input": 64}),
@@ -543,7 +635,7 @@ REFUSED: dict[str, tuple[Family, AdapterSpec | None, tuple[str, ...], str]] = {
         (),
         "vocab_size_per_layer_input=64",
     ),
-    "no head": (replace(MODELS["phi-2"], tied=True), None, (), "tie_word_embeddings=True"),
+    "no head": (replace(NEWER["phi-2"], tied=True), None, (), "tie_word_embeddings=True"),
     "narrow": (Family("qwen2", WIDE, tied=False, begins=None), None, (), "head_dim=16"),
     "kind": (MODELS["llama"], None, ("--quantize", "f16,q9"), "got 'q9'"),
 }
@@ -569,12 +661,19 @@ def test_an_adapter_of_a_base_that_llama_cpp_computes_otherwise_is_refused_too(
     )
 
 
-def test_an_update_that_llama_cpp_would_ignore_is_refused(cli: Lora, tmp_path: Path) -> None:
-    source = project(
-        tmp_path, MODELS["gemma4-e2b"], AdapterSpec(4, 8, ("q_proj", "per_layer_model_projection"))
-    )
+@pytest.mark.parametrize(
+    ("family", "spec"),
+    [
+        ("gemma4-e2b", AdapterSpec(4, 8, ("q_proj", "per_layer_model_projection"))),
+        ("gemma4-26b", AdapterSpec(4, 8, ("q_proj",), parameters=EXPERTS)),
+    ],
+)
+def test_an_update_that_llama_cpp_would_not_add_is_refused(
+    cli: Lora, family: str, spec: AdapterSpec, tmp_path: Path
+) -> None:
+    source = project(tmp_path, NEWER[family], spec)
     said = refusal(export(cli, "gguf-adapter", source, tmp_path / "out"))
-    assert "adds no update to model.per_layer_model_projection" in said
+    assert "llama.cpp ignores an update of model." in said and "--format gguf" in said
     written(cli, source, tmp_path / "out")
 
 

@@ -26,35 +26,58 @@ Config = Mapping[str, Any]  # config.json with transformers' defaults
 
 
 class Layout(NamedTuple):
-    """How a GGUF file stores a parameter: transposed, then rows reordered, then a number added."""
+    """How a GGUF file stores a vector (O,), a matrix (O, I) or a stack of experts (E, O, I).
+
+    Transposed, then rows and columns reordered, then a number added.
+    """
 
     transposed: bool = False
-    order: Tensor | None = None  # row n of the file is row order[n] of the parameter
+    # row n of the file is row order[n] of the parameter, which may have more
+    order: Tensor | None = None
+    columns: Tensor | None = None  # the same of columns
     shift: float = 0.0
+    values: Callable[[Tensor], Tensor] | None = None  # of a vector's values
 
     @property
     def is_moved(self) -> bool:
         """Whether rows of the file are not rows of the parameter."""
         return self.transposed or self.order is not None
 
+    def shape_of(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape in the file of a parameter of this shape."""
+        return tuple(self.stored(torch.empty(shape, device="meta")).shape)
+
     def of(self, blocks: Iterator[Tensor]) -> Iterator[Tensor]:
-        """Blocks of rows of the parameter → blocks of rows of the file."""
-        if not self.is_moved:
-            yield from (block + self.shift if self.shift else block for block in blocks)
-            return
-        # embeddings are never moved, so this is at most an MLP's matrix
-        whole = torch.cat(list(blocks))
-        yield self.rows(whole.T if self.transposed else whole)
+        """Blocks of rows of the parameter, or of experts → the same blocks of the file."""
+        for block in blocks:
+            if self.is_moved and block.ndim < 3:
+                # embeddings are never moved, so this is at most an MLP's matrix
+                block = torch.cat([block, *blocks])
+            yield self.stored(block)
+
+    def stored(self, parameter: Tensor) -> Tensor:
+        """What lies in the file of a parameter, or of rows of one that is not moved."""
+        parameter = self.inputs(self.rows(parameter.mT if self.transposed else parameter))
+        if self.values is not None:
+            parameter = self.values(parameter)
+        return parameter + self.shift if self.shift else parameter
 
     def rows(self, matrix: Tensor) -> Tensor:
-        """Rows (O, …) in the file's order."""
-        return matrix if self.order is None else matrix[self.order]
+        """Rows (…, O, I) in the file's order."""
+        if self.order is None:
+            return matrix
+        return matrix.index_select(max(0, matrix.ndim - 2), self.order.to(matrix.device))
 
-    def undo(self, stored: Tensor) -> Tensor:
-        """The parameter that lies in the file as `stored`."""
-        if self.order is not None:
-            stored = stored[self.order.argsort()]
-        return (stored.T if self.transposed else stored) - self.shift
+    def inputs(self, matrix: Tensor) -> Tensor:
+        """Columns (…, I) in the file's order."""
+        return matrix if self.columns is None else matrix[..., self.columns]
+
+    def restore(self, stored: Tensor, parameter: Tensor) -> None:
+        """Write `stored`, which lies in the file, to its place in the `parameter` (…, O, I)."""
+        if self.columns is not None:
+            stored = stored[..., self.columns.argsort()]
+        rows = slice(None) if self.order is None else self.order
+        (parameter.mT if self.transposed else parameter)[..., rows, :] = stored - self.shift
 
 
 class Family(NamedTuple):
@@ -67,7 +90,14 @@ class Family(NamedTuple):
     layout: Callable[[Config, str], Layout] = lambda _config, _name: Layout()  # by full name
     extra: Callable[[Config], Mapping[str, Tensor]] = lambda _config: {}  # tensors by name
     own_head: bool = True  # whether llama.cpp reads a head that is not the embedding
-    without_lora: tuple[str, ...] = ()  # modules to which llama.cpp adds no adapter's update
+    without_lora: tuple[str, ...] = ()  # endings of what llama.cpp does not add an update to
+    # A parameter that is another tensor or several there → the names of parameters that would be
+    # these, and their layouts. Empty for all others, which have a `layout`.
+    split: Callable[[Config, str], Mapping[str, Layout]] = lambda _config, _name: {}
+
+    def layouts(self, config: Config, name: str) -> Mapping[str, Layout]:
+        """The parameters that the one of this name is in llama.cpp, and their layouts."""
+        return self.split(config, name) or {name: self.layout(config, name)}
 
 
 def family_of(config: Config) -> Family:
@@ -109,7 +139,8 @@ def attention(config: Config) -> dict[str, Any]:
         "block_count": config["num_hidden_layers"],
         "context_length": config["max_position_embeddings"],
         "embedding_length": config["hidden_size"],
-        "feed_forward_length": config["intermediate_size"],
+        # a mixture may have no dense block
+        "feed_forward_length": config.get("intermediate_size") or config["moe_intermediate_size"],
         "attention.head_count": heads,
         "attention.head_count_kv": config.get("num_key_value_heads") or heads,
         "attention.key_length": size,
@@ -118,6 +149,29 @@ def attention(config: Config) -> dict[str, Any]:
         "rope.dimension_count": size,
         "vocab_size": config["vocab_size"],
     }
+
+
+def mixture(config: Config) -> dict[str, Any]:
+    """The settings of a mixture of experts."""
+    settings = {
+        "expert_count": config.get("num_local_experts") or config.get("num_experts"),
+        "expert_used_count": config["num_experts_per_tok"],
+        "expert_feed_forward_length": config.get("moe_intermediate_size"),
+        "expert_shared_feed_forward_length": config.get("shared_expert_intermediate_size"),
+    }
+    return {key: value for key, value in settings.items() if value}
+
+
+def gate_and_up(config: Config, name: str) -> dict[str, Layout]:
+    """A mixture's stacks (E, O, I): in llama.cpp gate and up are tensors of their own."""
+    module, _, projection = name.rpartition(".")
+    if not module.endswith(".experts"):
+        return {}
+    if projection != "gate_up_proj":
+        return {f"{name}.weight": Layout()}
+    size = config.get("moe_intermediate_size") or config["intermediate_size"]
+    parts = zip(("gate_proj", "up_proj"), torch.arange(2 * size).chunk(2), strict=True)
+    return {f"{module}.{part}.weight": Layout(order=rows) for part, rows in parts}
 
 
 def within_window(config: Config) -> dict[str, Any]:
