@@ -18,6 +18,8 @@ from pipeline.models.base import CausalLM
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 BLOCK = 2**18  # values of W in memory as fp32 at once: fits in a core's cache
+# what files of Mixtral, and of a model that also reads pictures, call a part of transformers' names
+ALIASES = ((".mlp.", ".block_sparse_moe."), ("model.", "model.language_model."))
 Rows = tuple[slice, Tensor]
 Read = Callable[[], Iterator[Rows]]  # each call reads a matrix once, first row to last
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -33,17 +35,14 @@ def tied_names(model: CausalLM) -> tuple[str, ...]:
 def stored_name(name: str, stored: Collection[str], tied: Collection[str] = ()) -> str | None:
     """The name of a parameter in the files, with or without the prefix of the model's body.
 
-    None if it is missing. Of the parameters `tied`, one may be stored for both. Files of a Mixtral
-    call its `mlp` a `block_sparse_moe`.
+    None if it is missing. Of the parameters `tied`, one may be stored for both.
     """
-    names = (name, *tied) if name in tied else (name, name.replace(".mlp.", ".block_sparse_moe."))
-    for parameter in dict.fromkeys(names):
-        if parameter in stored:
-            return parameter
-        candidates = [
+    for parameter in (name, *tied) if name in tied else (name,):
+        spellings = (parameter, *(parameter.replace(*alias) for alias in ALIASES))
+        candidates = [spelling for spelling in spellings if spelling in stored][:1] or [
             other
             for other in stored
-            if parameter.endswith(f".{other}") or other.endswith(f".{parameter}")
+            if any(s.endswith(f".{other}") or other.endswith(f".{s}") for s in spellings)
         ]
         if len(candidates) == 1:  # of several none is sure, as two stacks of blocks may end alike
             return candidates[0]

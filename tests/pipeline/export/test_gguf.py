@@ -14,7 +14,12 @@ import pytest
 import torch
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+)
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -95,6 +100,7 @@ NETS = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
+FILE = "model-f16.gguf"
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 # whose GGUF files transformers does not read, or not with such a config
 NEWER = {
@@ -387,7 +393,7 @@ def test_files_with_stacked_experts_and_with_each_expert_apart_give_the_same_exp
     model = AutoModelForCausalLM.from_pretrained(base)
     model.save_pretrained(base, save_original_format=False)
     written(cli, source, out["stacked"])
-    apart, stacked = ((path / "model-f16.gguf").read_bytes() for path in out.values())
+    apart, stacked = ((path / FILE).read_bytes() for path in out.values())
     assert apart == stacked
     ratios = [read_json(path / "certificate.json")["delta_ratios"] for path in out.values()]
     # of each of 4 experts: gate, up, down, not gate_up and down
@@ -458,6 +464,34 @@ def test_an_adapter_on_experts_in_pefts_earlier_layout_gives_the_same_file(
     today, earlier = (tmp_path / form / "adapter.gguf" for form in ("today", "earlier"))
     assert today.read_bytes() == earlier.read_bytes()
     assert tensors(today)["blk.1.ffn_up_exps.weight.lora_b"].shape[::2] == (4, spec.rank)
+
+
+def test_a_checkpoint_that_also_reads_pictures_gives_the_tensors_of_its_text_model(
+    cli: Lora, tmp_path: Path
+) -> None:
+    """As Qwen 3.5 is published: its tensors have another prefix."""
+    source = project(tmp_path, NEWER["qwen3_5"])
+    base, text, pictures = (tmp_path / name for name in ("project/base", "text", "pictures"))
+    written(cli, source, text)
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size", "out_hidden_size"), 32)
+    both = Qwen3_5ForConditionalGeneration(
+        Qwen3_5Config(
+            text_config=config(base),
+            vision_config={**sizes, "depth": 1, "num_heads": 2},
+            tie_word_embeddings=True,
+        )
+    )
+    weights = load_file(base / "model.safetensors")
+    both.model.language_model.load_state_dict(
+        {key.removeprefix("model."): weight for key, weight in weights.items()}
+    )
+    both.save_pretrained(base)
+    assert "model.visual.pos_embed.weight" in load_file(base / "model.safetensors")
+    written(cli, source, pictures)
+    expected = tensors(text / FILE)
+    read = tensors(pictures / FILE)
+    assert read.keys() == expected.keys()
+    assert all(torch.equal(read[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize(("lost", "expected"), [("attn_gate", (0.1, 0.9)), ("attn_", (0, 0))])

@@ -14,11 +14,14 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.data.tokenizers.template_process import Rendered
+from pipeline.errors import UserError
 from pipeline.export import llama_cpp
+from pipeline.export.certificate import Candidate
 from pipeline.export.gguf.vocabulary import PRE_TOKENIZERS, read_vocabulary
 from pipeline.export.gguf.writer import Output, describe_model, write_files
 from pipeline.files.artifact import write_json
 from pipeline.files.base_model import tensor_locations
+from pipeline.inference.engine import load
 from pipeline.weights.merge_plan import MergePlan
 from tests.conftest import Lora
 from tests.helpers.json_files import read_json
@@ -105,16 +108,21 @@ def test_llama_cpp_computes_base_and_adapter(cli: Lora, name: str, tmp_path: Pat
 def test_llama_cpp_computes_base_and_adapter_of_newer_families(
     cli: Lora, name: str, tmp_path: Path
 ) -> None:
-    """On the base in fp32: in fp16, rounding chooses other experts."""
+    """On the base in fp32: in fp16, rounding chooses other experts, which is no error. Twice the
+    update is.
+    """
     source = project(tmp_path, (MODELS | NEWER)[name], ADAPTED.get(name))
     base, out = tmp_path / "project/base", tmp_path / "out"
     written(cli, source, out, "gguf-adapter")
     model = describe_model(MergePlan(base, tensor_locations(base)))
     vocabulary = read_vocabulary(SubwordTokenizer.load(base), model.rows)
     played(write_files({tmp_path / "base.gguf": "f32"}, model, vocabulary.metadata))
-    found = in_llama_cpp(tmp_path / "base.gguf", out / "adapter.gguf")
+    files = tmp_path / "base.gguf", out / "adapter.gguf"
     both = logits(ours(base, source), IDS)[0]
-    assert (found - both).abs().max() <= TABLES < (both - logits(ours(base), IDS)[0]).abs().max()
+    assert (in_llama_cpp(*files) - both).abs().max() <= TABLES
+    twice = Candidate("twice", "f16", 1, lambda: llama_cpp.LlamaCpp(*files, scale=2.0))
+    with pytest.raises(UserError, match="rounding to f16 explains"):
+        played(llama_cpp.certify(lambda: load(base, source), vocabulary.tokenizer, [twice]))
 
 
 def vocabulary_file(folder: Path) -> tuple[SubwordTokenizer, Path]:

@@ -152,10 +152,10 @@ def attention(config: Config) -> dict[str, Any]:
 
 
 def mixture(config: Config) -> dict[str, Any]:
-    """The settings of a mixture of experts."""
+    """The settings of a mixture of experts; none of another model."""
     settings = {
         "expert_count": config.get("num_local_experts") or config.get("num_experts"),
-        "expert_used_count": config["num_experts_per_tok"],
+        "expert_used_count": config.get("num_experts_per_tok"),
         "expert_feed_forward_length": config.get("moe_intermediate_size"),
         "expert_shared_feed_forward_length": config.get("shared_expert_intermediate_size"),
     }

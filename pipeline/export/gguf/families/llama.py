@@ -1,11 +1,19 @@
-"""Llama, and what has its architecture: Mistral, SmolLM2."""
+"""Llama, and what has its architecture: Mistral, SmolLM2, Mixtral."""
 
 import math
 
 import torch
 from torch import Tensor
 
-from pipeline.export.gguf.families import Config, Family, Layout, head_size, rotary
+from pipeline.export.gguf.families import (
+    Config,
+    Family,
+    Layout,
+    gate_and_up,
+    head_size,
+    mixture,
+    rotary,
+)
 
 
 def rotated_by_neighbours(config: Config, name: str) -> Layout:
@@ -35,10 +43,11 @@ def _frequency_factors(config: Config) -> dict[str, Tensor]:
 
 
 FAMILY = Family(
-    ("llama", "mistral"),
+    ("llama", "mistral", "mixtral"),
     "llama",
-    lambda config: rotary(config, ("default", "linear", "yarn", "llama3")),
+    lambda config: {**rotary(config, ("default", "linear", "yarn", "llama3")), **mixture(config)},
     {"hidden_act": ("silu",)},
     rotated_by_neighbours,
     _frequency_factors,
+    split=gate_and_up,
 )
