@@ -92,6 +92,10 @@ MIXED = {
     "shared_expert_intermediate_size": 40,
     "norm_topk_prob": True,
 }
+LLAMA4 = {
+    **{**WIDE, "num_hidden_layers": 4, "rope_parameters": LLAMA3, "intermediate_size_mlp": 40},
+    **{"num_local_experts": 4, "interleave_moe_layer_step": 2},
+}
 NETS = {
     "head_dim": 32,
     "num_hidden_layers": 4,
@@ -109,6 +113,7 @@ NEWER = {
     "qwen3_next": Family("qwen3_next", {**MIXED, **NETS}, tied=False, begins=None),
     "qwen3_5": Family("qwen3_5_text", {**WIDE, **NETS}, begins=None),
     "qwen3_5_moe": Family("qwen3_5_moe_text", {**MIXED, **NETS}, tied=False, begins=None),
+    "llama4": Family("llama4_text", LLAMA4, tied=False),
     "smollm3": Family("smollm3", {**WIDE, "num_hidden_layers": 4}),
     "phi-2": Family("phi", BROAD, tied=False),
     "gemma4-e2b": Family(
@@ -162,8 +167,9 @@ def project(root: Path, family: Family, spec: AdapterSpec | None = None) -> Path
         scales = [name for name in weights if name.endswith("layer_scalar")]
         weights |= {name: torch.tensor([1 + number / 4]) for number, name in enumerate(scales)}
         save_file(weights, base / "model.safetensors", {"format": "pt"})
-    has_experts = {"num_experts", "num_local_experts"} & family.config.keys()
-    every = AdapterSpec(4, 8, "all-linear", parameters=EXPERTS if has_experts else ())
+    experts = {"num_experts", "num_local_experts"} & family.config.keys()
+    adapts = experts and family.kind != "llama4_text"  # whose experts no adapter is on
+    every = AdapterSpec(4, 8, "all-linear", parameters=EXPERTS if adapts else ())
     return adapter(root / "adapter", base, spec or every)
 
 
@@ -650,6 +656,24 @@ REFUSED: dict[str, tuple[Family, AdapterSpec | None, tuple[str, ...], str]] = {
         None,
         (),
         "no_rope_layers=[1, 1, 1, 1]",
+    ),
+    "chunks": (
+        Family("llama4_text", {**LLAMA4, "attention_chunk_size": 16}, tied=False),
+        None,
+        (),
+        "attention_chunk_size=16",
+    ),
+    "other blocks with experts": (
+        Family("llama4_text", {**LLAMA4, "moe_layers": [0, 3]}, tied=False),
+        None,
+        (),
+        "moe_layers=[0, 3]",
+    ),
+    "not normalized": (
+        Family("llama4_text", {**LLAMA4, "use_qk_norm": False}, tied=False),
+        None,
+        (),
+        "use_qk_norm=False",
     ),
     "biases": (
         replace(NEWER["smollm3"], config={**WIDE, "attention_bias": True}),

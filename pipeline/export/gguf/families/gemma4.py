@@ -98,8 +98,7 @@ def _frequency_factors(config: Config) -> Mapping[str, Tensor]:
 
 
 FAMILY = Family(
-    ("gemma4_text",),
-    "gemma4",
+    {"gemma4_text": "gemma4"},
     _settings,
     {**FIXED, "use_bidirectional_attention": (None, "vision")},
     extra=_frequency_factors,
