@@ -394,7 +394,9 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+    # a router that inherits from a linear, as Llama 4's, returns the choice of experts too
+    is_router = type(module).__name__.endswith("Router")
+    return (isinstance(module, nn.Linear) and not is_router) or is_conv1d(module)
 
 
 def next_positions(inputs: Tensor, cache: Any) -> Tensor:

@@ -44,9 +44,10 @@ def write_adapter(
         # the embedding's A is stored as (V, R): llama.cpp looks up a token's row
         tensors[f"{target}.lora_a"] = a.T if target == EMBEDDING else a
         tensors[f"{target}.lora_b"] = b
+    config = model.describe()
     facts = {
         **metadata,
-        "general.architecture": family_of(model.describe()).architecture,
+        "general.architecture": family_of(config).architecture(config),
         "general.type": "adapter",
         "general.file_type": file_type("f32"),
         "adapter.type": "lora",
@@ -86,12 +87,13 @@ def _targets(updates: Updates, model: CausalLM) -> Iterator[tuple[str, str, Layo
     """
     config = model.describe()
     family = family_of(config)
-    name_of = tensor_names(family.architecture, model.shape.layers)
+    name_of = tensor_names(family.architecture(config), model.shape.layers)
     modules = dict(model.named_modules())
     for name in updates:
-        if name.rpartition(".")[2] in family.without_lora:
+        if name.endswith(family.without_lora):
             raise UserError(
-                f"llama.cpp adds no update to {name}. Merge the adapter with --format gguf."
+                f"llama.cpp ignores an update of {name}, or adds a multiple of it. Merge the adapter "
+                "with --format gguf."
             )
         parameter = f"{name}.weight" if name in modules else name
         for target, layout in family.layouts(config, parameter).items():

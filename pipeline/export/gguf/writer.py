@@ -79,7 +79,8 @@ def describe_model(
             "llama.cpp reads the head of this model from its embedding, but here it is another "
             "matrix. Use --format merged."
         )
-    names = tensor_names(family.architecture, model.shape.layers)
+    architecture = family.architecture(config)
+    names = tensor_names(architecture, model.shape.layers)
     sources = list[Source]()
     for name, parameter in model.state_dict().items():  # with buffers that are stored
         if name in tied[1:] and not own_head:
@@ -108,8 +109,8 @@ def describe_model(
             f"positions for them. The file names a context of {context} tokens, up to which it "
             "makes no difference."
         )
-    metadata = {f"{family.architecture}.{key}": value for key, value in settings.items()}
-    metadata = {"general.architecture": family.architecture, **metadata}
+    metadata = {f"{architecture}.{key}": value for key, value in settings.items()}
+    metadata = {"general.architecture": architecture, **metadata}
     return Model(merge, sources, family.extra(config), metadata, model.shape.rows, notes)
 
 
@@ -138,9 +139,7 @@ def tensor_names(architecture: str, layers: int) -> Callable[[str], str]:
     table = gguf.get_tensor_name_map(kind, layers)
 
     def name_of(parameter: str) -> str:
-        if not parameter.endswith((".weight", ".bias")):
-            parameter = f"{parameter}.weight"
-        name: str | None = table.get_name(parameter, (".weight", ".bias"))
+        name: str | None = table.get_name(parameter, (".weight", ".bias", ".scale"))
         if name is None:
             raise UserError(
                 f"llama.cpp's {architecture} has no tensor for {parameter}. Use --format merged."

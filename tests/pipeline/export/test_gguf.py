@@ -92,6 +92,10 @@ MIXED = {
     "shared_expert_intermediate_size": 40,
     "norm_topk_prob": True,
 }
+LLAMA4 = {
+    **{**WIDE, "num_hidden_layers": 4, "rope_parameters": LLAMA3, "intermediate_size_mlp": 40},
+    **{"num_local_experts": 4, "interleave_moe_layer_step": 2},
+}
 NETS = {
     "head_dim": 32,
     "num_hidden_layers": 4,
@@ -109,22 +113,9 @@ NEWER = {
     "qwen3_next": Family("qwen3_next", {**MIXED, **NETS}, tied=False, begins=None),
     "qwen3_5": Family("qwen3_5_text", {**WIDE, **NETS}, begins=None),
     "qwen3_5_moe": Family("qwen3_5_moe_text", {**MIXED, **NETS}, tied=False, begins=None),
-}
-MODELS = {
-    "llama": FAMILIES["llama"],
-    "mistral": Family("mistral", {**WIDE, "head_dim": 8, "sliding_window": 32}, tied=False),
-    "llama3": Family("llama", {**WIDE, "rope_parameters": LLAMA3}),
-    "qwen2": Family("qwen2", BROAD, tied=False, begins=None),
-    # which transformers assumes
-    "qwen3": Family("qwen3", {**WIDE, "head_dim": 128}, tied=False, begins=None),
-    "gemma2": scaled("gemma2"),
-    "gemma3": scaled("gemma3"),
-    # so here
-    "gpt2": replace(FAMILIES["gpt2"], config={**FAMILIES["gpt2"].config, "n_positions": 1024}),
+    "llama4": Family("llama4_text", LLAMA4, tied=False),
     "smollm3": Family("smollm3", {**WIDE, "num_hidden_layers": 4}),
     "phi-2": Family("phi", BROAD, tied=False),
-    "phi3": Family("phi3", {**BROAD, "sliding_window": 32}, tied=False),
-    "phi4": Family("phi3", {**BROAD, "max_position_embeddings": 2048, "rope_parameters": LONG}),
     "gemma4-e2b": Family(
         "gemma4_text",
         {
@@ -139,22 +130,46 @@ MODELS = {
             **{"attention_k_eq_v": True, "num_global_key_value_heads": 1},
         },
     ),
+    "gemma4-26b": Family(
+        "gemma4_text",
+        {
+            **{**GEMMA4, "hidden_size_per_layer_input": 0, "enable_moe_block": True},
+            **{"num_experts": 4, "top_k_experts": 3, "moe_intermediate_size": 24},
+        },
+    ),
 }
-READ_BY_TRANSFORMERS = [
-    name for name in MODELS if not name.startswith(("smollm3", "phi-", "gemma4"))
-]
+LINEARS = (*ATTENTION, "down_proj", "per_layer_input_gate", "per_layer_projection")
+ADAPTED = {  # all but what llama.cpp adds no update to
+    "gemma4-e2b": AdapterSpec(4, 8, LINEARS),
+    "gemma4-26b": AdapterSpec(4, 8, "all-linear", parameters=EXPERTS[:1]),
+}
+MODELS = {
+    "llama": FAMILIES["llama"],
+    "mistral": Family("mistral", {**WIDE, "head_dim": 8, "sliding_window": 32}, tied=False),
+    "llama3": Family("llama", {**WIDE, "rope_parameters": LLAMA3}),
+    "qwen2": Family("qwen2", BROAD, tied=False, begins=None),
+    # which transformers assumes
+    "qwen3": Family("qwen3", {**WIDE, "head_dim": 128}, tied=False, begins=None),
+    "gemma2": scaled("gemma2"),
+    "gemma3": scaled("gemma3"),
+    # so here
+    "gpt2": replace(FAMILIES["gpt2"], config={**FAMILIES["gpt2"].config, "n_positions": 1024}),
+    "phi3": Family("phi3", {**BROAD, "sliding_window": 32}, tied=False),
+    "phi4": Family("phi3", {**BROAD, "max_position_embeddings": 2048, "rope_parameters": LONG}),
+}
 
 
 def project(root: Path, family: Family, spec: AdapterSpec | None = None) -> Path:
     """An adapter of random numbers on a toy base beside it."""
     base = new_project(root / "project", replace(family, rows=128)) / "base"
-    weights = load_file(base / "model.safetensors")
-    scalars = [name for name in weights if name.endswith("layer_scalar")]
-    for number, name in enumerate(scalars):  # buffers, which are 1 in a new model
-        weights[name] += 0.25 * number
-    save_file(weights, base / "model.safetensors", {"format": "pt"})
-    has_experts = {"num_experts", "num_local_experts"} & family.config.keys()
-    every = AdapterSpec(4, 8, "all-linear", parameters=EXPERTS if has_experts else ())
+    if family.kind == "gemma4_text":  # whose scales of blocks are buffers, 1 in a new model
+        weights = load_file(base / "model.safetensors")
+        scales = [name for name in weights if name.endswith("layer_scalar")]
+        weights |= {name: torch.tensor([1 + number / 4]) for number, name in enumerate(scales)}
+        save_file(weights, base / "model.safetensors", {"format": "pt"})
+    experts = {"num_experts", "num_local_experts"} & family.config.keys()
+    adapts = experts and family.kind != "llama4_text"  # whose experts no adapter is on
+    every = AdapterSpec(4, 8, "all-linear", parameters=EXPERTS if adapts else ())
     return adapter(root / "adapter", base, spec or every)
 
 
@@ -209,7 +224,7 @@ def test_an_export_reads_the_adapter_once_its_comparison_included(
     assert opened == ["bytes", "tensors"]  # the header's check, and what safetensors reads
 
 
-@pytest.mark.parametrize("name", READ_BY_TRANSFORMERS)
+@pytest.mark.parametrize("name", MODELS)
 def test_transformers_reads_from_the_file_every_tensor_of_the_merged_model(
     cli: Lora, name: str, tmp_path: Path
 ) -> None:
@@ -642,29 +657,35 @@ REFUSED: dict[str, tuple[Family, AdapterSpec | None, tuple[str, ...], str]] = {
         (),
         "no_rope_layers=[1, 1, 1, 1]",
     ),
+    "chunks": (
+        Family("llama4_text", {**LLAMA4, "attention_chunk_size": 16}, tied=False),
+        None,
+        (),
+        "attention_chunk_size=16",
+    ),
+    "other blocks with experts": (
+        Family("llama4_text", {**LLAMA4, "moe_layers": [0, 3]}, tied=False),
+        None,
+        (),
+        "moe_layers=[0, 3]",
+    ),
+    "not normalized": (
+        Family("llama4_text", {**LLAMA4, "use_qk_norm": False}, tied=False),
+        None,
+        (),
+        "use_qk_norm=False",
+    ),
     "biases": (
-        replace(MODELS["smollm3"], config={**WIDE, "attention_bias": True}),
+        replace(NEWER["smollm3"], config={**WIDE, "attention_bias": True}),
         None,
         (),
         "attention_bias=True",
     ),
     "normalized": (
-        replace(MODELS["phi-2"], config={**BROAD, "qk_layernorm": True}),
+        replace(NEWER["phi-2"], config={**BROAD, "qk_layernorm": True}),
         None,
         (),
         "qk_layernorm=True",
-    ),
-    "experts": (
-        replace(
-            MODELS["gemma4-31b"],
-            config={
-                **{**MODELS["gemma4-31b"].config, "enable_moe_block": True, "num_experts": 2},
-                **{"top_k_experts": 1, "moe_intermediate_size": 8},
-            },
-        ),
-        AdapterSpec(4, 8, ATTENTION),
-        (),
-        "enable_moe_block=True",
     ),
     "fewer tokens": (
         Family("gemma4_text", {**GEMMA4, **PER_LAYER, "vocab_size_per_layer_input": 64}),
@@ -672,7 +693,7 @@ REFUSED: dict[str, tuple[Family, AdapterSpec | None, tuple[str, ...], str]] = {
         (),
         "vocab_size_per_layer_input=64",
     ),
-    "no head": (replace(MODELS["phi-2"], tied=True), None, (), "tie_word_embeddings=True"),
+    "no head": (replace(NEWER["phi-2"], tied=True), None, (), "tie_word_embeddings=True"),
     "narrow": (Family("qwen2", WIDE, tied=False, begins=None), None, (), "head_dim=16"),
     "kind": (MODELS["llama"], None, ("--quantize", "f16,q9"), "got 'q9'"),
 }
@@ -698,12 +719,19 @@ def test_an_adapter_of_a_base_that_llama_cpp_computes_otherwise_is_refused_too(
     )
 
 
-def test_an_update_that_llama_cpp_would_ignore_is_refused(cli: Lora, tmp_path: Path) -> None:
-    source = project(
-        tmp_path, MODELS["gemma4-e2b"], AdapterSpec(4, 8, ("q_proj", "per_layer_model_projection"))
-    )
+@pytest.mark.parametrize(
+    ("family", "spec"),
+    [
+        ("gemma4-e2b", AdapterSpec(4, 8, ("q_proj", "per_layer_model_projection"))),
+        ("gemma4-26b", AdapterSpec(4, 8, ("q_proj",), parameters=EXPERTS)),
+    ],
+)
+def test_an_update_that_llama_cpp_would_not_add_is_refused(
+    cli: Lora, family: str, spec: AdapterSpec, tmp_path: Path
+) -> None:
+    source = project(tmp_path, NEWER[family], spec)
     said = refusal(export(cli, "gguf-adapter", source, tmp_path / "out"))
-    assert "adds no update to model.per_layer_model_projection" in said
+    assert "llama.cpp ignores an update of model." in said and "--format gguf" in said
     written(cli, source, tmp_path / "out")
 
 

@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from pipeline.adapters.config import AdapterSpec
 from pipeline.data.tokenizers.subword import SubwordTokenizer
 from pipeline.data.tokenizers.template_process import Rendered
 from pipeline.errors import UserError
@@ -29,19 +28,19 @@ from tests.helpers.json_files import read_json
 from tests.helpers.projects import played
 from tests.helpers.side_by_side import logits, ours
 from tests.helpers.tokenizers import INSTRUCTS, MARKED, TEXT, folder_with
-from tests.pipeline.export.test_export import ATTENTION, SPECS, made
-from tests.pipeline.export.test_gguf import MODELS, NEWER, project, sentencepiece_merges, written
+from tests.pipeline.export.test_export import SPECS, made
+from tests.pipeline.export.test_gguf import (
+    ADAPTED,
+    MODELS,
+    NEWER,
+    project,
+    sentencepiece_merges,
+    written,
+)
 from tests.pipeline.stages.test_families import IDS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TABLES = 5e-3  # llama.cpp looks GELU up in a table of fp16
-FURTHER: dict[
-    str, tuple[str, ...] | str
-] = {  # families that no adapter of SPECS is on, and the modules of one
-    **dict.fromkeys(("smollm3", "phi-2", "phi3", "phi4", "gemma4-31b"), "all-linear"),
-    # all but what llama.cpp adds no update to
-    "gemma4-e2b": (*ATTENTION, "down_proj", "per_layer_input_gate", "per_layer_projection"),
-}
 LETTERS = st.text(
     st.one_of(
         st.sampled_from("aAbE 'stLlvednm1234567890.,!?_-\n\t\r▁()#/<|>"),
@@ -65,20 +64,6 @@ def test_llama_cpp_computes_the_merged_model(cli: Lora, name: str, tmp_path: Pat
     written(cli, source, tmp_path / "out", "gguf", "--quantize", "f32")
     both = logits(ours(tmp_path / "project/base", source), IDS)[0]
     assert (in_llama_cpp(tmp_path / "out/model-f32.gguf") - both).abs().max() <= TABLES
-
-
-@pytest.mark.parametrize("name", FURTHER)
-@pytest.mark.sampled(2)
-@pytest.mark.slow
-def test_llama_cpp_computes_the_base_and_the_adapter_of_further_families(
-    cli: Lora, name: str, tmp_path: Path
-) -> None:
-    source = project(tmp_path, MODELS[name], AdapterSpec(4, 8, FURTHER[name]))
-    base, out = tmp_path / "project/base", tmp_path / "out"
-    # so that the base is kept
-    write_json(base / "manifest.json", {"files": {}, "new_rows": [127, 128]})
-    written(cli, source, out, "gguf-adapter")
-    assert_computes_both(out, base, source)
 
 
 @pytest.mark.parametrize("kind", ["linear", "yarn"])
@@ -109,17 +94,15 @@ def test_llama_cpp_computes_base_and_adapter(cli: Lora, name: str, tmp_path: Pat
     if not spec.rows:  # an adapter of zeros merged is the base
         write_json(base / "manifest.json", {"files": {}, "new_rows": [127, 128]})
     written(cli, source, out, "gguf-adapter")
-    assert_computes_both(out, base, source)
-
-
-def assert_computes_both(out: Path, base: Path, source: Path) -> None:
-    found = in_llama_cpp(out / "base-f16.gguf", out / "adapter.gguf")
-    both = logits(ours(base, source), IDS)[0]
+    found, both = (
+        in_llama_cpp(out / "base-f16.gguf", out / "adapter.gguf"),
+        logits(ours(base, source), IDS)[0],
+    )
     # the base is rounded to fp16
     assert (found - both).abs().max() <= 0.05 < (both - logits(ours(base), IDS)[0]).abs().max()
 
 
-@pytest.mark.parametrize("name", NEWER)
+@pytest.mark.parametrize("name", [*NEWER, "phi3", "phi4"])
 @pytest.mark.sampled(3)
 @pytest.mark.slow
 def test_llama_cpp_computes_base_and_adapter_of_newer_families(
@@ -128,7 +111,7 @@ def test_llama_cpp_computes_base_and_adapter_of_newer_families(
     """On the base in fp32: in fp16, rounding chooses other experts, which is no error. Twice the
     update is.
     """
-    source = project(tmp_path, NEWER[name])
+    source = project(tmp_path, (MODELS | NEWER)[name], ADAPTED.get(name))
     base, out = tmp_path / "project/base", tmp_path / "out"
     written(cli, source, out, "gguf-adapter")
     model = describe_model(MergePlan(base, tensor_locations(base)))

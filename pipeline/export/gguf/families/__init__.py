@@ -83,17 +83,20 @@ class Layout(NamedTuple):
 class Family(NamedTuple):
     """How llama.cpp stores and configures the models of a family."""
 
-    model_types: tuple[str, ...]  # of config.json
-    architecture: str  # llama.cpp's name
+    model_types: Mapping[str, str]  # of config.json → llama.cpp's name of the architecture
     settings: Callable[[Config], dict[str, Any]]  # metadata, without the architecture's prefix
     fixed: Mapping[str, tuple[Any, ...]]  # key of the config → values that llama.cpp assumes
     layout: Callable[[Config, str], Layout] = lambda _config, _name: Layout()  # by full name
     extra: Callable[[Config], Mapping[str, Tensor]] = lambda _config: {}  # tensors by name
     own_head: bool = True  # whether llama.cpp reads a head that is not the embedding
-    without_lora: tuple[str, ...] = ()  # modules to which llama.cpp adds no adapter's update
+    without_lora: tuple[str, ...] = ()  # endings of what llama.cpp does not add an update to
     # A parameter that is another tensor or several there → the names of parameters that would be
     # these, and their layouts. Empty for all others, which have a `layout`.
     split: Callable[[Config, str], Mapping[str, Layout]] = lambda _config, _name: {}
+
+    def architecture(self, config: Config) -> str:
+        """llama.cpp's name of it."""
+        return self.model_types[config["model_type"]]
 
     def layouts(self, config: Config, name: str) -> Mapping[str, Layout]:
         """The parameters that the one of this name is in llama.cpp, and their layouts."""
@@ -162,16 +165,16 @@ def mixture(config: Config) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if value}
 
 
-def gate_and_up(config: Config, name: str) -> dict[str, Layout]:
-    """A mixture's stacks (E, O, I): in llama.cpp gate and up are tensors of their own."""
+def gate_and_up(config: Config, name: str, transposed: bool = False) -> dict[str, Layout]:
+    """A mixture's stacks (E, O, I), or (E, I, O): in llama.cpp gate and up are tensors apart."""
     module, _, projection = name.rpartition(".")
     if not module.endswith(".experts"):
         return {}
     if projection != "gate_up_proj":
-        return {f"{name}.weight": Layout()}
+        return {f"{name}.weight": Layout(transposed)}
     size = config.get("moe_intermediate_size") or config["intermediate_size"]
     parts = zip(("gate_proj", "up_proj"), torch.arange(2 * size).chunk(2), strict=True)
-    return {f"{module}.{part}.weight": Layout(order=rows) for part, rows in parts}
+    return {f"{module}.{part}.weight": Layout(transposed, rows) for part, rows in parts}
 
 
 def within_window(config: Config) -> dict[str, Any]:
@@ -209,7 +212,7 @@ def rotary(config: Config, kinds: Iterable[str]) -> dict[str, Any]:
 def partly_rotary(config: Config, kinds: Iterable[str]) -> dict[str, Any]:
     """`rotary`, for heads of which positions may rotate only the first values."""
     parameters = dict(config["rope_parameters"])
-    rotated = int(head_size(config) * parameters.pop("partial_rotary_factor", 1.0))
+    rotated = int(head_size(config) * (parameters.pop("partial_rotary_factor", None) or 1.0))
     settings = rotary({**config, "rope_parameters": parameters}, kinds)
     return {**settings, "rope.dimension_count": rotated}
 

@@ -50,8 +50,7 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 FAMILY = Family(
-    ("gemma2",),
-    "gemma2",
+    {"gemma2": "gemma2"},
     _settings,
     FIXED,
     norm_layout,

@@ -33,8 +33,7 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 FAMILY = Family(
-    ("gemma3_text",),
-    "gemma3",
+    {"gemma3_text": "gemma3"},
     _settings,
     {**FIXED, "attn_logit_softcapping": (None,), "final_logit_softcapping": (None,)},
     norm_layout,

@@ -1,5 +1,5 @@
-"""The dense text models of Gemma 4: per-layer embeddings, larger heads where attention is full, keys
-and values of earlier blocks.
+"""The text models of Gemma 4: per-layer embeddings, larger heads where attention is full, keys and
+values of earlier blocks, experts beside an MLP.
 """
 
 from collections.abc import Mapping
@@ -8,8 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.export.gguf.families import Config, Family, attention, rope, unsupported
+from pipeline.export.gguf.families import (
+    Config,
+    Family,
+    Layout,
+    attention,
+    mixture,
+    rope,
+    unsupported,
+)
 from pipeline.export.gguf.families.gemma2 import FIXED
+
+# parameters that are no module's weight
+RENAMED = {
+    "layer_scalar": "layer_scalar.weight",
+    "scale": "router.proj.scale",
+    "per_expert_scale": "experts.down_proj.scale",
+    "gate_up_proj": "gate_up_proj.weight",
+    "down_proj": "down_proj.weight",
+}
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -23,12 +40,16 @@ def _settings(config: Config) -> dict[str, Any]:
     local = blocks[in_windows.index(True)]["head_dim"] if any(in_windows) else whole
     full = config["rope_parameters"]["full_attention"]
     windows = config["rope_parameters"].get("sliding_attention") or full
+    experts = {}
+    if config["enable_moe_block"]:
+        experts = mixture({**config, "num_experts_per_tok": config["top_k_experts"]})
     shared = config["num_kv_shared_layers"]
     inner = [config["intermediate_size"]] * len(blocks)
     if config["use_double_wide_mlp"] and shared:
         inner[-shared:] = [2 * config["intermediate_size"]] * shared
     return {
         **attention(config),
+        **experts,
         **rope({**full, "partial_rotary_factor": None}, ("default", "proportional")),
         "rope.freq_base_swa": rope(windows, ("default",))["rope.freq_base"],
         "rope.dimension_count": whole,
@@ -58,6 +79,13 @@ def _blocks(config: Config) -> list[dict[str, Any]]:
     ]
 
 
+def _renamed(_config: Config, name: str) -> dict[str, Layout]:
+    block, _, last = name.rpartition(".")
+    if last in RENAMED:
+        return {f"{block.removesuffix('.router')}.{RENAMED[last]}": Layout()}
+    return {}
+
+
 def _frequency_factors(config: Config) -> Mapping[str, Tensor]:
     """Divisors of the frequencies of full attention: endless where no position rotates."""
     parameters = config["rope_parameters"]["full_attention"]
@@ -70,10 +98,11 @@ def _frequency_factors(config: Config) -> Mapping[str, Tensor]:
 
 
 FAMILY = Family(
-    ("gemma4_text",),
-    "gemma4",
+    {"gemma4_text": "gemma4"},
     _settings,
-    {**FIXED, "use_bidirectional_attention": (None, "vision"), "enable_moe_block": (False,)},
+    {**FIXED, "use_bidirectional_attention": (None, "vision")},
     extra=_frequency_factors,
-    without_lora=("per_layer_model_projection", "embed_tokens_per_layer"),
+    split=_renamed,
+    # updates of the experts' outputs would not be multiplied by the scales of experts
+    without_lora=("per_layer_model_projection", "embed_tokens_per_layer", "experts.down_proj"),
 )

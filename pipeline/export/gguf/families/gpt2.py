@@ -18,8 +18,7 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 FAMILY = Family(
-    ("gpt2",),
-    "gpt2",
+    {"gpt2": "gpt2"},
     _settings,
     {
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),

@@ -43,8 +43,7 @@ def _frequency_factors(config: Config) -> dict[str, Tensor]:
 
 
 FAMILY = Family(
-    ("llama", "mistral", "mixtral"),
-    "llama",
+    {"llama": "llama", "mistral": "llama", "mixtral": "llama"},
     lambda config: {**rotary(config, ("default", "linear", "yarn", "llama3")), **mixture(config)},
     {"hidden_act": ("silu",)},
     rotated_by_neighbours,

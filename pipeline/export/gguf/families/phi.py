@@ -11,8 +11,7 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 FAMILY = Family(
-    ("phi",),
-    "phi2",
+    {"phi": "phi2"},
     _settings,
     {
         "hidden_act": ("gelu_new", "gelu_pytorch_tanh"),

@@ -36,4 +36,4 @@ def _frequency_factors(config: Config) -> Mapping[str, Tensor]:
     }
 
 
-FAMILY = Family(("phi3",), "phi3", _settings, {"hidden_act": ("silu",)}, extra=_frequency_factors)
+FAMILY = Family({"phi3": "phi3"}, _settings, {"hidden_act": ("silu",)}, extra=_frequency_factors)

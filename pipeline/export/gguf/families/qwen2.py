@@ -10,4 +10,4 @@ def _settings(config: Config) -> dict[str, Any]:
     return rotary(config, ("default", "linear", "yarn"))
 
 
-FAMILY = Family(("qwen2",), "qwen2", _settings, {"hidden_act": ("silu",)})
+FAMILY = Family({"qwen2": "qwen2"}, _settings, {"hidden_act": ("silu",)})

@@ -9,32 +9,26 @@ from pipeline.export.gguf.families import (
     Config,
     Family,
     Layout,
-    attention,
     gate_and_up,
-    head_size,
     mixture,
-    rope,
+    partly_rotary,
     unsupported,
     window_period,
 )
 from pipeline.export.gguf.families.gemma2 import norm_layout
 from pipeline.export.gguf.families.qwen3 import FAMILY as QWEN3
-from pipeline.export.gguf.families.qwen3_moe import MIXTURE
 
 NET = ".linear_attn."
 
 
 def delta_net(config: Config) -> dict[str, Any]:
-    """The settings of a model with gated delta nets, but for its mixture."""
+    """The settings of a model with gated delta nets, with a mixture or without."""
     size = config["linear_key_head_dim"]
     if config["linear_value_head_dim"] != size:
         raise unsupported("linear_value_head_dim", config["linear_value_head_dim"])
-    positions = config["rope_parameters"]
-    rotated = int(head_size(config) * (positions.get("partial_rotary_factor") or 1))
     return {
-        **attention(config),
-        **rope({**positions, "partial_rotary_factor": 1.0}, ("default", "linear", "yarn")),
-        "rope.dimension_count": rotated,
+        **mixture(config),
+        **partly_rotary(config, ("default", "linear", "yarn")),
         "full_attention_interval": window_period(config),
         "ssm.conv_kernel": config["linear_conv_kernel_dim"],
         "ssm.state_size": size,
@@ -70,10 +64,9 @@ def _split(config: Config, name: str) -> Mapping[str, Layout]:
 
 
 FAMILY = Family(
-    ("qwen3_next",),
-    "qwen3next",
-    lambda config: {**delta_net(config), **mixture(config)},
-    {**QWEN3.fixed, **MIXTURE},
+    {"qwen3_next": "qwen3next"},
+    delta_net,
+    QWEN3.fixed,
     net_layout,
     split=_split,
 )

@@ -16,8 +16,7 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 FAMILY = Family(
-    ("smollm3",),
-    "smollm3",
+    {"smollm3": "smollm3"},
     _settings,
     {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)},
     rotated_by_neighbours,
