@@ -19,7 +19,7 @@ from pipeline.models.base import (
 from pipeline.models.load import skeleton
 from pipeline.models.quantized_linear import quantizable
 
-DAMPING = 0.01  # of G's mean diagonal, added to it (§3.3)
+DAMPING = 0.01  # of G's mean diagonal, added to it (section 3.3)
 BLOCK = 128  # columns that are compensated one by one; the others once for all of these
 ROOM = 2**31  # bytes of Gram matrices at once; the model runs again for the others
 
