@@ -1,10 +1,10 @@
 """What quantized models answer, against base + adapter in full precision."""
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from pipeline.adapters.folder import quantization_of
 from pipeline.adapters.peft import Reading
 from pipeline.data.answers.prompts import prompt_texts
 from pipeline.data.examples import Example
-from pipeline.data.formats import read_examples
+from pipeline.data.formats import iter_examples
 from pipeline.data.masking import Encoded, Encoder
 from pipeline.export.certificate import MOST_TOKENS
 from pipeline.export.formats import Export
@@ -29,8 +29,11 @@ from pipeline.project.runner import Event, Progress
 
 Logits = Callable[[Sequence[int]], Tensor]  # ids → (T, V) in fp32, on the CPU
 Opens = Callable[[], AbstractContextManager[Logits]]
+T = TypeVar("T")
 # tokens of data, and as many of everyday English, whose activations GPTQ sees
 MOST_CALIBRATION = 4096
+# of data: examples that are read, and tokens that the losses are of
+MOST_EXAMPLES, MOST_DATA = 2000, 8192
 
 
 class Job(NamedTuple):
@@ -68,32 +71,37 @@ class Questions(NamedTuple):
         def encoded(examples: Sequence[Example]) -> list[Encoded]:
             return [found for _, found in encode.each(examples)]
 
+        def within(most: int, sequences: Iterable[Sequence[int]]) -> list[list[int]]:
+            cut = [list(ids[: min(model.max_length, most)]) for ids in sequences]
+            return _first(most, [ids for ids in cut if ids], len)
+
         texts = prompt_texts(prompts) or builtin_prompts()
-        asked = within(MOST_TOKENS, [tokenizer.encode(text) for text in texts], model.max_length)
-        examples = encoded(read_examples(into.data, str(into.data))) if into.data else []
+        asked = within(MOST_TOKENS, map(tokenizer.encode, texts))
+        examples = list[Encoded]()
+        if into.data:
+            some = islice(iter_examples(into.data, str(into.data)), MOST_EXAMPLES)
+            examples = encoded([*some])
+        seen = list[Encoded]()
+        if into.rounding == "gptq" and len(examples) > 1:
+            seen, examples = examples[::2], examples[1::2]
+        examples = _first(MOST_DATA, examples, lambda example: len(example.ids))
         if into.rounding == "nearest":
             return cls(asked, examples, [])
-        seen, rest = (examples[::2], examples[1::2]) if len(examples) > 1 else ([], examples)
-        everyday = (tokenizer.encode(text) for text in _everyday())
-        calibration = [
-            *within(MOST_CALIBRATION, [found.ids for found in seen], model.max_length),
-            *within(MOST_CALIBRATION, [*everyday], model.max_length),
-        ]
-        return cls(asked, rest, calibration)
+        learned = within(MOST_CALIBRATION, (example.ids for example in seen))
+        everyday = within(MOST_CALIBRATION, map(tokenizer.encode, _everyday()))
+        return cls(asked, examples, learned + everyday)
+
+
+def _first(most: int, items: Sequence[T], size: Callable[[T], int]) -> list[T]:
+    """As many of the first items as have a size of `most` together, and at least one."""
+    ends = accumulate(map(size, items))
+    return [item for item, end in zip(items, ends, strict=True) if end <= most] or [*items[:1]]
 
 
 def _everyday() -> Iterator[str]:
     """Questions with their answers in two lengths, as plain text."""
     name = "data/concise.en.jsonl"
-    for example in read_examples(DEFAULTS / name, name):
-        yield example.text
-
-
-def within(most: int, sequences: Sequence[Sequence[int]], longest: int) -> list[list[int]]:
-    """The first of the sequences, of `most` tokens together, each cut to `longest`."""
-    cut = [list(ids[: min(longest, most)]) for ids in sequences if len(ids)]
-    ends = accumulate(map(len, cut))
-    return [ids for ids, end in zip(cut, ends, strict=True) if end <= most] or cut[:1]
+    return (example.text for example in iter_examples(DEFAULTS / name, name))
 
 
 @contextmanager

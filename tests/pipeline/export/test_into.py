@@ -91,15 +91,17 @@ def test_survival_is_the_share_of_codes_rows_and_update(name: str, moved: float)
     assert found["share_of_step"] == pytest.approx(float(size / (0.125 * 32**0.5)))
 
 
-def project(root: Path, sizes: dict[str, Any] = WIDE) -> Path:
+def project(
+    root: Path, sizes: dict[str, Any] = WIDE, tied: bool = True, dora: bool = False
+) -> Path:
     """An adapter of random numbers on a toy, whose weights are small enough for fp16's rounding."""
-    base = new_project(root / "project", Family("llama", sizes, rows=128)) / "base"
+    base = new_project(root / "project", Family("llama", sizes, tied=tied, rows=128)) / "base"
     file = base / "model.safetensors"
     small = {name: tensor * 0.4 for name, tensor in load_file(file).items()}
     save_file(small, file, metadata={"format": "pt"})
     rows = [json.dumps({"text": text}) for text in LEARNED]
     (root / "data.jsonl").write_text("\n".join(rows))
-    return adapter(root / "adapter", base, AdapterSpec(4, 1, "all-linear"))
+    return adapter(root / "adapter", base, AdapterSpec(4, 1, "all-linear", dora=dora))
 
 
 def merged(cli: Lora, source: Path, kind: str, *more: str) -> tuple[Path, dict[str, Any], str]:
@@ -134,7 +136,7 @@ def test_the_grams_are_of_what_the_linears_get(name: str, tmp_path: Path) -> Non
 def test_nf4_is_what_bitsandbytes_makes_of_the_merge_and_transformers_opens_it(
     cli: Lora, tmp_path: Path
 ) -> None:
-    source = project(tmp_path, IN_Q4_K)
+    source = project(tmp_path, IN_Q4_K, tied=False)
     cli("merge", "--adapter", str(source), "--out", str(tmp_path / "plain"), cwd=tmp_path)
     out, entry, said = merged(cli, source, "nf4", "--data", "data.jsonl")
     plain, written = (
@@ -205,6 +207,16 @@ def test_gptq_in_llama_cpps_grid_loses_less(cli: Lora, kind: str, tmp_path: Path
     tuned = logits(load(tmp_path / "project/base", source).model, [3, 5, 9])
     assert (theirs - tuned).abs().max() < 1
     assert not [path for path in out.iterdir() if path.is_dir()]
+
+
+@pytest.mark.slow
+def test_an_adapter_that_llama_cpp_cannot_hold_is_not_measured_apart(
+    cli: Lora, tmp_path: Path
+) -> None:
+    source = project(tmp_path, dora=True)
+    _, entry, _ = merged(cli, source, "q8_0")
+    assert [model["model"] for model in entry["models"]] == ["base", "nearest"]
+    assert all(model["kept"] is None for model in entry["models"])
 
 
 @pytest.mark.parametrize(
