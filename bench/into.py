@@ -3,7 +3,7 @@ seeds.
 
 The base is LORA_BENCH_BASE, an imported checkpoint of SmolLM2-135M-Instruct, or
 `smollm2/artifacts/base`. The table of docs/how-to/merge.md is what it prints. On one thread it
-takes half an hour.
+takes an hour.
 """
 
 import os
@@ -55,26 +55,31 @@ def merged(folder: Path, out: Path, kind: Kind, data: Path) -> dict[str, Any]:
     return entry
 
 
-def rows(out: Path) -> Iterator[str]:
-    """Markdown, a row of each model that was measured."""
-    yield "| seed | | KL | loss | kept |"
-    yield "|---|---|---|---|---|"
-    for seed in SEEDS:
-        folder = adapter(out, seed)
-        for kind in KINDS:
-            entry = merged(folder, out / f"{kind}-{seed}", kind, out / "held_out.jsonl")
-            for model in entry["models"]:
-                yield (
-                    f"| {seed} | {kind}, {model['model']} | {model['divergence']:.1e} | "
-                    f"{model['loss']:.3f} | {model['kept']:.0%} |"
-                )
-            losses = entry["base_loss"], entry["tuned_loss"]
-            yield f"| {seed} | loss before and after training | | {losses[0]:.3f}, {losses[1]:.3f} | |"
+def table(out: Path) -> Iterator[str]:
+    """Markdown, a row of each model, with a number of each seed."""
+    data = out / "held_out.jsonl"
+    adapters = {seed: adapter(out, seed) for seed in SEEDS}
+    yield "| | KL to base + adapter | loss | of what was learned |"
+    yield "|---|---|---|---|"
+    for kind in KINDS:
+        entries = [
+            merged(folder, out / f"{kind}-{seed}", kind, data) for seed, folder in adapters.items()
+        ]
+        for models in zip(*(entry["models"] for entry in entries), strict=True):
+            cells = (
+                f"{kind}, {models[0]['model']}",
+                ", ".join(f"{model['divergence']:.3f}" for model in models),
+                ", ".join(f"{model['loss']:.3f}" for model in models),
+                ", ".join(f"{model['kept']:.1%}" for model in models),
+            )
+            yield f"| {' | '.join(cells)} |"
+    losses = [f"{entry['base_loss']:.2f} → {entry['tuned_loss']:.3f}" for entry in entries]
+    yield f"| trained | | {', '.join(losses)} | |"
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     target = Path(sys.argv[1])
     target.mkdir(parents=True, exist_ok=True)
-    for line in rows(target):
+    for line in table(target):
         print(line, flush=True)

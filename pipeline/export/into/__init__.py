@@ -6,6 +6,7 @@ merged model sees, `update.py` compares stored codes, and `models.py` what the m
 
 from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal, NamedTuple
 
 from pipeline.errors import UserError
@@ -20,9 +21,9 @@ CLEARLY = 0.9  # of a cost: above it, a difference is no advice
 MEASURES = (
     ("codes_changed", ".1%", "of the codes differ from the base's"),
     ("rows_changed", ".1%", "of the rows have such a code"),
-    ("share_of_step", ".3g", "times the error of rounding: the size of the update"),
+    ("share_of_step", ".3g", "times the error of rounding: the update's size"),
     ("contained", ".3g", "times the update is contained"),
-    ("lost", ".3g", "times its size: what rounding adds to it or takes from it"),
+    ("lost", ".3g", "times its size: what rounding adds or takes"),
 )
 
 
@@ -58,15 +59,15 @@ def describe(entry: Mapping[str, Any]) -> list[str]:
 
 
 def _update_table(entry: Mapping[str, Any]) -> Iterator[str]:
-    """What is left of the update in the matrix that has least of it, and in that with most."""
+    """What is left of the update: the median of the matrices, the least and the most."""
     matrices = entry["update"]["nearest"].values()
     if matrices:
         yield f"The update of {len(matrices)} matrices, rounded to the nearest {entry['kind']}:"
     for name, form, what in MEASURES:
         values = [matrix[name] for matrix in matrices if matrix[name] is not None]
         if values:
-            span = f"{min(values):{form}} to {max(values):{form}}"
-            yield f"  {span:16} {what}"
+            least, middle, most = (f(values).__format__(form) for f in (min, median, max))
+            yield f"  {middle:>6} ({least} to {most}) {what}"
 
 
 def _model_table(entry: Mapping[str, Any]) -> Iterator[str]:

@@ -12,7 +12,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor
 
-from pipeline.export.into.gptq import RoundColumn, round_for_inputs
+from pipeline.export.into.gptq import round_for_inputs
 
 
 class Bits(NamedTuple):
@@ -76,29 +76,23 @@ def values_of(data: Tensor, kind: Type) -> Tensor:
     return torch.from_numpy(np.array(gguf.quants.dequantize(data.numpy(), kind)))
 
 
-def rounds_to(data: Tensor, kind: Type) -> tuple[RoundColumn, Tensor, Tensor]:
-    """What rounds a column to the grid of its blocks, with their offset and scale, both (O, I)."""
-    coding = CODINGS[kind]
-    zeros = torch.zeros_like(codes_of(data, kind))
-    offset = values_of(with_codes(data, kind, zeros), kind)
-    scale = values_of(with_codes(data, kind, zeros + 1), kind) - offset
-    step = torch.where(scale == 0, 1, scale)
-
-    def round_column(column: Tensor, n: int) -> Tensor:
-        codes = ((column - offset[:, n]) / step[:, n]).round_()
-        codes.clamp_(coding.lowest, coding.highest)
-        return offset[:, n] + scale[:, n] * codes
-
-    return round_column, offset, step
-
-
 def rounded_for_inputs(data: Tensor, kind: Type, weight: Tensor, gram: Tensor) -> Tensor:
     """The blocks `data` with the codes that GPTQ chooses for W (O, I) and G (I, I)."""
     coding = CODINGS[kind]
-    round_column, offset, step = rounds_to(data, kind)
+    zeros = torch.zeros_like(codes_of(data, kind))
+    offset = values_of(with_codes(data, kind, zeros), kind)  # (O, I)
+    scale = values_of(with_codes(data, kind, zeros + 1), kind) - offset
+    step = torch.where(scale == 0, 1, scale)  # all codes of a block without a scale are alike
+
+    def codes(values: Tensor, n: int | slice = slice(None)) -> Tensor:
+        nearest = ((values - offset[:, n]) / step[:, n]).round_()
+        return nearest.clamp_(coding.lowest, coding.highest)
+
+    def round_column(column: Tensor, n: int) -> Tensor:
+        return offset[:, n] + scale[:, n] * codes(column, n)
+
     rounded = round_for_inputs(weight, gram, round_column)
-    codes = ((rounded - offset) / step).round_().clamp_(coding.lowest, coding.highest)
-    return with_codes(data, kind, codes)
+    return with_codes(data, kind, codes(rounded))
 
 
 def _blocks(data: Tensor, kind: Type) -> Tensor:
