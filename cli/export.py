@@ -157,46 +157,50 @@ def certify(
     ] = "peft",
     out: Annotated[
         Path | None,
-        Option(help="File to write; default: certificate.json in DIR, runs/certificates/ of ours."),
+        Option(help="File to write; default: certificate.json in DIR, or in runs/certificates."),
     ] = None,
     trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
+    _device: DeviceOption = None,
 ) -> None:
     """Certify an adapter in other programs. Exit code 1 where one fails.
 
     Each opens it on its base, in an environment of its own, and is compared with PEFT: did every
     group of tensors take effect, are the answers the same, is a conversation read alike.
     """
-    from cli.console import follow, print_json
+    from cli.console import follow, print_json, print_line
     from pipeline.adapters.folder import base_of
     from pipeline.certify import record
-    from pipeline.certify.certify import FAILED, Checked, Processes
+    from pipeline.certify.certify import FAILED, Processes
     from pipeline.certify.certify import certify as certify_in
     from pipeline.certify.engines import parse
+    from pipeline.certify.measured import Checked
 
     wanted = parse(engines)
     checked = Checked(folder, base or base_of(folder), trust_remote_code)
     with Processes() as processes:
         certificate = follow(certify_in(checked, wanted, processes), "certify")
-    path = out or record.place_of(folder)
-    record.write(path, folder, certificate)
     if as_json:
         print_json(certificate)
     else:
-        _show(folder, path, certificate)
+        _show(certificate)
+    path = record.write(folder, certificate, out)
+    if not as_json:
+        reference = certificate["reference"] or "nothing"
+        print_line(f"{folder}: {certificate['verdict']}, against {reference}. {path}")
     if certificate["verdict"] == FAILED:
         raise Exit(1)
 
 
-def _show(folder: Path, path: Path, certificate: dict[str, Any]) -> None:
+def _show(certificate: dict[str, Any]) -> None:
     """A row for each engine; below it why one failed."""
     from cli.console import number, print_line, print_table
 
     rows = []
     for entry in certificate["engines"]:
-        groups = entry.get("groups", {})
-        moving = sum(group["moved"] > 0 for group in groups.values())
-        effect = f"{moving} of {len(groups)}" if groups else "–"
+        effect = "–"
+        if "groups" in entry:
+            effect = f"{entry['groups_that_act']} of {entry['groups']}"
         greedy = {True: "the same", False: "differs", None: "–"}[entry.get("same_greedy_text")]
         divergence = entry.get("divergence")
         shown = None if divergence is None else max(divergence, 0)
@@ -204,9 +208,9 @@ def _show(folder: Path, path: Path, certificate: dict[str, Any]) -> None:
     columns = ("engine", "verdict", "groups that act", "KL", "greedy text")
     print_table(columns, rows, right=("groups that act", "KL"))
     for problem in certificate["problems"]:
-        print_line(f"The adapter: {problem}.".replace("..", "."))
+        print_line(f"The adapter: {problem.rstrip('.')}.")
+    for note in certificate["notes"]:
+        print_line(f"Not checked by our own reader: {note.rstrip('.')}.")
     for entry in certificate["engines"]:
         for problem in entry["problems"]:
-            print_line(f"{entry['engine']}: {problem}.".replace("..", "."))
-    reference = certificate["reference"] or "nothing"
-    print_line(f"{folder}: {certificate['verdict']}, against {reference}. {path}")
+            print_line(f"{entry['engine']}: {problem.rstrip('.')}.")

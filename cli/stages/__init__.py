@@ -125,7 +125,6 @@ def merge(
     if trust_remote_code or any(option is not None for option in given):
         from cli.console import following, noting_replaced, print_line
         from lora_workbench import api
-        from pipeline.export.into import describe as describe_rounding
         from pipeline.weights.merge_check import describe
 
         if adapter is None or out is None:
@@ -156,6 +155,8 @@ def merge(
             )
             print_line("  ".join((str(out), *describe(certificate))))
             if into is not None:
+                from pipeline.export.into import describe as describe_rounding
+
                 for line in describe_rounding(certificate["into"]):
                     print_line(line)
         return

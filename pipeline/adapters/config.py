@@ -94,6 +94,10 @@ MOST_NAMES = 20_000
 MOST_PATTERNS = 5_000  # in rank_pattern or alpha_pattern; compiling one takes 0.1 ms
 
 
+class Unsupported(UserError):
+    """An adapter of a kind, or with an option, that PEFT has and this project does not read."""
+
+
 @dataclass(frozen=True)
 class AdapterSpec:
     """What an adapter changes.
@@ -252,7 +256,8 @@ def refuse_experts(folder: Path, spec: AdapterSpec) -> None:
     if spec.parameters:
         raise UserError(
             f"{folder} adapts experts (target_parameters {', '.join(spec.parameters)}), which only "
-            "PEFT, llama.cpp and this project read as an adapter. Merge it: `lora export --format merged`."
+            "PEFT, llama.cpp and this project read as an adapter. Merge it: "
+            "`lora export --format merged`."
         )
 
 
@@ -263,13 +268,13 @@ def refuse_options(
     for key, supported in plain.items():
         value = config.get(key) or supported
         if value != supported:
-            raise UserError(
+            raise Unsupported(
                 f"{path}: {key} is {abbreviate_repr(value, 200)}; only {supported!r} is supported "
                 "so far."
             )
     for key in sorted(config.keys() - plain.keys() - {*known}):
         if config[key]:
-            raise UserError(
+            raise Unsupported(
                 f"{path}: {key} is {abbreviate_repr(config[key], 200)}; it is not supported so far."
             )
 
@@ -297,14 +302,14 @@ class AdapterConfig:
         """Raises UserError for an adapter that is no LoRA: of virtual tokens, or of a method's."""
         folder = self.path.parent
         if self.kind in OTHER_KINDS:
-            raise UserError(
+            raise Unsupported(
                 f"{folder} is an adapter of type {self.kind}: only LoRA can be merged, combined, "
                 "compared or served by vLLM. Use it on its base with `lora prompt --adapter`, or "
                 "with PEFT."
             )
         if self.kind in VIRTUAL:
             kind, count = VIRTUAL[self.kind], self.get("num_virtual_tokens")
-            raise UserError(
+            raise Unsupported(
                 f"{folder} is a {kind} of {count} virtual tokens: it changes no weights, so there "
                 "is nothing to merge, combine or compare, and vLLM cannot serve it. Use it on its "
                 "base with `lora prompt --adapter`, or with PEFT."
@@ -339,7 +344,7 @@ class AdapterConfig:
         if self.kind != LORA:
             *others, last = LORA, *OTHER_KINDS, *VIRTUAL
             kind = self.get("peft_type")
-            raise UserError(
+            raise Unsupported(
                 f"{self.path}: peft_type must be {', '.join(others)} or {last}, got "
                 f"{abbreviate_repr(kind, 200)}. Train one of these, or convert the adapter with "
                 "PEFT's save_as_lora if its method allows that."
@@ -355,7 +360,7 @@ class AdapterConfig:
                 convert = (
                     "Merge it in PEFT with merge_and_unload, and use the merged model as a base."
                 )
-            raise UserError(
+            raise Unsupported(
                 f"{self.path}: init_lora_weights is {abbreviate_repr(init)}, which also changes "
                 f"the base. {convert}"
             )

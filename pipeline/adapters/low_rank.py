@@ -29,7 +29,10 @@ _KEYS = (LINEAR_KEYS, EMBEDDING_KEYS)
 
 @dataclass(frozen=True)
 class LowRank:
-    """A low-rank update s·BA of one weight, or of stacked experts; an embedding's inputs are its rows."""
+    """A low-rank update s·BA of one weight, or of stacked experts.
+
+    An embedding's inputs are its rows.
+    """
 
     a: Tensor  # (R, I), of experts (E, R, I)
     b: Tensor  # (O, R), of experts (E, O, R)

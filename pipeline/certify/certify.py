@@ -2,39 +2,38 @@
 
 import tempfile
 from collections.abc import Generator, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from pipeline.adapters.config import LORA, WEIGHTS, Unsupported, read_config
 from pipeline.certify import chat
 from pipeline.certify.compare import against, itself
 from pipeline.certify.engines import ENGINES, Wanted
-from pipeline.certify.measured import Answers, Question, ask
+from pipeline.certify.measured import Answers, Checked, Question, ask
 from pipeline.certify.process import Process
+from pipeline.data.tokenizers.word import load_tokenizer
 from pipeline.errors import UserError
+from pipeline.files.base_model import tensor_locations
+from pipeline.inference.score import builtin_prompts
+from pipeline.models.device import best_device
+from pipeline.models.load import skeleton
 from pipeline.project.runner import Event, Progress
+from pipeline.weights.merge_plan import attach_to_meta_model
 
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
-REFERENCE = "peft"
+REFERENCE = Wanted("peft", None)
 MOST_TOKENS = 512  # of all prompts
 SHORT = 2  # prompts on which groups are compared
 GREEDY_TOKENS = 32
 SPREAD = 32  # tokens of the prompt that has rows of the whole vocabulary
 
 
-class Checked(NamedTuple):
-    """An adapter, and the base that it is checked on."""
-
-    adapter: Path
-    base: Path
-    trust_remote_code: bool = False
-
-
 class Processes:
     """The engines' processes, each started once: a program takes seconds to be imported."""
 
-    def __init__(self, device: str = "cpu") -> None:
-        self._device = device
+    def __init__(self) -> None:
+        self._device = str(best_device())
         self._stack = ExitStack()
         self._open = dict[Wanted, Process]()
 
@@ -59,19 +58,20 @@ def certify(
 ) -> Generator[Event, None, dict[str, Any]]:
     """The certificate: what is wrong with the adapter, and what each engine makes of it.
 
-    Raises UserError where nothing can be compared, as without a base.
+    Raises UserError where nothing can be compared: without a base, or without safetensors.
     """
     total = len(engines) + 1
     yield Progress(0, total, "the adapter's own library")
+    _refuse_others(checked)
     question = _question(checked)
-    problems = _files(checked)
-    entries = list[dict[str, Any]]()
+    problems, notes = _files(checked)
+    expected = None
     try:
-        expected = _ask(checked, Wanted(REFERENCE, None), processes, question)
+        expected = _ask(checked, REFERENCE, processes, question)
         problems += itself(expected)
     except UserError as error:
         problems.append(f"its own library does not open it: {error}")
-        expected = None
+    entries = list[dict[str, Any]]()
     for number, wanted in enumerate(engines, start=1):
         yield Progress(number, total, wanted.label)
         entries.append(_entry(checked, wanted, processes, question, expected))
@@ -80,7 +80,8 @@ def certify(
     return {
         "verdict": FAILED if problems or FAILED in verdicts else verdict,
         "problems": problems,
-        "reference": None if expected is None else expected.opened.name,
+        "notes": notes,
+        "reference": None if expected is None else expected.name,
         "engines": entries,
     }
 
@@ -95,18 +96,18 @@ def _entry(
     """What one engine makes of the adapter."""
     entry: dict[str, Any] = {"engine": wanted.label}
     try:
-        processes.of(wanted)
+        process = processes.of(wanted)
     except UserError as error:
         return {**entry, "verdict": NOT_RUN, "problems": [str(error)]}
+    entry["name"] = process.name
     try:
-        found = _ask(checked, wanted, processes, question)
+        is_reference = wanted == REFERENCE and expected is not None
+        found = expected if is_reference else _ask(checked, wanted, processes, question)
     except UserError as error:
         return {**entry, "verdict": FAILED, "problems": [f"it does not open it: {error}"]}
-    entry["name"] = found.opened.name
-    if expected is None:
+    if expected is None or found is None:
         return {**entry, "verdict": NOT_RUN, "problems": ["there is nothing to compare it with"]}
     measured, problems = against(expected, found)
-    process = processes.of(wanted)
     problems += chat.in_program(process, checked.adapter, checked.base)
     verdict = FAILED if problems else PASSED
     return {**entry, "verdict": verdict, "problems": problems, **measured}
@@ -114,35 +115,42 @@ def _entry(
 
 def _ask(checked: Checked, wanted: Wanted, processes: Processes, question: Question) -> Answers:
     with tempfile.TemporaryDirectory() as room:
-        return ask(processes.of(wanted), checked.base, checked.adapter, question, Path(room))
+        return ask(processes.of(wanted), checked, question, Path(room))
 
 
-def _files(checked: Checked) -> list[str]:
-    """Why our own reader rejects the adapter: keys, shapes, settings, another base."""
-    from pipeline.adapters.config import read_config
-    from pipeline.files.base_model import tensor_locations
-    from pipeline.models.load import skeleton
-    from pipeline.weights.merge_plan import attach_to_meta_model
+def _refuse_others(checked: Checked) -> None:
+    """Raises UserError for what has no safetensors: a program would open a pickle instead."""
+    read_config(checked.adapter)
+    if not (checked.adapter / WEIGHTS).is_file():
+        raise UserError(
+            f"{checked.adapter} has no {WEIGHTS}. Save the adapter with PEFT's save_pretrained, "
+            "which writes safetensors."
+        )
+    tensor_locations(checked.base)
 
+
+def _files(checked: Checked) -> tuple[list[str], list[str]]:
+    """Why our own reader rejects the adapter: keys, shapes, settings, another base.
+
+    And as notes, what it does not read.
+    """
     base = checked.base
-    problems = []
+    problems, notes = list[str](), list[str]()
+    config = read_config(checked.adapter)
+    if config.get("peft_type") == LORA and "lora_alpha" not in config:
+        problems.append("adapter_config.json has no lora_alpha: PEFT takes 8")
     try:
-        config = read_config(checked.adapter)
-        if config.get("peft_type") == "LORA" and "lora_alpha" not in config:
-            problems.append("adapter_config.json has no lora_alpha: PEFT takes 8")
         model = skeleton(base, checked.trust_remote_code)
         attach_to_meta_model(model, base, tensor_locations(base), checked.adapter)
+    except Unsupported as error:
+        notes.append(str(error))
     except UserError as error:
         problems.append(str(error))
-    return [*problems, *chat.of_files(checked.adapter, base)]
+    return [*problems, *chat.of_files(checked.adapter, base)], notes
 
 
 def _question(checked: Checked) -> Question:
     """Ids of everyday English, and of tokens from the whole vocabulary. Raises UserError."""
-    from pipeline.data.tokenizers.word import load_tokenizer
-    from pipeline.inference.score import builtin_prompts
-    from pipeline.models.load import skeleton
-
     tokenizer = load_tokenizer(checked.base)
     model = skeleton(checked.base, checked.trust_remote_code)
     rows = model.shape.rows
@@ -158,16 +166,12 @@ def _question(checked: Checked) -> Question:
         left -= len(ids)
     start = prompts[1][: max(1, model.max_length // 2)]
     limit = min(GREEDY_TOKENS, model.max_length - len(start))
-    return Question(prompts, prompts[:SHORT], start, limit, tokenizer.end_ids)
+    return Question(prompts, prompts[:SHORT], start, limit, sorted(tokenizer.end_ids))
 
 
 def _trained_rows(adapter: Path, rows: int) -> list[int]:
     """Ids of tokens that the adapter trains: without them in a prompt nothing would move."""
-    from pipeline.adapters.config import read_config
-
-    named: Any = []
-    with suppress(UserError):
-        named = read_config(adapter).get("trainable_token_indices") or []
+    named: Any = read_config(adapter).get("trainable_token_indices") or []
     lists = named.values() if isinstance(named, dict) else [named]
     ids = [id_ for ids in lists if isinstance(ids, list) for id_ in ids]
     return [id_ for id_ in ids if isinstance(id_, int) and 0 <= id_ < rows][:SPREAD]

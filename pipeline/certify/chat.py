@@ -1,6 +1,7 @@
 """Whether a conversation becomes the same token ids: template, special tokens, BOS once."""
 
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 
 from pipeline.certify.process import Process
@@ -32,17 +33,9 @@ def of_files(adapter: Path, base: Path) -> Iterator[str]:
         return
     if theirs.has_template and not ours.has_template:
         yield "its tokenizer has no chat template, and the base's has one"
-    yield from _own_faults(ours)
-
-
-def _own_faults(tokenizer: Tokenizer) -> Iterator[str]:
-    ids = _conversation(tokenizer)
-    if ids is not None and len(ids) > 1 and ids[0] == ids[1] and _is_bos(tokenizer, ids[0]):
-        yield f"a conversation begins with {tokenizer.word(ids[0])} twice"
-
-
-def _is_bos(tokenizer: Tokenizer, id_: int) -> bool:
-    return tuple(tokenizer.encode("")[:1]) == (id_,) or tokenizer.word(id_).startswith("<")
+    ids = _conversation(ours)
+    if ids is not None and ids[:2] == [ours.bos_id] * 2:
+        yield f"a conversation begins with {ours.word(ids[0])} twice"
 
 
 def _conversation(tokenizer: Tokenizer) -> list[int] | None:
@@ -60,12 +53,12 @@ def in_program(process: Process, adapter: Path, base: Path) -> Iterator[str]:
     folder = tokenizer_folder(adapter, base)
     try:
         ours = _conversation(load_tokenizer(folder))
-        process.tokenizer(folder)
-        theirs = None if ours is None else process.chat(TURNS)
+        if ours is None:
+            return
+        theirs = process.chat(folder, TURNS)
     except UserError as error:
         yield f"the tokenizer does not open: {error}"
         return
-    if ours != theirs and ours is not None and theirs is not None:
-        pairs = zip(ours, theirs, strict=False)
-        same = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
+    if ours != theirs:
+        same = len([*takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False))])
         yield f"token {same + 1} of a conversation differs ({len(theirs)} tokens, {len(ours)} here)"

@@ -1,6 +1,7 @@
 """A program's answers against those of the adapter's own library: what is not the same."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
@@ -17,19 +18,29 @@ STILL = 1e-6
 MOST_NAMES = 3  # of groups in a sentence
 
 
-class Effect(NamedTuple):
-    """How far a group moves the logits: in the adapter's library, and in the program."""
+class Limits(NamedTuple):
+    """How near two programs must be, as rms differences of log-probabilities."""
 
-    expected: float
-    moved: float
-    missed: float  # how far the two are from each other
+    still: float  # up to this, nothing has moved
+    rounding: float  # how far the base alone is apart
+
+    def acts(self, moved: float) -> bool:
+        """Whether logits have moved; NaN have not."""
+        return moved > self.still
+
+    def agree(self, missed: float, effect: float) -> bool:
+        """Whether a program has an effect, of which it misses this much."""
+        return missed <= MISSED * effect + 2 * self.rounding + self.still
 
 
 def distance(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
-    """The rms difference of log-probabilities, which a constant added to logits does not change."""
+    """The rms difference of log-probabilities, which a constant added to logits does not change.
+
+    Of as many prompts as both have: groups are compared on the first ones.
+    """
     squares = [
         (p.log_softmax(-1) - q.log_softmax(-1)).square().mean()
-        for p, q in zip(ours, theirs, strict=True)
+        for p, q in zip(ours, theirs, strict=False)
     ]
     return float(torch.stack(squares).mean().sqrt())
 
@@ -42,12 +53,18 @@ def size(logits: Sequence[Tensor]) -> float:
 
 def itself(expected: Answers) -> list[str]:
     """What is wrong with an adapter in its own library."""
-    still = STILL * size(expected.base)
+    limits = Limits(STILL * size(expected.base), 0.0)
     problems = [*_keys(expected)]
-    if not distance(expected.base, expected.tuned) > still:
+    effect = distance(expected.base, expected.tuned)
+    if not isfinite(effect):
+        return [*problems, "its answers are no finite numbers"]
+    if not limits.acts(effect):
         return [*problems, "it changes nothing: base + adapter answers as the base does"]
-    short = expected.tuned[: len(next(iter(expected.groups.values())))]
-    dead = [name for name, logits in expected.groups.items() if not distance(short, logits) > still]
+    dead = [
+        name
+        for name, logits in expected.groups.items()
+        if not limits.acts(distance(expected.tuned, logits))
+    ]
     if dead:
         problems.append(f"no effect of {_named(dead)}")
     return problems
@@ -58,49 +75,53 @@ def against(expected: Answers, found: Answers) -> tuple[dict[str, Any], list[str
     if found.opened.rows != expected.opened.rows:
         rows = f"it has {found.opened.rows} tokens, the reference {expected.opened.rows}"
         return {}, [f"{rows} (is it another base?)"]
-    problems = [*_keys(found)]
-    still = STILL * size(expected.base)
-    rounding = distance(expected.base, found.base)
+    limits = Limits(STILL * size(expected.base), distance(expected.base, found.base))
     effect = distance(expected.base, expected.tuned)
     missed = distance(expected.tuned, found.tuned)
-    pairs = zip(expected.tuned, found.tuned, strict=True)
-    entry: dict[str, Any] = {
-        **difference_of(pairs)._asdict(),
-        "base_difference": rounding,
+    acting, problems = _groups(expected, found, limits)
+    problems = [*_keys(found), *_whole(found, limits, effect, missed), *problems]
+    entry = {
+        **difference_of(zip(expected.tuned, found.tuned, strict=True))._asdict(),
+        "base_difference": limits.rounding,
         "effect": effect,
         "missed": missed,
+        "groups": len(expected.groups),
+        "groups_that_act": acting,
         "same_greedy_text": expected.greedy == found.greedy,
     }
-    if rounding > max(still, MISSED * effect):
-        problems.append(f"the base alone differs by {rounding:.1e} (rms of log-probabilities)")
-    if not distance(found.base, found.tuned) > still:
-        problems.append("the adapter has no effect: it answers as the base does")
-    elif not missed <= MISSED * effect + 2 * rounding + still:
-        problems.append(f"{missed / max(effect, 1e-30):.0%} of the adapter's effect is missing")
-    groups = {name: _effect(expected, found, name) for name in expected.groups}
-    problems += _dead(groups, still, rounding)
-    return {**entry, "groups": {name: group._asdict() for name, group in groups.items()}}, problems
+    # JSON has no NaN
+    numbers = {key: None if _is_none(value) else value for key, value in entry.items()}
+    return numbers, problems
 
 
-def _effect(expected: Answers, found: Answers, name: str) -> Effect:
-    ours, theirs = expected.groups[name], found.groups[name]
-    short, shorter = expected.tuned[: len(ours)], found.tuned[: len(theirs)]
-    return Effect(distance(short, ours), distance(shorter, theirs), distance(ours, theirs))
+def _is_none(value: object) -> bool:
+    return isinstance(value, float) and not isfinite(value)
 
 
-def _dead(groups: dict[str, Effect], still: float, rounding: float) -> Iterator[str]:
-    """Groups that move nothing, and those that move something else."""
-    moving = {name: group for name, group in groups.items() if group.expected > still}
-    dead = [name for name, group in moving.items() if not group.moved > still]
-    if dead:
-        yield f"no effect of {_named(dead)}"
-    partly = [
-        name
-        for name, group in moving.items()
-        if name not in dead and not group.missed <= MISSED * group.expected + 2 * rounding + still
-    ]
-    if partly:
-        yield f"another effect of {_named(partly)}"
+def _whole(found: Answers, limits: Limits, effect: float, missed: float) -> Iterator[str]:
+    """What is not as expected with all groups at once."""
+    if not limits.rounding <= max(limits.still, MISSED * effect):
+        yield f"the base alone differs by {limits.rounding:.1e} (rms of log-probabilities)"
+    if not limits.acts(distance(found.base, found.tuned)):
+        yield "the adapter has no effect: it answers as the base does"
+    elif not limits.agree(missed, effect):
+        yield f"{missed / max(effect, 1e-30):.0%} of the adapter's effect is missing"
+
+
+def _groups(expected: Answers, found: Answers, limits: Limits) -> tuple[int, list[str]]:
+    """The number of groups that act, those that should and do not, and that act otherwise."""
+    acting, dead, other = 0, [], []
+    for name, ours in expected.groups.items():
+        theirs = found.groups[name]
+        effect = distance(expected.tuned, ours)
+        acts = limits.acts(distance(found.tuned, theirs))
+        acting += acts
+        if limits.acts(effect) and not acts:
+            dead.append(name)
+        elif not limits.agree(distance(ours, theirs), effect):
+            other.append(name)
+    problems = [f"no effect of {_named(dead)}"] * bool(dead)
+    return acting, problems + [f"another effect of {_named(other)}"] * bool(other)
 
 
 def _keys(answers: Answers) -> Iterator[str]:

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import distribution
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
 
 from pipeline.errors import UserError
 from pipeline.files.home import home_folder
+from pipeline.files.locks import flock
 
 FOLDER = "LORA_ENGINES"  # an environment variable: where environments lie
 # Linked, not installed: PyTorch and what its wheel brings.
@@ -36,32 +37,36 @@ def environments_folder() -> Path:
     return Path(named) if named else home_folder() / ".cache" / "lora-workbench" / "engines"
 
 
-def python_with(requirements: Sequence[str], shares_torch: bool = True) -> Path:
+def python_with(requirements: Sequence[str]) -> Path:
     """The Python of an environment with `requirements`, which is made if there is none.
 
-    `shares_torch`: with this Python's PyTorch in place of one of its own. Raises UserError with the
-    reason where it cannot be had.
+    Raises UserError with the reason where it cannot be had.
     """
-    wanted = [*requirements, *(NEEDED_BY_TORCH if shares_torch else ())]
-    facts = [*sorted(wanted), sys.version, _torch() if shares_torch else ""]
+    wanted = [*requirements, *NEEDED_BY_TORCH]
+    site = _site_packages()
+    facts = [*sorted(wanted), sys.version, distribution("torch").version, str(site)]
     digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
     folder = environments_folder() / digest
-    python = folder / "bin" / "python"
-    if (folder / "ready").exists():
-        return python
-    uv = _find_uv()
+    python, ready = folder / "bin" / "python", folder / "ready"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as name:
+    with folder.with_suffix(".lock").open("a") as lock:
+        flock(lock)  # another command may be making it
+        if not ready.exists():
+            _make(folder, python, wanted)
+            _link_torch(python, site)
+            ready.touch()
+    return python
+
+
+def _make(folder: Path, python: Path, wanted: Sequence[str]) -> None:
+    """Make the environment in `folder`, in place of what an interrupted attempt left."""
+    uv = _find_uv()
+    with tempfile.TemporaryDirectory() as name:
         overrides = Path(name) / "overrides.txt"
-        overrides.write_text(WITHOUT_TORCH if shares_torch else "")
-        # what an interrupted attempt left is cleared
+        overrides.write_text(WITHOUT_TORCH, encoding="utf-8")
         _run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(folder)])
         install = [uv, "pip", "install", "--quiet", "--python", str(python)]
         _run([*install, "--overrides", str(overrides), *wanted])
-    if shares_torch:
-        _link_torch(python)
-    (folder / "ready").touch()
-    return python
 
 
 def _find_uv() -> str:
@@ -73,24 +78,16 @@ def _find_uv() -> str:
     return found
 
 
-def _torch() -> str:
-    """Version and place of this Python's PyTorch."""
-    try:
-        return f"{distribution('torch').version} {_site_packages()}"
-    except PackageNotFoundError:
-        return ""
-
-
 def _site_packages() -> Path:
+    """The folder in which this Python has PyTorch."""
     spec = find_spec("torch")
     assert spec is not None and spec.origin is not None
     return Path(spec.origin).parents[1]
 
 
-def _link_torch(python: Path) -> None:
-    """Link this Python's PyTorch, with the record of its version, into an environment."""
+def _link_torch(python: Path, source: Path) -> None:
+    """Link PyTorch in `source`, with the record of its version, into an environment."""
     (target,) = python.parents[1].glob("lib/python*/site-packages")
-    source = _site_packages()
     records = sorted(source.glob("torch-*.dist-info"))
     for path in (*(source / name for name in LINKED), *records):
         link = target / path.name

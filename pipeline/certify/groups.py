@@ -1,12 +1,12 @@
 """The tensors of a file in groups, and copies of the file in which one group is changed.
 
 A group holds the tensors of all blocks that have the same name but for their number, such as
-`self_attn.q_proj.lora_B`. A copy is changed in place, so that a model is copied once for all groups.
+`self_attn.q_proj.lora_B`. A copy is changed in place: a file is copied once for all groups.
 """
 
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,17 +20,21 @@ NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 LEAST = 1e-2
 
 
-def grouped(names: Iterable[str]) -> dict[str, list[str]]:
-    """Names of tensors by group; a group is called by its tensors' name from the block on."""
+def grouped(header: Mapping[str, TensorInfo]) -> dict[str, list[str]]:
+    """Names of a file's tensors of real numbers by group.
+
+    A group is called by its tensors' name from the block on.
+    """
     groups = dict[str, list[str]]()
-    for name in sorted(names):
-        groups.setdefault(NUMBER.sub("*", name), []).append(name)
-    return {_short(pattern): members for pattern, members in groups.items()}
+    for name, info in sorted(header.items()):
+        if info.size and info.dtype in DTYPES:
+            groups.setdefault(_group_of(name), []).append(name)
+    return groups
 
 
-def _short(pattern: str) -> str:
-    """model.layers.*.self_attn.q_proj.lora_A.weight → self_attn.q_proj.lora_A"""
-    return pattern.rpartition("*.")[2].removesuffix(".weight")
+def _group_of(name: str) -> str:
+    """model.layers.3.self_attn.q_proj.lora_A.weight → self_attn.q_proj.lora_A."""
+    return NUMBER.sub("*", name).rpartition("*.")[2].removesuffix(".weight")
 
 
 def copy_of(folder: Path, copy: Path) -> None:

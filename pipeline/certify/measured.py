@@ -19,12 +19,13 @@ class Question(NamedTuple):
     short: Sequence[Sequence[int]]  # the first of them, on which groups are compared
     start: Sequence[int]  # what is continued
     limit: int  # tokens of the continuation
-    ends: frozenset[int]
+    ends: Sequence[int]  # ids
 
 
 class Answers(NamedTuple):
     """A program's answers: logits in fp32, (T, V) a prompt."""
 
+    name: str  # of the program, with its version
     opened: Opened
     base: list[Tensor]
     tuned: list[Tensor]
@@ -32,13 +33,21 @@ class Answers(NamedTuple):
     greedy: list[int]
 
 
-def ask(process: Process, base: Path, adapter: Path, question: Question, room: Path) -> Answers:
+class Checked(NamedTuple):
+    """An adapter, and the base that it is checked on."""
+
+    adapter: Path
+    base: Path
+    trust_remote_code: bool = False
+
+
+def ask(process: Process, checked: Checked, question: Question, room: Path) -> Answers:
     """Let a program answer; `room`: a folder for the copy. Raises UserError with its reason."""
-    opened = process.open(base)
-    of_base = _logits(process, opened, question.prompts)
-    opened = process.open(base, adapter)
+    adapter, base, trust = checked
+    of_base = _logits(process, process.open(base, None, trust), question.prompts)
+    opened = process.open(base, adapter, trust)
     tuned = _logits(process, opened, question.prompts)
-    greedy = process.generate(question.start, question.limit, sorted(question.ends))
+    greedy = process.generate(question.start, question.limit, question.ends)
 
     copy = room / "copy"
     copy_of(adapter, copy)
@@ -46,9 +55,9 @@ def ask(process: Process, base: Path, adapter: Path, question: Question, room: P
     groups = dict[str, list[Tensor]]()
     for number, (group, names) in enumerate(grouped(read_header(file)).items()):
         with changed(file, names, seed=number):
-            again = process.open(base, copy)
+            again = process.open(base, copy, trust)
         groups[group] = _logits(process, again, question.short)
-    return Answers(opened, of_base, tuned, groups, greedy)
+    return Answers(process.name, opened, of_base, tuned, groups, greedy)
 
 
 def _logits(process: Process, opened: Opened, prompts: Sequence[Sequence[int]]) -> list[Tensor]:

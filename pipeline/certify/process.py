@@ -19,11 +19,9 @@ SILENCE_SECONDS = 600.0  # for one answer; a large model takes a minute to load
 class Opened(NamedTuple):
     """What a program says of a model that it opened."""
 
-    name: str  # the program and its version
     rows: int  # of its logits
     unread: Sequence[str]  # keys of the files that were not loaded as they are
     missing: Sequence[str]  # keys that the model has and the files lack
-    said: Sequence[str]  # warnings
 
 
 class Process:
@@ -31,8 +29,14 @@ class Process:
 
     def __init__(self, python: Path, runner: str, *words: str) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the process
-        command = (str(python), "-P", str(RUNNERS / runner), *words)
+        # -E: the environment's own packages, whatever PYTHONPATH says
+        command = (str(python), "-E", "-P", str(RUNNERS / runner), *words)
         self._worker = Worker(command, self._log)
+        try:
+            self.name: str = self._ask("start")[0]["name"]  # the program and its version
+        except BaseException:  # Ctrl-C too
+            self.close()
+            raise
 
     def close(self) -> None:
         self._worker.kill()
@@ -42,9 +46,10 @@ class Process:
     def is_alive(self) -> bool:
         return self._worker.process.poll() is None
 
-    def open(self, base: Path, adapter: Path | None = None) -> Opened:
+    def open(self, base: Path, adapter: Path | None, trust_remote_code: bool = False) -> Opened:
         """Open a checkpoint, with an adapter on it."""
-        answer, _ = self._ask("open", base=str(base), adapter=adapter and str(adapter))
+        names = {"base": str(base), "adapter": adapter and str(adapter)}
+        answer, _ = self._ask("open", **names, trust_remote_code=trust_remote_code)
         return Opened(**{key: answer[key] for key in Opened._fields})
 
     def logits(self, ids: Sequence[int], rows: int) -> "Tensor":
@@ -52,24 +57,21 @@ class Process:
         import torch
 
         _, data = self._ask("logits", ids=list(ids))
+        if len(data) != 4 * len(ids) * rows:
+            raise UserError(
+                f"it gave {len(data)} bytes of logits for {len(ids)} tokens of {rows} in fp32"
+            )
         return torch.frombuffer(data, dtype=torch.float32).view(len(ids), rows)
 
     def generate(self, ids: Sequence[int], limit: int, ends: Sequence[int]) -> list[int]:
         """The greedy continuation without its end token."""
-        answer, _ = self._ask("generate", ids=list(ids), limit=limit, ends=sorted(ends))
+        answer, _ = self._ask("generate", ids=list(ids), limit=limit, ends=list(ends))
         return list(answer["answer"])
 
-    def tokenizer(self, folder: Path) -> Mapping[str, Any]:
-        """Open the tokenizer of a folder; returns its template and special tokens."""
-        return self._ask("tokenizer", folder=str(folder))[0]
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text, with the special tokens that the program adds."""
-        return list(self._ask("encode", text=text)[0]["answer"])
-
-    def chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """The ids of a conversation that is ready for an answer."""
-        return list(self._ask("chat", messages=list(messages))[0]["answer"])
+    def chat(self, folder: Path, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The ids of a conversation that is ready for an answer, by the tokenizer of a folder."""
+        answer, _ = self._ask("chat", folder=str(folder), messages=list(messages))
+        return list(answer["answer"])
 
     def _ask(self, do: str, **fields: Any) -> tuple[Answer, bytearray]:
         self._worker.send(do, **fields)

@@ -17,8 +17,7 @@ class Engine(NamedTuple):
     """A program that opens PEFT adapters."""
 
     order: int
-    about: str
-    # a version such as 0.18, or None → what pip must install; the first is the program itself
+    # a version such as 0.18, or None → what pip must install
     requirements: Callable[[str | None], tuple[str, ...]]
     runner: str  # a file of pipeline/certify/runners
     is_here: Callable[[], bool]  # whether this Python has all that it needs

@@ -1,1 +1,1 @@
-"""Programs that run inside the environments of engines, and import nothing of ours but the worker."""
+"""Programs for the environments of engines. They import nothing of ours but the worker."""

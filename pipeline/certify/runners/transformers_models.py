@@ -4,17 +4,21 @@ Run as a file, by the Python of an environment in which this package is not inst
 """
 
 import copy
-import logging
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import version
+from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 # Models up to this many parameters are copied for another adapter, larger ones read again.
 COPIED = 10**9
+PREFIX = "base_model.model."  # of PEFT's keys in files
+LIBRARIES = {
+    "peft": ("peft", "transformers"),
+    "transformers": ("transformers", "peft"),
+    "trl": ("trl", "peft", "transformers"),
+}
 
 
 def _import_worker() -> Any:
@@ -32,92 +36,56 @@ def _import_worker() -> Any:
     return worker
 
 
-class Warned(logging.Handler):
-    """What libraries warn of while they load, by `logging` or `warnings`."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage()[:2000])
-
-    def during(self, load: Callable[[], Any]) -> Any:
-        """What `load` returns; its warnings are in `lines`."""
-        self.lines = []
-        loggers = [logging.getLogger(name) for name in ("transformers", "peft", "trl")]
-        for logger in loggers:
-            logger.addHandler(self)
-        try:
-            with warnings.catch_warnings(record=True) as warned:
-                warnings.simplefilter("always", UserWarning)
-                loaded = load()
-            self.lines += [str(warning.message)[:2000] for warning in warned]
-            return loaded
-        finally:
-            for logger in loggers:
-                logger.removeHandler(self)
-
-
 class Models:
-    """A base, or a checkpoint, and an adapter on it."""
+    """A base, and an adapter on it."""
 
     def __init__(self, engine: str, device: str) -> None:
-        libraries = dict.fromkeys(("transformers", *(("peft",) if engine == "peft" else ())))
-        if engine == "trl":
-            libraries = dict.fromkeys(("trl", "peft", "transformers"))
-        self.name = ", ".join(f"{name} {version(name)}" for name in reversed(libraries))
+        # all that loading needs: an environment without it cannot be used
+        libraries = [import_module(name) for name in LIBRARIES[engine]]
+        self.name = ", ".join(f"{lib.__name__} {lib.__version__}" for lib in libraries)
         self._engine, self._device = engine, device
         self._folder: str | None = None
         self._base: Any = None
         self._model: Any = None
-        self._warned = Warned()
+        self._of_base: tuple[list[str], list[str]] = [], []
 
-    def open(self, base: str, adapter: str | None) -> dict[str, Any]:
-        """Open a checkpoint in fp32, with an adapter if given; returns what was said of it."""
+    def open(self, base: str, adapter: str | None, trust_remote_code: bool) -> dict[str, Any]:
+        """Open a checkpoint in fp32, with an adapter if given."""
         self._model = None
         if base != self._folder:
             self._base = self._folder = None
-            self._base, unread, missing = self._read_base(base)
-            self._folder, self._of_base = base, (unread, missing, self._warned.lines)
-        unread, missing, said = self._of_base
+            self._base = self._read_base(base, trust_remote_code)
+            self._folder = base
+        unread, missing = self._of_base
         model = self._base
         if adapter is not None:
-            model = self._warned.during(lambda: self._with_adapter(adapter))
-            said = [*said, *self._warned.lines]
+            model = self._with_adapter(adapter)
             found_unread, found_missing = self._compare_keys(model, adapter)
             unread, missing = [*unread, *found_unread], [*missing, *found_missing]
         self._model = model.eval()
-        head = model.get_output_embeddings()
-        return {
-            "name": self.name,
-            "rows": int(head.weight.shape[0]),
-            "unread": unread,
-            "missing": missing,
-            "said": said,
-        }
+        rows = int(model.get_output_embeddings().weight.shape[0])
+        return {"rows": rows, "unread": unread, "missing": missing}
 
-    def _read_base(self, folder: str) -> tuple[Any, list[str], list[str]]:
+    def _read_base(self, folder: str, trust_remote_code: bool) -> Any:
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, __version__
 
-        def load() -> Any:
-            # transformers 5 renamed the option
-            key = "dtype" if version("transformers") >= "5" else "torch_dtype"
-            return AutoModelForCausalLM.from_pretrained(
-                folder,
-                **{key: torch.float32},
-                attn_implementation="eager",
-                output_loading_info=True,
-                local_files_only=True,
-            )
-
-        model, info = self._warned.during(load)
-        model.to(self._device)
+        # transformers 5 renamed the option
+        key = "torch_dtype" if int(__version__.partition(".")[0]) < 5 else "dtype"
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            **{key: torch.float32},
+            attn_implementation="eager",
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+        )
         unread, missing = (
             sorted(map(str, info.get(key, ()))) for key in ("unexpected_keys", "missing_keys")
         )
-        return model, unread, missing
+        self._of_base = unread, missing
+        return model.to(self._device)
 
     def _with_adapter(self, adapter: str) -> Any:
         """The base with an adapter; the base itself stays as it is."""
@@ -137,14 +105,13 @@ class Models:
 
         By what PEFT would save of the model, so that keys are compared in the file's spelling.
         """
+        from peft import get_peft_model_state_dict
         from safetensors.torch import load_file
 
         stored = load_file(Path(adapter) / "adapter_model.safetensors")
         if self._engine == "transformers":
-            loaded = {"base_model.model." + k: v for k, v in model.get_adapter_state_dict().items()}
+            loaded = {PREFIX + key: value for key, value in model.get_adapter_state_dict().items()}
         else:
-            from peft import get_peft_model_state_dict
-
             loaded = get_peft_model_state_dict(model)
         unread = [
             key
@@ -195,17 +162,6 @@ class Texts:
 
         self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
-    def facts(self) -> dict[str, Any]:
-        template = getattr(self._tokenizer, "chat_template", None)
-        return {
-            "template": template if isinstance(template, str) else None,
-            "bos": self._tokenizer.bos_token_id,
-            "eos": self._tokenizer.eos_token_id,
-        }
-
-    def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer(text)["input_ids"])
-
     def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """The ids of a conversation, ready for an answer."""
         rendered = self._tokenizer.apply_chat_template(
@@ -215,11 +171,10 @@ class Texts:
 
 
 class Handler:
-    """Answers requests with a model and a tokenizer."""
+    """Answers requests with a model, and with the tokenizer of a folder."""
 
     def __init__(self, models: Any) -> None:
         self._models = models
-        self._texts: Texts | None = None
 
     def answer(self, request: Any) -> Iterator[dict[str, Any]]:
         from pipeline.errors import UserError
@@ -235,17 +190,17 @@ class Handler:
             raise UserError(f"{type(error).__name__}: {said[:600]}") from None
 
     def _answer(self, do: str, fields: Any) -> Iterator[dict[str, Any]]:
-        if do == "open":
+        if do == "start":
+            yield {"event": "done", "name": self._models.name}
+        elif do == "open":
             yield {"event": "done", **self._models.open(**fields)}
-        elif do == "tokenizer":
-            self._texts = Texts(**fields)
-            yield {"event": "done", **self._texts.facts()}
         elif do == "logits":
             yield {"event": "done", "data": self._models.logits(**fields)}
         elif do == "generate":
             yield {"event": "done", "answer": self._models.generate(**fields)}
         else:
-            yield {"event": "done", "answer": getattr(self._texts, do)(**fields)}
+            folder = fields.pop("folder")
+            yield {"event": "done", "answer": Texts(folder).chat(**fields)}
 
 
 def serve(models: Callable[[], Any]) -> None:

@@ -92,8 +92,8 @@ def _targets(updates: Updates, model: CausalLM) -> Iterator[tuple[str, str, Layo
     for name in updates:
         if name.endswith(family.without_lora):
             raise UserError(
-                f"llama.cpp ignores an update of {name}, or adds a multiple of it. Merge the adapter "
-                "with --format gguf."
+                f"llama.cpp ignores an update of {name}, or adds a multiple of it. Merge the "
+                "adapter with --format gguf."
             )
         parameter = f"{name}.weight" if name in modules else name
         for target, layout in family.layouts(config, parameter).items():

@@ -270,8 +270,8 @@ def quantized(rows: Tensor, kind: Type) -> np.ndarray[Any, Any]:
 def type_of(source: Source, kind: str) -> Type:
     """The type of a tensor in a file of `kind`.
 
-    Vectors, and what is EXACT, stay in fp32, which llama.cpp computes with. Embedding and head, where 4 or 5 bits cost
-    most, get 8; rows that no block of the type divides get fp16.
+    Vectors, and what is EXACT, stay in fp32, which llama.cpp computes with. Embedding and head,
+    where 4 or 5 bits cost most, get 8; rows that no block of the type divides get fp16.
     """
     quantized = Type[kind.upper()]
     if len(source.shape) == 1 or source.name.endswith(EXACT):

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 
 def write(export: Export, into: Into, out: Path) -> Generator[Event, None, None]:
-    """Write `out` as `lora export --format gguf` does, with what rounding cost. Raises UserError."""
+    """Write `out` as `lora export --format gguf` does, with what rounding cost.
+
+    Raises UserError.
+    """
     if not llama_cpp.is_installed():
         raise UserError(
             f"--into {into.kind} quantizes and measures with llama.cpp. Run `{llama_cpp.INSTALL}`."
@@ -39,7 +42,7 @@ def write(export: Export, into: Into, out: Path) -> Generator[Event, None, None]
 def _finish(
     export: Export, into: Into, files: gguf_format.Files
 ) -> Generator[Event, None, dict[str, Any]]:
-    """Round the file anew where that is asked for; measure it beside the base's, and the adapter's."""
+    """Round the file anew where that is asked for; measure it beside the base's and the adapter."""
     from pipeline.export.gguf.writer import describe_model
 
     merge, written = files.model.merge, files.paths[into.kind]

@@ -41,6 +41,7 @@ from pipeline.weights.merge import CERTIFICATE, CONFIG, copy_other_files, weight
 from pipeline.weights.merge_plan import MergePlan, plan_merge
 
 KIND: Literal["nf4"] = "nf4"
+Locations = Mapping[str, TensorLocation]  # of a checkpoint's tensors, by name
 
 
 def write(export: Export, into: Into, out: Path) -> Generator[Event, None, None]:
@@ -76,14 +77,16 @@ def _measured(
         models[rounding] = partial(_opened, path, scratch / "opened", job)
     models["apart"] = lambda: in_torch(job.load(job.export.adapter, KIND))
 
+    locations = tensor_locations(folder)
+
     def round_matrix(name: str, gram: Tensor) -> None:
         if name in linears:
-            _round_matrix(plan, folder, linears[name], gram)
+            _round_matrix(plan, locations, linears[name], gram)
 
     measured = yield from measure(job, models, round_matrix)
     changed = [name for name in linears.values() if name in plan.edits]
     updates = {
-        rounding: {name.removesuffix(".weight"): _survival(plan, path, name) for name in changed}
+        rounding: _survivals(plan, tensor_locations(path), changed)
         for rounding, path in by_rounding.items()
     }
     return {"kind": KIND, "rounding": into.rounding, "update": updates, **measured}
@@ -159,9 +162,9 @@ def _write_config(
         write_json(folder / INDEX, {"metadata": {}, "weight_map": places})
 
 
-def _round_matrix(plan: MergePlan, folder: Path, name: str, gram: Tensor) -> None:
+def _round_matrix(plan: MergePlan, locations: Locations, name: str, gram: Tensor) -> None:
     """Write the codes that GPTQ chooses for a matrix over those of its nearest levels."""
-    weight, (codes, scales) = _merged(plan, name), _places(folder, name)
+    weight, codes, scales = _merged(plan, name), locations[name], locations[f"{name}.absmax"]
     step = (
         _read(scales, torch.float32).repeat_interleave(NF4_BLOCK)[: weight.numel()].view_as(weight)
     )
@@ -179,23 +182,23 @@ def _round_matrix(plan: MergePlan, folder: Path, name: str, gram: Tensor) -> Non
         write_at(file.fileno(), packed.numpy().data, codes.info.start)
 
 
-def _places(folder: Path, name: str) -> tuple[TensorLocation, TensorLocation]:
-    """Of the codes of a weight, and of its scales."""
-    locations = tensor_locations(folder)
-    return locations[name], locations[f"{name}.absmax"]
-
-
 def _read(place: TensorLocation, dtype: torch.dtype) -> Tensor:
     return read_rows(place, 0, place.info.shape[0], dtype)
 
 
-def _survival(plan: MergePlan, folder: Path, name: str) -> dict[str, Any]:
-    """What of an update is in the checkpoint."""
-    codes, scales = _places(folder, name)
-    written = {"codes": _read(codes, torch.uint8), "scales": _read(scales, torch.float32)}
-    weight = read_matrix(plan.blocks(name)).float()
-    before = _stored(quantize_weight(weight, KIND), weight)
-    return survival(weight, _merged(plan, name), before, _stored(written, weight))
+def _survivals(
+    plan: MergePlan, locations: Locations, changed: Collection[str]
+) -> dict[str, dict[str, Any]]:
+    """What of each update is in the checkpoint."""
+    found = {}
+    for name in changed:
+        codes, scales = locations[name], locations[f"{name}.absmax"]
+        written = {"codes": _read(codes, torch.uint8), "scales": _read(scales, torch.float32)}
+        weight = read_matrix(plan.blocks(name)).float()
+        before = _stored(quantize_weight(weight, KIND), weight)
+        after = _stored(written, weight)
+        found[name.removesuffix(".weight")] = survival(weight, _merged(plan, name), before, after)
+    return found
 
 
 def _stored(quantized: dict[str, Tensor], weight: Tensor) -> Stored:

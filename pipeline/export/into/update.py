@@ -1,4 +1,4 @@
-"""What of an update survives rounding: stored codes before and after it, and what they stand for."""
+"""What of an update survives rounding: stored codes before and after, and what they stand for."""
 
 from typing import Any, NamedTuple
 
