@@ -144,6 +144,9 @@ OPTIONAL = {
     "lora export --format mlx, compared": Needs(
         "mlx", ("mlx-lm", "mlx"), "exports, and compares nothing"
     ),
+    "lora merge --into q4_k_m, q8_0": Needs("llama-cpp", (_LLAMA_CPP,)),
+    "lora merge --into nf4": Needs("qlora", ("bitsandbytes",)),
+    "lora certify --in peft==0.18": Needs("certify", ("uv",), "takes a uv of the path"),
     "quantization: int8": Needs("qlora", ("bitsandbytes",)),
     "quantization: nf4, nf4-dq": Needs("qlora", ("bitsandbytes",), "quantizes more slowly"),
     "training on a CUDA GPU": Needs("gpu", ("liger-kernel", "bitsandbytes"), "trains more slowly"),

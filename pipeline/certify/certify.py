@@ -58,13 +58,14 @@ def certify(
 ) -> Generator[Event, None, dict[str, Any]]:
     """The certificate: what is wrong with the adapter, and what each engine makes of it.
 
-    Raises UserError where nothing can be compared: without a base, or without safetensors.
+    Raises UserError where nothing can be compared: without a base, safetensors, or PEFT.
     """
     total = len(engines) + 1
     yield Progress(0, total, "the adapter's own library")
     _refuse_others(checked)
     question = _question(checked)
     problems, notes = _files(checked)
+    processes.of(REFERENCE)  # without it nothing can be compared
     expected = None
     try:
         expected = _ask(checked, REFERENCE, processes, question)

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, install_command
 from pipeline.files.home import home_folder
 from pipeline.files.locks import flock
 
@@ -74,7 +74,9 @@ def _find_uv() -> str:
     beside = Path(sys.executable).with_name("uv")
     found = str(beside) if beside.exists() else which("uv")
     if found is None:
-        raise UserError("there is no uv here, which makes environments. Run `pip install uv`.")
+        raise UserError(
+            f"there is no uv here, which makes environments. Run `{install_command('certify')}`."
+        )
     return found
 
 

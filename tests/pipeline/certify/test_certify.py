@@ -255,3 +255,14 @@ def test_a_program_that_makes_something_else_of_an_adapter(
     assert against(expected, same)[1] == []
     problems = against(expected, found)[1]
     assert any(reason in problem for problem in problems), problems
+
+
+def test_without_the_reference_nothing_is_failed(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = adapter(tmp_path / "whole", base, SPEC)
+    monkeypatch.setattr("pipeline.certify.engines.find_spec", lambda _: None)  # no PEFT here
+    monkeypatch.setattr(environment, "_find_uv", lambda: "/nonexistent/uv")
+    monkeypatch.setenv(environment.FOLDER, str(tmp_path / "engines"))
+    with Processes() as none:
+        assert "uv does not start" in user_error(certificate, whole, base, none)
