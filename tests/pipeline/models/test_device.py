@@ -566,7 +566,7 @@ COMPUTING = {  # every command that computes with a model or with weights
         "merge",
         "evaluate",
     ),
-    *("spectrum", "prompt", "chat", "compare", "serve", "export", "push", "doctor"),
+    *("spectrum", "prompt", "chat", "compare", "serve", "certify", "export", "push", "doctor"),
     *(f"adapters {name}" for name in ("verify", "diff", "combine", "compress", "export")),
     *(f"finetune {name}" for name in (*METHODS, "sweep")),
 }
