@@ -93,7 +93,9 @@ def _delta_net(ops: Layers, x: Value, block: Block, heads: Heads) -> Value:
         temp=(expanded + 2 * values + states) * w,
         back=(5 * expanded + 4 * values + 2 * states) * w,
     )
-    return ops.linear(_gated_norm(ops, y, z, heads.value_size), out)
+    # transformers 5.25 copies what the kernel computed, and keeps it until the layer returns
+    copied = op(y)
+    return ops.linear(_gated_norm(ops, copied, z, heads.value_size), out)
 
 
 def _gated_norm(ops: Layers, x: Value, z: Value, size: int) -> Value:
