@@ -145,16 +145,22 @@ def push(
 
 @app.command()
 def certify(
-    folder: Annotated[Path, Argument(metavar="DIR", help="Adapter of any tool, in PEFT's format.")],
+    path: Annotated[
+        Path, Argument(metavar="DIR", help="Adapter of PEFT or mlx-lm, checkpoint or GGUF file.")
+    ],
     base: BaseOption = None,
+    adapter: Annotated[
+        Path | None, Option(help="Adapter of PEFT that DIR was made from, to compare with.")
+    ] = None,
     engines: Annotated[
-        str,
+        str | None,
         Option(
             "--in",
             metavar="ENGINE,…",
-            help="Programs, with a version if it matters: peft==0.18,transformers,trl.",
+            help="Programs: peft==0.18,transformers,trl,vllm,llama.cpp:q4_k_m,mlx; default: DIR's "
+            "own.",
         ),
-    ] = "peft",
+    ] = None,
     out: Annotated[
         Path | None,
         Option(help="File to write; default: certificate.json in DIR, or in runs/certificates."),
@@ -163,10 +169,11 @@ def certify(
     as_json: JsonOption = False,
     _device: DeviceOption = None,
 ) -> None:
-    """Certify an adapter in other programs. Exit code 1 where one fails.
+    """Certify an adapter or a model in other programs. Exit code 1 where one fails.
 
-    Each opens it on its base, in an environment of its own, and is compared with PEFT: did every
-    group of tensors take effect, are the answers the same, is a conversation read alike.
+    Each opens it on its base, in an environment of its own, and is compared with the library of its
+    format: did every group of tensors take effect, are the answers the same, is a conversation read
+    alike.
     """
     from cli.console import follow, print_json, print_line
     from pipeline.adapters.folder import base_of
@@ -174,20 +181,26 @@ def certify(
     from pipeline.certify.certify import FAILED, Processes
     from pipeline.certify.certify import certify as certify_in
     from pipeline.certify.engines import parse
-    from pipeline.certify.measured import Checked
+    from pipeline.certify.kinds import Checked, kind_of
 
-    wanted = parse(engines)
-    checked = Checked(folder, base or base_of(folder), trust_remote_code)
+    kind = kind_of(path)
+    if base is None:
+        named = adapter or (path if kind == "adapter" else None)
+        if named is None:
+            raise UserError(f"{path} names no base. Name what it was made from with --base.")
+        base = base_of(named)
+    checked = Checked(path, base, trust_remote_code, adapter)
+    wanted = parse(engines or checked.kind.library)
     with Processes() as processes:
         certificate = follow(certify_in(checked, wanted, processes), "certify")
     if as_json:
         print_json(certificate)
     else:
         _show(certificate)
-    path = record.write(folder, certificate, out)
+    file = record.write(checked, certificate, out)
     if not as_json:
         reference = certificate["reference"] or "nothing"
-        print_line(f"{folder}: {certificate['verdict']}, against {reference}. {path}")
+        print_line(f"{path}: {certificate['verdict']}, against {reference}. {file}")
     if certificate["verdict"] == FAILED:
         raise Exit(1)
 
@@ -204,11 +217,12 @@ def _show(certificate: dict[str, Any]) -> None:
         greedy = {True: "the same", False: "differs", None: "–"}[entry.get("same_greedy_text")]
         divergence = entry.get("divergence")
         shown = None if divergence is None else max(divergence, 0)
-        rows.append((entry["engine"], entry["verdict"], effect, number(shown, ".0e"), greedy))
-    columns = ("engine", "verdict", "groups that act", "KL", "greedy text")
-    print_table(columns, rows, right=("groups that act", "KL"))
+        share, of_kl = number(entry.get("share"), ".0%"), number(shown, ".0e")
+        rows.append((entry["engine"], entry["verdict"], share, effect, of_kl, greedy))
+    columns = ("engine", "verdict", "effect", "groups", "KL", "greedy text")
+    print_table(columns, rows, right=("effect", "groups", "KL"))
     for problem in certificate["problems"]:
-        print_line(f"The adapter: {problem.rstrip('.')}.")
+        print_line(f"Its files: {problem.rstrip('.')}.")
     for note in certificate["notes"]:
         print_line(f"Not checked by our own reader: {note.rstrip('.')}.")
     for entry in certificate["engines"]:

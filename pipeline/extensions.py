@@ -52,6 +52,7 @@ KINDS = {
     "export_format": Kind("FORMAT", "pipeline.export.formats"),
     "gguf_family": Kind("FAMILY", "pipeline.export.gguf.families"),
     "certify_engine": Kind("ENGINE", "pipeline.certify.engines"),
+    "certify_kind": Kind("KIND", "pipeline.certify.kinds"),
     "adapter_format": Kind("FORMAT", "pipeline.weights.foreign"),
     "config_format": Kind("FORMAT", "pipeline.project.foreign"),
     "tool_call_format": Kind("FORMAT", "pipeline.inference.http.tool_calls"),

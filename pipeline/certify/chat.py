@@ -17,47 +17,54 @@ TURNS = (
 )
 
 
-def tokenizer_folder(adapter: Path, base: Path) -> Path:
-    """Where a program takes the tokenizer from: the adapter's folder if it has one."""
-    return adapter if (adapter / TOKENIZER).exists() else base
+def tokenizer_folder(folder: Path, base: Path) -> Path:
+    """Where a program takes the tokenizer from: the folder itself if it has one."""
+    return folder if (folder / TOKENIZER).exists() else base
 
 
-def of_files(adapter: Path, base: Path) -> Iterator[str]:
-    """What is wrong with a tokenizer that comes with the adapter."""
-    if tokenizer_folder(adapter, base) == base:
+def of_files(folder: Path, base: Path) -> Iterator[str]:
+    """What is wrong with a tokenizer that comes with what is certified."""
+    if tokenizer_folder(folder, base) == base:
         return
     try:
-        ours, theirs = load_tokenizer(adapter), load_tokenizer(base)
+        ours, theirs = load_tokenizer(folder), load_tokenizer(base)
     except UserError as error:
         yield f"its tokenizer cannot be read: {error}"
         return
     if theirs.has_template and not ours.has_template:
         yield "its tokenizer has no chat template, and the base's has one"
-    ids = _conversation(ours)
-    if ids is not None and ids[:2] == [ours.bos_id] * 2:
-        yield f"a conversation begins with {ours.word(ids[0])} twice"
+    conversation = _rendered(ours)
+    if conversation is not None and conversation[1][:2] == [ours.bos_id] * 2:
+        yield f"a conversation begins with {ours.word(conversation[1][0])} twice"
 
 
-def _conversation(tokenizer: Tokenizer) -> list[int] | None:
-    """The ids that our own reading gives; None without a chat template."""
+def _rendered(tokenizer: Tokenizer) -> tuple[str, list[int]] | None:
+    """A conversation as our own reading renders it, with its ids; None without a chat template."""
     if not isinstance(tokenizer, SubwordTokenizer) or not tokenizer.has_template:
         return None
     try:
-        return list(tokenizer.encode(tokenizer.render(TURNS, True)))
+        rendered = tokenizer.render(TURNS, True)
     except UserError:
         return None
+    return rendered, list(tokenizer.encode(rendered))
 
 
-def in_program(process: Process, adapter: Path, base: Path) -> Iterator[str]:
-    """What differs between our reading of a conversation and a program's."""
-    folder = tokenizer_folder(adapter, base)
+def in_program(process: Process, folder: Path, base: Path) -> Iterator[str]:
+    """What differs between our reading of a conversation and a program's.
+
+    `folder`: what is certified, or a file, which holds its tokenizer.
+    """
+    folder = tokenizer_folder(folder, base)
     try:
-        ours = _conversation(load_tokenizer(folder))
-        if ours is None:
+        tokenizer = load_tokenizer(folder)
+        conversation = _rendered(tokenizer)
+        if conversation is None:
             return
-        theirs = process.chat(folder, TURNS)
+        rendered, ours = conversation
+        assert isinstance(tokenizer, SubwordTokenizer)
+        theirs = process.chat(folder, TURNS, rendered, tokenizer.template)
     except UserError as error:
-        yield f"the tokenizer does not open: {error}"
+        yield f"it does not read a conversation: {error}"
         return
     if ours != theirs:
         same = len([*takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False))])

@@ -1,4 +1,4 @@
-"""What a program computes of a base, of an adapter on it, and of copies with one group changed."""
+"""What a program computes of a base, of what is certified, and of copies with one group changed."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from pipeline.adapters.config import WEIGHTS
+from pipeline.certify.engines import Opens
 from pipeline.certify.groups import changed, copy_of, grouped
+from pipeline.certify.kinds import Checked
 from pipeline.certify.process import Opened, Process
-from pipeline.files.safetensors_file import read_header
 
 
 class Question(NamedTuple):
@@ -33,30 +33,35 @@ class Answers(NamedTuple):
     greedy: list[int]
 
 
-class Checked(NamedTuple):
-    """An adapter, and the base that it is checked on."""
-
-    adapter: Path
-    base: Path
-    trust_remote_code: bool = False
-
-
-def ask(process: Process, checked: Checked, question: Question, room: Path) -> Answers:
+def ask(
+    process: Process,
+    opens: Opens,
+    checked: Checked,
+    question: Question,
+    room: Path,
+    by_group: bool = True,
+) -> Answers:
     """Let a program answer; `room`: a folder for the copy. Raises UserError with its reason."""
-    adapter, base, trust = checked
-    of_base = _logits(process, process.open(base, None, trust), question.prompts)
-    opened = process.open(base, adapter, trust)
+    trust = checked.trust_remote_code
+
+    def open_(subject: Path | None) -> Opened:
+        return process.open(*opens(subject), trust)
+
+    of_base = _logits(process, open_(None), question.prompts)
+    opened = open_(checked.folder)
     tuned = _logits(process, opened, question.prompts)
     greedy = process.generate(question.start, question.limit, question.ends)
 
-    copy = room / "copy"
-    copy_of(adapter, copy)
-    file = copy / WEIGHTS
     groups = dict[str, list[Tensor]]()
-    for number, (group, names) in enumerate(grouped(read_header(file)).items()):
-        with changed(file, names, seed=number):
-            again = process.open(base, copy, trust)
-        groups[group] = _logits(process, again, question.short)
+    if by_group:
+        tensors = checked.tensors
+        copy = room / "copy"
+        copy_of(checked.folder, copy, {tensor.file for tensor in tensors.values()})
+        for number, (group, names) in enumerate(grouped(tensors).items()):
+            # another name each time: programs keep what they have opened
+            copy = copy.rename(room / f"copy{number}")
+            with changed(copy, [tensors[name] for name in names], seed=number):
+                groups[group] = _logits(process, open_(copy), question.short)
     return Answers(process.name, opened, of_base, tuned, groups, greedy)
 
 

@@ -68,9 +68,25 @@ class Process:
         answer, _ = self._ask("generate", ids=list(ids), limit=limit, ends=list(ends))
         return list(answer["answer"])
 
-    def chat(self, folder: Path, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """The ids of a conversation that is ready for an answer, by the tokenizer of a folder."""
-        answer, _ = self._ask("chat", folder=str(folder), messages=list(messages))
+    def chat(
+        self,
+        folder: Path,
+        messages: Sequence[Mapping[str, str]],
+        rendered: str,
+        template: str | None,
+    ) -> list[int]:
+        """The ids of a conversation that is ready for an answer, by the tokenizer of a folder.
+
+        A program whose file holds the template is given ours, and the conversation `rendered` by
+        it.
+        """
+        answer, _ = self._ask(
+            "chat",
+            folder=str(folder),
+            messages=list(messages),
+            rendered=rendered,
+            template=template,
+        )
         return list(answer["answer"])
 
     def _ask(self, do: str, **fields: Any) -> tuple[Answer, bytearray]:

@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from pipeline.adapters.config import CONFIG, WEIGHTS
+from pipeline.certify.kinds import Checked
 from pipeline.files import artifact
 from pipeline.weights.merge import CERTIFICATE
 
@@ -12,21 +12,23 @@ FOLDER = Path("runs/certificates")  # of a project's own artifacts, whose folder
 SHORT = 8  # characters of a digest
 
 
-def digests(adapter: Path) -> dict[str, str]:
-    """sha256 of the files that an adapter is."""
+def digests(checked: Checked) -> dict[str, str]:
+    """sha256 of the files that it is. Raises UserError."""
     found = {}
-    for name in (CONFIG, WEIGHTS):
-        with (adapter / name).open("rb") as file:
-            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    for path in checked.kind.files(checked.folder):
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
 
 
-def write(adapter: Path, certificate: dict[str, Any], out: Path | None) -> Path:
-    """Write the certificate to `out`; by default beside the adapter, but not into an artifact."""
-    files = digests(adapter)
-    if out is None and (adapter / artifact.MANIFEST).exists():
-        out = FOLDER / f"{adapter.resolve().name}-{files[WEIGHTS][:SHORT]}.json"
-    path = out or adapter / CERTIFICATE
+def write(checked: Checked, certificate: dict[str, Any], out: Path | None) -> Path:
+    """Write the certificate to `out`; by default beside the files, but not into an artifact."""
+    files = digests(checked)
+    folder = checked.folder if checked.folder.is_dir() else checked.folder.parent
+    if out is None and (folder / artifact.MANIFEST).exists():
+        *_, last = files.values()
+        out = FOLDER / f"{folder.resolve().name}-{last[:SHORT]}.json"
+    path = out or folder / CERTIFICATE
     path.parent.mkdir(parents=True, exist_ok=True)
     artifact.write_json(path, {"files": files, **certificate})
     return path

@@ -1,4 +1,4 @@
-"""The programs in which an adapter can be certified, one file each, found by its name."""
+"""The programs in which models can be certified, one file each, found by its name."""
 
 import re
 import sys
@@ -7,47 +7,81 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.certify.kinds import Checked
 from pipeline.errors import UserError
 from pipeline.extensions import Registry
 
-SPEC = re.compile(r"(?P<name>[A-Za-z][\w.-]*?)(==(?P<version>\d[\w.]*))?", re.ASCII)
+SPEC = re.compile(
+    r"(?P<name>[A-Za-z][\w.-]*?)(==(?P<version>\d[\w.]*))?(:(?P<precision>\w+))?", re.ASCII
+)
+
+
+# What is certified, or a changed copy, or None for its base alone → the files that a program opens:
+# a model, and an adapter on it or None. Raises UserError where they cannot be written.
+Opens = Callable[[Path | None], tuple[Path, Path | None]]
+
+
+def as_stored(checked: Checked, _precision: str | None, _room: Path) -> Opens:
+    """The files themselves."""
+
+    def opens(path: Path | None) -> tuple[Path, Path | None]:
+        if path is not None and not checked.kind.is_adapter(path):
+            return path, None
+        return checked.base, path
+
+    return opens
 
 
 class Engine(NamedTuple):
-    """A program that opens PEFT adapters."""
+    """A program."""
 
     order: int
     # a version such as 0.18, or None → what pip must install
     requirements: Callable[[str | None], tuple[str, ...]]
     runner: str  # a file of pipeline/certify/runners
-    is_here: Callable[[], bool]  # whether this Python has all that it needs
+    # whether this Python has all that it needs for a kind of `KINDS`
+    is_here: Callable[[str], bool]
+    kinds: tuple[str, ...] = ("adapter", "checkpoint")  # that it opens
+    precisions: tuple[str, ...] = ()  # in which it can compute, the default first; none is fp32
+    # `precision` and a folder for files → what it opens
+    opens: Callable[[Checked, str | None, Path], Opens] = as_stored
+
+    def rounding(self, precision: str | None) -> str | None:
+        """How it rounds at a precision; None in fp32."""
+        return precision or (self.precisions[0] if self.precisions else None)
 
 
 class Wanted(NamedTuple):
-    """An engine of `--in`, such as peft==0.18."""
+    """An engine of `--in`, such as peft==0.18 or llama.cpp:q8_0."""
 
     name: str
-    version: str | None
+    version: str | None = None
+    precision: str | None = None
 
     @property
     def label(self) -> str:
-        return self.name if self.version is None else f"{self.name}=={self.version}"
+        version = self.version and f"=={self.version}"
+        precision = self.precision and f":{self.precision}"
+        return f"{self.name}{version or ''}{precision or ''}"
 
-    def python(self) -> Path:
+    @property
+    def engine(self) -> Engine:
+        return ENGINES[self.name]
+
+    def python(self, kind: str) -> Path:
         """This Python where no version is asked for and it has the program; else an environment's.
 
         Raises UserError where it cannot be had.
         """
         from pipeline.certify.environment import python_with
 
-        engine = ENGINES[self.name]
-        if self.version is None and engine.is_here():
+        if self.version is None and self.engine.is_here(kind):
             return Path(sys.executable)
-        return python_with(engine.requirements(self.version))
+        return python_with(self.engine.requirements(self.version))
 
 
 def parse(text: str) -> list[Wanted]:
-    """`peft==0.18,transformers` → the engines. Raises UserError for an unknown one."""
+    """`peft==0.18,llama.cpp:q8_0` → the engines. Raises UserError for an unknown one."""
     wanted = list[Wanted]()
     for part in text.split(","):
         match = SPEC.fullmatch(part.strip())
@@ -57,7 +91,13 @@ def parse(text: str) -> list[Wanted]:
                 f"--in must name engines, with a version if it matters (peft==0.18), got {name!r}. "
                 f"Known: {', '.join(ENGINES)}."
             )
-        wanted.append(Wanted(name, match["version"]))
+        precision, known = match["precision"], ENGINES[name].precisions
+        if precision is not None and precision not in known:
+            raise UserError(
+                f"--in {part.strip()}: {name} has no {precision!r}. It has "
+                f"{', '.join(known) or 'fp32 alone'}."
+            )
+        wanted.append(Wanted(name, match["version"], precision))
     return list(dict.fromkeys(wanted))
 
 
@@ -81,4 +121,8 @@ def is_before(version: str | None, *limit: int) -> bool:
     return tuple(map(int, numbers))[: len(limit)] < limit
 
 
-ENGINES = Registry[Engine]("certify_engine", order=lambda engine: engine.order)
+ENGINES = Registry[Engine](
+    "certify_engine",
+    order=lambda engine: engine.order,
+    spell=lambda name: name.replace("_", "."),
+)

@@ -9,4 +9,4 @@ def _requirements(version: str | None) -> tuple[str, ...]:
     return pinned("peft", version), transformers
 
 
-ENGINE = Engine(1, _requirements, "transformers_models.py", lambda: has("peft"))
+ENGINE = Engine(1, _requirements, "transformers_models.py", lambda _: has("peft"))

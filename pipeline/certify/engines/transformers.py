@@ -8,5 +8,5 @@ def _requirements(version: str | None) -> tuple[str, ...]:
     return pinned("transformers", version), peft
 
 
-# never this Python's: a transformers may need a newer PEFT than is here
-ENGINE = Engine(2, _requirements, "transformers_models.py", lambda: False)
+# adapters never in this Python: a transformers may need a newer PEFT than is here
+ENGINE = Engine(2, _requirements, "transformers_models.py", lambda kind: kind != "adapter")

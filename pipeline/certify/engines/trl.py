@@ -7,4 +7,4 @@ def _requirements(version: str | None) -> tuple[str, ...]:
     return pinned("trl", version), "peft", "datasets"
 
 
-ENGINE = Engine(3, _requirements, "transformers_models.py", lambda: has("trl", "peft"))
+ENGINE = Engine(3, _requirements, "transformers_models.py", lambda _: has("trl", "peft"))

@@ -13,4 +13,4 @@ def _has_gpu() -> bool:
     return cuda.is_available()
 
 
-ENGINE = Engine(4, _requirements, "vllm_models.py", lambda: has("vllm"))
+ENGINE = Engine(4, _requirements, "vllm_models.py", lambda _: has("vllm"))

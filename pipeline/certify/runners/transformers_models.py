@@ -154,20 +154,15 @@ class Models:
         return new
 
 
-class Texts:
-    """The tokenizer that a program finds in a folder."""
+def chat_of(folder: str, messages: Sequence[dict[str, str]], **_: Any) -> list[int]:
+    """The ids of a conversation, ready for an answer, by the tokenizer that a folder has."""
+    from transformers import AutoTokenizer
 
-    def __init__(self, folder: str) -> None:
-        from transformers import AutoTokenizer
-
-        self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
-    def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """The ids of a conversation, ready for an answer."""
-        rendered = self._tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True
-        )
-        return list(self._tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    rendered = tokenizer.apply_chat_template(
+        list(messages), tokenize=False, add_generation_prompt=True
+    )
+    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 
 class Handler:
@@ -199,8 +194,8 @@ class Handler:
         elif do == "generate":
             yield {"event": "done", "answer": self._models.generate(**fields)}
         else:
-            folder = fields.pop("folder")
-            yield {"event": "done", "answer": Texts(folder).chat(**fields)}
+            chat = getattr(self._models, "chat", chat_of)
+            yield {"event": "done", "answer": chat(**fields)}
 
 
 def serve(models: Callable[[], Any]) -> None:

@@ -55,59 +55,76 @@ WIDER = 4  # padding to this many times a rank, or more, is worth a note
 
 def write(export: Export, out: Path) -> Generator[Event, None, list[str]]:
     """Write the updates with one rank and scale, and compare with mlx-lm. Raises UserError."""
-    from pipeline.adapters.config import CONFIG
     from pipeline.adapters.peft import Reading
+
+    yield from note_on_quantization(export)
+    base = export.find_base()
+    named = export.base_name or str(base)
+    command = f"mlx_lm.generate --model {quote(named)} --adapter-path"
+    with adapter_folder(export._replace(base=base), out, "mlx", [f"{command} ."]) as folder:
+        reading = Reading.once()
+        trust = export.trust_remote_code
+        yield from map(Note, write_files(folder, base, export.adapter, named, trust, reading))
+        compared = yield from _compared(export, base, folder, reading)
+    yield from note_on_base(export)
+    return [f"{out}  for MLX. Use it with:", f"{command} {quote(str(out))}", *compared]
+
+
+def write_files(
+    folder: Path,
+    base: Path,
+    adapter: Path,
+    named: str,
+    trust_remote_code: bool = False,
+    reading: "Reading | None" = None,
+) -> list[str]:
+    """Write the updates and their config, which calls the base `named`; returns notes.
+
+    Raises UserError for what mlx-lm cannot hold.
+    """
+    from pipeline.adapters.config import CONFIG
     from pipeline.files.artifact import write_json
     from pipeline.models.load import read_config, skeleton
     from pipeline.models.save import save_tensors
     from pipeline.weights.combine import low_rank_updates
 
-    yield from note_on_quantization(export)
-    base = export.find_base()
     if (family := str(read_config(base).get("model_type"))) not in FAMILIES:
         raise UserError(
             f"{base} is a model of type {family}, whose layers in mlx-lm are not known here. "
             f"Known: {', '.join(sorted(FAMILIES))}. Export it with --format merged."
         )
-    named = export.base_name or str(base)
-    command = f"mlx_lm.generate --model {quote(named)} --adapter-path"
-    with adapter_folder(export._replace(base=base), out, "mlx", [f"{command} ."]) as folder:
-        trust, reading = export.trust_remote_code, Reading.once()
-        model = skeleton(base, trust)
-        updates = low_rank_updates(base, export.adapter, trust, dora=True, reading=reading)
-        updates = _with_tied_head(model, updates, export.adapter)
-        ranks = [update.rank for update in updates.values()]
-        rank, least = max(ranks), min(ranks)
-        dora = [update.magnitude is not None for update in updates.values()]
-        if any(dora) and not all(dora):
-            raise UserError(
-                f"{export.adapter}: in mlx-lm either all layers use DoRA or none, but token rows "
-                "are trained beside DoRA here. Export it with --format merged."
-            )
-        if rank >= WIDER * least:
-            yield Note(
-                f"mlx-lm has one rank for all layers: those of rank {least} are padded with zeros "
-                f"to {rank}, which makes the adapter larger. A merged model (--format merged) is "
-                "not."
-            )
-        scale = _common_scale(updates)
-        tensors: dict[str, Any] = {}
-        for name, update in updates.items():
-            tensors |= {name + key: part for key, part in _tensors(update, rank, scale).items()}
-        save_tensors(folder / WEIGHTS, tensors, "mlx")
-        blocks = next(name for name, module in model.named_modules() if module is model.blocks)
-        keys, count = _keys(updates, blocks, len(model.blocks))
-        parameters = {"rank": rank, "scale": 1.0 if scale is None else scale}
-        config: dict[str, Any] = {
-            "fine_tune_type": "dora" if any(dora) else "lora",
-            "num_layers": count,
-            "lora_parameters": {**parameters, "dropout": 0.0, "keys": keys},
-            "model": named,
-        }
-        write_json(folder / CONFIG, config)
-        compared = yield from _compared(export, base, folder, reading)
-    yield from note_on_base(export)
-    return [f"{out}  for MLX. Use it with:", f"{command} {quote(str(out))}", *compared]
+    model = skeleton(base, trust_remote_code)
+    updates = low_rank_updates(base, adapter, trust_remote_code, dora=True, reading=reading)
+    updates = _with_tied_head(model, updates, adapter)
+    ranks = [update.rank for update in updates.values()]
+    rank, least = max(ranks), min(ranks)
+    dora = [update.magnitude is not None for update in updates.values()]
+    if any(dora) and not all(dora):
+        raise UserError(
+            f"{adapter}: in mlx-lm either all layers use DoRA or none, but token rows are trained "
+            "beside DoRA here. Export it with --format merged."
+        )
+    scale = _common_scale(updates)
+    tensors: dict[str, Any] = {}
+    for name, update in updates.items():
+        tensors |= {name + key: part for key, part in _tensors(update, rank, scale).items()}
+    save_tensors(folder / WEIGHTS, tensors, "mlx")
+    blocks = next(name for name, module in model.named_modules() if module is model.blocks)
+    keys, count = _keys(updates, blocks, len(model.blocks))
+    parameters = {"rank": rank, "scale": 1.0 if scale is None else scale}
+    config: dict[str, Any] = {
+        "fine_tune_type": "dora" if any(dora) else "lora",
+        "num_layers": count,
+        "lora_parameters": {**parameters, "dropout": 0.0, "keys": keys},
+        "model": named,
+    }
+    write_json(folder / CONFIG, config)
+    if rank < WIDER * least:
+        return []
+    return [
+        f"mlx-lm has one rank for all layers: those of rank {least} are padded with zeros to "
+        f"{rank}, which makes the adapter larger. A merged model (--format merged) is not."
+    ]
 
 
 def _with_tied_head(model: "CausalLM", updates: "Updates", adapter: Path) -> "Updates":

@@ -68,7 +68,7 @@ def _finish(
         job = Job(export, into, files.base, files.reading)
         measured = yield from measure(job, models, partial(_round_matrix, tensors, files.model))
         updates = {
-            rounding: dict(_survivals(files.model, plain, base, path))
+            rounding: dict(survivals(files.model, plain, base, path))
             for rounding, path in by_rounding.items()
         }
     how = {"kind": into.kind, "rounding": into.rounding}
@@ -137,7 +137,7 @@ def _in_file(model: "Model", source: "Source") -> Tensor:
     return torch.cat([*source.layout.of(block.float() for block in blocks)])
 
 
-def _survivals(
+def survivals(
     merged: "Model", plain: "Model", before: Path, after: Path
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """What of each update is in the file `after`; `before` is the base's."""

@@ -17,8 +17,9 @@ from pipeline.adapters.config import WEIGHTS, AdapterSpec
 from pipeline.certify import environment, record
 from pipeline.certify.certify import FAILED, NOT_RUN, PASSED, Processes, certify
 from pipeline.certify.compare import against
-from pipeline.certify.engines import Wanted, parse
-from pipeline.certify.measured import Checked, Question, ask
+from pipeline.certify.engines import Wanted, as_stored, parse
+from pipeline.certify.kinds import Checked
+from pipeline.certify.measured import Question, ask
 from tests.conftest import Lora
 from tests.helpers.bases import TEMPLATE, toy_checkpoint
 from tests.helpers.broken_adapters import BROKEN, Break, broken
@@ -98,7 +99,7 @@ def test_the_command_says_why_and_exits_with_1(cli: Lora, base: Path, tmp_path: 
     code, said, _ = cli("certify", str(whole), "--base", str(base), cwd=tmp_path)
     assert code == 0 and "6 of 6" in said
     written = read_json(whole / "certificate.json")
-    assert written["verdict"] == PASSED and written["files"] == record.digests(whole)
+    assert written["verdict"] == PASSED and written["files"] == record.digests(Checked(whole, base))
     lost = broken(whole, tmp_path / "lost", "alpha is lost")
     code, said, _ = cli("certify", str(lost), "--base", str(base), cwd=tmp_path)
     assert code == 1 and "no lora_alpha: PEFT takes 8" in said
@@ -224,8 +225,8 @@ def test_transformers_by_itself(base: Path, processes: Processes, tmp_path: Path
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda folder: edit_adapter_config(folder, lora_alpha=4), "% of the adapter's effect"),
-        (BROKEN["B is all zeros"][0], "the adapter has no effect"),
+        (lambda folder: edit_adapter_config(folder, lora_alpha=4), "% of the effect"),
+        (BROKEN["B is all zeros"][0], "it has no effect"),
         (
             lambda folder: edit_tensors(
                 folder,
@@ -250,7 +251,9 @@ def test_a_program_that_makes_something_else_of_an_adapter(
     for number, folder in enumerate((whole, whole, other)):
         room = tmp_path / str(number)
         room.mkdir()
-        answers.append(ask(processes.of(PEFT), Checked(folder, base), question, room))
+        checked = Checked(folder, base)
+        process = processes.of(PEFT, "adapter")
+        answers.append(ask(process, as_stored(checked, None, room), checked, question, room))
     expected, same, found = answers
     assert against(expected, same)[1] == []
     problems = against(expected, found)[1]
