@@ -4,6 +4,7 @@
 """
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -226,5 +227,19 @@ def _show(certificate: dict[str, Any]) -> None:
     for note in certificate["notes"]:
         print_line(f"Not checked by our own reader: {note.rstrip('.')}.")
     for entry in certificate["engines"]:
-        for problem in entry["problems"]:
-            print_line(f"{entry['engine']}: {problem.rstrip('.')}.")
+        for line in (*entry["problems"], *_rounded(entry)):
+            print_line(f"{entry['engine']}: {line.rstrip('.')}.")
+
+
+def _rounded(entry: dict[str, Any]) -> Iterator[str]:
+    """What rounding costs in an engine, and would cost a merge."""
+    merged = entry.get("if_merged")
+    if not merged:
+        return
+    yield f"rounding alone costs the base a KL of {max(entry['base_divergence'], 0):.1e} per token"
+    changed, step = merged.get("codes_changed"), merged.get("share_of_step")
+    if changed is not None and step is not None:
+        yield (
+            f"merged, {changed:.0%} of the codes would not be the base's: the update is {step:.2f} "
+            "times the error of rounding"
+        )

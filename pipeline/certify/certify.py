@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.adapters.config import CONFIG, read_config
 from pipeline.certify import chat
-from pipeline.certify.compare import against, itself
+from pipeline.certify.compare import against, compared, itself
 from pipeline.certify.engines import Wanted
 from pipeline.certify.kinds import Checked
 from pipeline.certify.measured import Answers, Question, ask
@@ -71,14 +71,19 @@ def certify(
     try:
         expected = _ask(checked, reference, processes, question)
         problems += itself(expected)
-        if checked.source:
-            problems += _against_source(checked, expected, processes, question)
     except UserError as error:
         problems.append(f"its own library does not open it: {error}")
+    source = checked.source and _ask_source(checked, processes, question)
+    if source and expected:
+        rounding = checked.kind.rounding(checked.folder)
+        problems += [f"beside its adapter: {p}" for p in against(source, expected, rounding)[1]]
     entries = list[dict[str, Any]]()
     for number, wanted in enumerate(engines, start=1):
         yield Progress(number, total, wanted.label)
-        entries.append(_entry(checked, wanted, processes, question, expected))
+        entry, found = _entry(checked, wanted, processes, question, expected)
+        if source and found:
+            entry |= compared(source, found)
+        entries.append(entry)
     verdicts = {entry["verdict"] for entry in entries}
     verdict = PASSED if PASSED in verdicts else NOT_RUN
     return {
@@ -87,19 +92,19 @@ def certify(
         "problems": problems,
         "notes": notes,
         "reference": None if expected is None else expected.name,
+        "source": None if source is None else source.name,
         "engines": entries,
     }
 
 
-def _against_source(
-    checked: Checked, expected: Answers, processes: Processes, question: Question
-) -> list[str]:
-    """What is not as base + the adapter that it was made from. Raises UserError."""
+def _ask_source(checked: Checked, processes: Processes, question: Question) -> Answers:
+    """Base + the adapter that it was made from. Raises UserError where PEFT does not open it."""
     assert checked.source is not None
     adapter = Checked(checked.source, checked.base, checked.trust_remote_code)
-    answers = _ask(adapter, ADAPTERS, processes, question, by_group=False)
-    _, problems = against(answers, expected, checked.kind.rounding(checked.folder))
-    return [f"{problem} (by {checked.source.name} on the base)" for problem in problems]
+    try:
+        return _ask(adapter, ADAPTERS, processes, question, by_group=False)
+    except UserError as error:
+        raise UserError(f"--adapter {checked.source}: PEFT does not open it: {error}") from None
 
 
 def _entry(
@@ -108,27 +113,45 @@ def _entry(
     processes: Processes,
     question: Question,
     expected: Answers | None,
-) -> dict[str, Any]:
-    """What one engine makes of it."""
+) -> tuple[dict[str, Any], Answers | None]:
+    """What one engine makes of it, and what it answered."""
     entry: dict[str, Any] = {"engine": wanted.label}
+
+    def ended(verdict: str, *problems: str) -> tuple[dict[str, Any], None]:
+        return {**entry, "verdict": verdict, "problems": [*problems]}, None
+
     if checked.kind_name not in wanted.engine.kinds:
-        return {**entry, "verdict": NOT_RUN, "problems": [f"it does not read {checked.kind.about}"]}
+        return ended(NOT_RUN, f"it does not read {checked.kind.about}")
     try:
         process = processes.of(wanted, checked.kind_name)
     except UserError as error:
-        return {**entry, "verdict": NOT_RUN, "problems": [str(error)]}
+        return ended(NOT_RUN, str(error))
     entry["name"] = process.name
     is_reference = wanted == Wanted(checked.kind.library) and expected is not None
     try:
         found = expected if is_reference else _ask(checked, wanted, processes, question)
     except UserError as error:
-        return {**entry, "verdict": FAILED, "problems": [f"it does not open it: {error}"]}
+        return ended(FAILED, f"it does not open it: {error}")
     if expected is None or found is None:
-        return {**entry, "verdict": NOT_RUN, "problems": ["there is nothing to compare it with"]}
+        return ended(NOT_RUN, "there is nothing to compare it with")
     measured, problems = against(expected, found, wanted.engine.rounding(wanted.precision))
     problems += chat.in_program(process, checked.folder, checked.base)
     verdict = FAILED if problems else PASSED
-    return {**entry, "verdict": verdict, "problems": problems, **measured}
+    measured |= _if_merged(checked, wanted)
+    return {**entry, "verdict": verdict, "problems": problems, **measured}, found
+
+
+def _if_merged(checked: Checked, wanted: Wanted) -> dict[str, Any]:
+    """What would be left of an adapter in a merge of this precision, where it can be merged."""
+    measure = wanted.engine.if_merged
+    if measure is None:
+        return {}
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            found = measure(checked, wanted.precision, Path(name))
+    except UserError:
+        return {}
+    return {"if_merged": found} if found else {}
 
 
 def _ask(

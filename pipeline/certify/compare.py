@@ -5,7 +5,7 @@ effect is compared, which is what it adds to each program's own base.
 """
 
 from collections.abc import Iterator, Sequence
-from math import isfinite
+from math import isfinite, nan
 from typing import Any, NamedTuple
 
 import torch
@@ -107,26 +107,38 @@ def against(
         rows = f"it has {found.opened.rows} tokens, the reference {expected.opened.rows}"
         return {}, [f"{rows} (is it another base?)"]
     limits = limits_of(expected, found, rounding)
-    effects = effect_of(expected.base, expected.tuned), effect_of(found.base, found.tuned)
-    effect = distance(expected.base, expected.tuned)
-    missed = distance(expected.tuned, found.tuned)
-    share = share_of(*effects)
+    entry = compared(expected, found)
+    effect, missed, share = (_number(entry[key]) for key in ("effect", "missed", "share"))
     acting, problems = _groups(expected, found, limits)
     problems = [*_keys(found), *_whole(found, limits, effect, missed, share), *problems]
+    groups = {"groups": len(expected.groups), "groups_that_act": acting}
+    return {**entry, **groups}, problems
+
+
+def compared(expected: Answers, found: Answers) -> dict[str, Any]:
+    """Entries of the certificate; None for what is no finite number. {} without the same rows."""
+    if found.opened.rows != expected.opened.rows:
+        return {}
+    tuned, base = (
+        zip(ours, theirs, strict=True)
+        for ours, theirs in ((expected.tuned, found.tuned), (expected.base, found.base))
+    )
+    effects = effect_of(expected.base, expected.tuned), effect_of(found.base, found.tuned)
     entry = {
-        **difference_of(zip(expected.tuned, found.tuned, strict=True))._asdict(),
-        "base_difference": limits.base,
-        "base_divergence": difference_of(zip(expected.base, found.base, strict=True)).divergence,
-        "effect": effect,
-        "missed": missed,
-        "share": share,
-        "groups": len(expected.groups),
-        "groups_that_act": acting,
+        **difference_of(tuned)._asdict(),
+        "base_difference": distance(expected.base, found.base),
+        "base_divergence": difference_of(base).divergence,
+        "effect": distance(expected.base, expected.tuned),
+        "missed": distance(expected.tuned, found.tuned),
+        "share": share_of(*effects),
         "same_greedy_text": expected.greedy == found.greedy,
     }
     # JSON has no NaN
-    numbers = {key: None if _is_none(value) else value for key, value in entry.items()}
-    return numbers, problems
+    return {key: None if _is_none(value) else value for key, value in entry.items()}
+
+
+def _number(value: float | None) -> float:
+    return nan if value is None else value
 
 
 def _is_none(value: object) -> bool:

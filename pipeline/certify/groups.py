@@ -4,6 +4,7 @@ A group holds the tensors of all blocks that have the same name but for their nu
 `self_attn.q_proj.lora_B`. A copy is changed in place: files are copied once for all groups.
 """
 
+import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -64,15 +65,18 @@ def listed(names: Iterable[str]) -> str:
 def copy_of(path: Path, copy: Path, files: Iterable[str]) -> None:
     """Copy a file, or those of a folder without subfolders, to a folder in which `files` change.
 
-    The others are linked.
+    The others are the same files where that is possible.
     """
     copy.mkdir()
     changing = set(files)
     for source in [path] if path.is_file() else sorted(path.iterdir()):
-        if source.name in changing:
+        if not source.is_file():
+            continue
+        try:
+            copy_file = shutil.copyfile if source.name in changing else os.link
+            copy_file(source.resolve(), copy / source.name)
+        except OSError:  # another file system
             shutil.copyfile(source, copy / source.name)
-        elif source.is_file():
-            (copy / source.name).symlink_to(source.resolve())
 
 
 @contextmanager

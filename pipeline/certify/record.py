@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.certify.kinds import Checked
+from pipeline.errors import UserError
 from pipeline.files import artifact
 from pipeline.weights.merge import CERTIFICATE
 
@@ -30,5 +31,13 @@ def write(checked: Checked, certificate: dict[str, Any], out: Path | None) -> Pa
         out = FOLDER / f"{folder.resolve().name}-{last[:SHORT]}.json"
     path = out or folder / CERTIFICATE
     path.parent.mkdir(parents=True, exist_ok=True)
-    artifact.write_json(path, {"files": files, **certificate})
+    artifact.write_json(path, {**_of_export(path), "files": files, **certificate})
     return path
+
+
+def _of_export(path: Path) -> dict[str, Any]:
+    """What an export's certificate says already; {} without one, or where it is none."""
+    try:
+        return artifact.read_json(path, "Certify again") if path.is_file() else {}
+    except UserError:
+        return {}

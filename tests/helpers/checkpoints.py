@@ -73,9 +73,11 @@ def edit_adapter_config(folder: Path, **values: object) -> None:
     edit_json(folder / CONFIG, **values)
 
 
-def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
-    """Change what adapter_model.safetensors holds."""
-    save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS, metadata={"format": "pt"})
+def edit_tensors(
+    folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]], file: str = WEIGHTS
+) -> None:
+    """Change what a safetensors file holds, by default adapter_model.safetensors."""
+    save_file(change(load_file(folder / file)), folder / file, metadata={"format": "pt"})
 
 
 def sealed_copies(root: Path, count: int) -> list[Path]:

@@ -45,6 +45,8 @@ class Engine(NamedTuple):
     precisions: tuple[str, ...] = ()  # in which it can compute, the default first; none is fp32
     # `precision` and a folder for files → what it opens
     opens: Callable[[Checked, str | None, Path], Opens] = as_stored
+    # `precision` and a folder → entries of the certificate, of what rounding would cost a merge
+    if_merged: Callable[[Checked, str | None, Path], dict[str, float]] | None = None
 
     def rounding(self, precision: str | None) -> str | None:
         """How it rounds at a precision; None in fp32."""

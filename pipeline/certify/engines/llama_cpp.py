@@ -7,6 +7,7 @@ from pipeline.certify.kinds import Checked
 from pipeline.export.llama_cpp import KINDS
 
 DEFAULT = "f16"
+EXACT = ("f32", "f16", "bf16")  # whose merges are certified as checkpoints
 
 
 def _requirements(version: str | None) -> tuple[str, ...]:
@@ -19,6 +20,14 @@ def _opens(checked: Checked, precision: str | None, room: Path) -> Opens:
     return GGUFFiles(checked, precision or DEFAULT, room)
 
 
+def _if_merged(checked: Checked, precision: str | None, room: Path) -> dict[str, float]:
+    if checked.kind_name != "adapter" or precision is None or precision in EXACT:
+        return {}
+    from pipeline.certify.gguf_files import GGUFFiles
+
+    return GGUFFiles(checked, precision, room).if_merged()
+
+
 ENGINE = Engine(
     5,
     _requirements,
@@ -27,4 +36,5 @@ ENGINE = Engine(
     kinds=("adapter", "checkpoint", "gguf"),
     precisions=(DEFAULT, *(kind for kind in KINDS if kind != DEFAULT)),
     opens=_opens,
+    if_merged=_if_merged,
 )

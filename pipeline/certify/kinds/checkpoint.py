@@ -44,11 +44,11 @@ def _tensors(checked: Checked) -> Mapping[str, Stored]:
 
 
 def _are_equal(ours: TensorLocation, theirs: TensorLocation) -> bool:
-    """Whether two tensors have the same numbers, in whatever dtype."""
+    """Whether a tensor has another's numbers, as its own dtype has them."""
     if ours.info.shape != theirs.info.shape:
         return False
     pairs = zip(read_blocks(ours), read_blocks(theirs), strict=True)
-    return all(torch.equal(mine.float(), other.float()) for (_, mine), (_, other) in pairs)
+    return all(torch.equal(mine, other.to(mine.dtype)) for (_, mine), (_, other) in pairs)
 
 
 def _inspect(checked: Checked) -> Found:

@@ -3,6 +3,7 @@
 Run as a file, by the Python of an environment in which this package is not installed.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -25,14 +26,13 @@ class Models:
 
     def open(self, base: str, adapter: str | None, **_: object) -> dict[str, Any]:
         """Open a file, with an adapter's if given."""
-        import os
-
         from pipeline.export.llama_cpp_process import Session
 
         self._library.errors = []
         self._session = None
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-        self._session = Session(self._library, base, adapter, 1.0, threads)
+        named = os.environ.get("OMP_NUM_THREADS", "")
+        threads = int(named) if named.isdigit() else os.cpu_count()
+        self._session = Session(self._library, base, adapter, 1.0, threads or 1)
         self._facts = self._session.facts()
         # llama.cpp refuses files with tensors that it does not know
         return {"rows": self._facts["rows"], "unread": [], "missing": []}
