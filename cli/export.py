@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Argument, BadParameter, Exit, Option
+from typer import Argument, BadParameter, Option
 
 from cli.options import (
     AdapterArgument,
@@ -199,11 +199,11 @@ def certify(
     else:
         _show(certificate)
     file = record.write(checked, certificate, out)
-    if not as_json:
-        reference = certificate["reference"] or "nothing"
-        print_line(f"{path}: {certificate['verdict']}, against {reference}. {file}")
+    reference = certificate["reference"] or "nothing"
     if certificate["verdict"] == FAILED:
-        raise Exit(1)
+        raise UserError(f"{path} failed, against {reference}. The reasons are in {file}.")
+    if not as_json:
+        print_line(f"{path}: {certificate['verdict']}, against {reference}. {file}")
 
 
 def _show(certificate: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from pipeline.files.artifact import MANIFEST
 from pipeline.files.safetensors_file import read_header
 from pipeline.weights.blocks import DTYPES
 
@@ -65,12 +66,13 @@ def listed(names: Iterable[str]) -> str:
 def copy_of(path: Path, copy: Path, files: Iterable[str]) -> None:
     """Copy a file, or those of a folder without subfolders, to a folder in which `files` change.
 
-    The others are the same files where that is possible.
+    The others are the same files where that is possible. A manifest, which would forbid the
+    change, is left out.
     """
     copy.mkdir()
     changing = set(files)
     for source in [path] if path.is_file() else sorted(path.iterdir()):
-        if not source.is_file():
+        if not source.is_file() or source.name == MANIFEST:
             continue
         try:
             copy_file = shutil.copyfile if source.name in changing else os.link
