@@ -29,6 +29,7 @@ class Answers(NamedTuple):
     opened: Opened
     base: list[Tensor]
     tuned: list[Tensor]
+    again: list[Tensor]  # as `tuned`, of another time that it was opened; of `short`
     groups: Mapping[str, list[Tensor]]  # with the tensors of that group changed; of `short`
     greedy: list[int]
 
@@ -48,6 +49,7 @@ def ask(
         return process.open(*opens(subject), trust)
 
     of_base = _logits(process, open_(None), question.prompts)
+    again = _logits(process, open_(checked.folder), question.short)
     opened = open_(checked.folder)
     tuned = _logits(process, opened, question.prompts)
     greedy = process.generate(question.start, question.limit, question.ends)
@@ -62,7 +64,7 @@ def ask(
             copy = copy.rename(room / f"copy{number}")
             with changed(copy, [tensors[name] for name in names], seed=number):
                 groups[group] = _logits(process, open_(copy), question.short)
-    return Answers(process.name, opened, of_base, tuned, groups, greedy)
+    return Answers(process.name, opened, of_base, tuned, again, groups, greedy)
 
 
 def _logits(process: Process, opened: Opened, prompts: Sequence[Sequence[int]]) -> list[Tensor]:

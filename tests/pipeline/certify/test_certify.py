@@ -143,14 +143,30 @@ def test_peft_of_every_version(
 def test_what_only_peft_reads_is_noted_and_not_failed(
     config: peft.PeftConfig, base: Path, processes: Processes, tmp_path: Path
 ) -> None:
+    found = certificate(saved_by_peft(config, base, tmp_path / "adapter"), base, processes)
+    assert found["verdict"] == PASSED and len(found["notes"]) == 1, found
+
+
+def saved_by_peft(config: peft.PeftConfig, base: Path, folder: Path) -> Path:
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) / 10)
-    model.save_pretrained(tmp_path / "adapter")
-    found = certificate(tmp_path / "adapter", base, processes)
-    assert found["verdict"] == PASSED and len(found["notes"]) == 1, found
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("start", "verdict"), [("pissa", PASSED), ("pissa_niter_4", FAILED)])
+def test_an_adapter_must_be_the_same_each_time_that_it_is_opened(
+    start: str, verdict: str, base: Path, processes: Processes, tmp_path: Path
+) -> None:
+    config = peft.LoraConfig(
+        r=4, init_lora_weights=start, target_modules=["q_proj"], task_type="CAUSAL_LM"
+    )
+    found = certificate(saved_by_peft(config, base, tmp_path / "adapter"), base, processes)
+    differs = "it answers differently each time that it is opened" in found["problems"]
+    assert found["verdict"] == verdict and differs == (verdict == FAILED), found
 
 
 def with_tokenizer(folder: Path, base: Path, template: str | None) -> Path:
