@@ -3,26 +3,27 @@ they are they pass, and broken they fail.
 """
 
 import os
+import shutil
 import subprocess
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from lora_workbench.api import ignore, play
 from pipeline.certify.certify import FAILED, PASSED, Processes, certify
-from pipeline.certify.engines import Wanted
+from pipeline.certify.engines import parse
 from pipeline.certify.environment import python_with
-from pipeline.certify.kinds import Checked
-from tests.helpers.bases import toy_checkpoint
-from tests.helpers.broken_adapters import BROKEN, broken
+from pipeline.certify.kinds import Checked, kind_of
+from tests.helpers.bases import edit_config, toy_checkpoint
+from tests.helpers.broken_adapters import BROKEN, Break, Tensors
+from tests.helpers.checkpoints import edit_adapter_config, edit_tensors
 from tests.helpers.projects import ROOT
 
 SCRIPTS = ROOT / "tests" / "helpers" / "other_tools"
 SECONDS = 300.0  # of one tool
-PEFT = Wanted("peft", "0.20")  # another than the reference
 
 pytestmark = pytest.mark.slow
 
@@ -58,21 +59,65 @@ def processes() -> Iterator[Processes]:
         yield opened
 
 
-def certificate(folder: Path, base: Path, processes: Processes) -> dict[str, Any]:
-    return play(certify(Checked(folder, base), [PEFT], processes), ignore)
+class Expected(NamedTuple):
+    """What is expected of a kind of `pipeline.certify.kinds`, on the toy."""
+
+    engine: str  # another version than the reference
+    groups: int
+    breaks: Sequence[tuple[Break, str]]  # and what the certificate must say
+
+
+def renamed(file: str, old: str, new: str) -> Break:
+    """Rename tensors in a file."""
+
+    def change(tensors: Tensors) -> Tensors:
+        return {name.replace(old, new): value for name, value in tensors.items()}
+
+    return lambda folder: edit_tensors(folder, change, file)
+
+
+EXPECTED = {
+    # A and B of seven linears
+    "adapter": Expected(
+        "peft==0.20", 14, [BROKEN["alpha is lost"], BROKEN["another prefix of all keys"]]
+    ),
+    "checkpoint": Expected(
+        "peft==0.20",
+        12,
+        [
+            (renamed("model.safetensors", "model.", "base_model."), "keys not in the files"),
+            (lambda folder: edit_config(folder, rms_norm_eps=0.1), "config.json has rms_norm_eps"),
+        ],
+    ),
+    "mlx": Expected(
+        "mlx==0.31",
+        14,
+        [
+            (renamed("adapters.safetensors", "self_attn", "attn"), "not an adapter parameter"),
+            (lambda folder: edit_adapter_config(folder, lora_parameters={"rank": 8}), "scale"),
+        ],
+    ),
+}
 
 
 @pytest.mark.parametrize("tool", sorted(path.stem for path in SCRIPTS.glob("*.py")))
-def test_an_adapter_of(tool: str, base: Path, processes: Processes, tmp_path: Path) -> None:
+def test_what_was_written_by(tool: str, base: Path, processes: Processes, tmp_path: Path) -> None:
     written = tmp_path / "written"
     write(tool, base, written)
-    found = certificate(written, base, processes)
-    (entry,) = found["engines"]
-    assert found["verdict"] == PASSED and found["problems"] == found["notes"] == [], found
-    assert entry["effect"] > 0.1 and entry["missed"] < 1e-5
-    assert entry["groups_that_act"] == entry["groups"] == 14  # A and B of seven linears
+    engine, groups, breaks = EXPECTED[kind_of(written)]
 
-    for name in ("alpha is lost", "another prefix of all keys"):
-        found = certificate(broken(written, tmp_path / name, name), base, processes)
+    def certificate(folder: Path) -> dict[str, Any]:
+        return play(certify(Checked(folder, base), parse(engine), processes), ignore)
+
+    found = certificate(written)
+    assert found["verdict"] == PASSED and found["problems"] == found["notes"] == [], found
+    (entry,) = found["engines"]
+    assert entry["effect"] > 0.1 and entry["missed"] < 1e-5
+    assert entry["groups_that_act"] == entry["groups"] == groups
+
+    for number, (break_it, reason) in enumerate(breaks):
+        folder = Path(shutil.copytree(written, tmp_path / f"broken{number}"))
+        break_it(folder)
+        found = certificate(folder)
         assert found["verdict"] == FAILED
-        assert any(BROKEN[name][1] in problem for problem in found["problems"]), found
+        assert any(reason in problem for problem in found["problems"]), found
