@@ -37,7 +37,7 @@ class MLX:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        return load_tokenizer(self._base)  # type: ignore[no-untyped-call]
+        return load_tokenizer(self._base)
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """(T, V) in fp32."""

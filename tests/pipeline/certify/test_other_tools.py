@@ -25,7 +25,8 @@ from tests.helpers.projects import ROOT
 SCRIPTS = ROOT / "tests" / "helpers" / "other_tools"
 SECONDS = 300.0  # of one tool
 
-pytestmark = pytest.mark.slow
+# in `make test-all` alone: each tool is gigabytes to install
+pytestmark = [pytest.mark.slow, pytest.mark.rest]
 
 
 def write(tool: str, base: Path, folder: Path) -> None:
