@@ -9,7 +9,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import torch
@@ -229,20 +229,28 @@ class BlockPages(NamedTuple):
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """Keys and values (1, G, S, K) of each sequence: views where its pages stand in a row."""
-        tables = zip(self.cache.sequences, self.cache.spans, strict=True)
-        return [
-            (_gather(self.keys, sequence.pages, span), _gather(self.values, sequence.pages, span))
-            for sequence, span in tables
-        ]
+        table = self.cache.tables_on(self.keys.device).pages
+        pairs = list[tuple[Tensor, Tensor]]()
+        for n, (sequence, span) in enumerate(
+            zip(self.cache.sequences, self.cache.spans, strict=True)
+        ):
+            first, count = sequence.pages[0], len(sequence.pages)
+            where: slice | Tensor = table[n, :count]
+            if sequence.pages == [*range(first, first + count)]:
+                where = slice(first, first + count)
+            # (count, size, G, K) each
+            keys, values = (part[where].flatten(0, 1)[:span] for part in (self.keys, self.values))
+            pairs.append((keys.transpose(0, 1)[None], values.transpose(0, 1)[None]))
+        return pairs
 
 
-def _gather(part: Tensor, pages: list[int], span: int) -> Tensor:
-    first = pages[0]
-    if pages == [*range(first, first + len(pages))]:
-        rows = part[first : first + len(pages)]
-    else:
-        rows = part[torch.tensor(pages, device=part.device)]  # (n, size, G, K)
-    return rows.flatten(0, 1)[:span].transpose(0, 1)[None]
+class Tables(NamedTuple):
+    """What flash attention reads of a cache on the device, in int32."""
+
+    q_starts: Tensor  # (N + 1,): where each sequence's new tokens begin, and the end of the last
+    k_starts: Tensor  # (N + 1,): the same of all its tokens, were they in a row
+    spans: Tensor  # (N,): its tokens
+    pages: Tensor  # (N, n): its pages
 
 
 class PackedCache:
@@ -258,17 +266,19 @@ class PackedCache:
         self.past = [sequence.length for sequence in sequences]
         # of each sequence, the new tokens included
         self.spans = [past + length for past, length in zip(self.past, lengths, strict=True)]
+        # where in the pages, one after the other, the new tokens are, (T,)
         self._slots: Tensor | None = None
-        self._arguments = dict[str, Tensor]()
+        self._tables: Tables | None = None
         for sequence, span in zip(sequences, self.spans, strict=True):
             sequence.reserve(span)
 
     def append(self, block: int, keys: Tensor, values: Tensor) -> BlockPages:
         """Write the new keys and values (1, G, T, K) of all sequences into their pages."""
+        self.tables_on(keys.device)
         rows = [part[0].transpose(0, 1) for part in (keys, values)]  # (T, G, K) each
         pages = self.pool.block(block, rows[0], keys.shape[3], values.shape[3])
         for part, new in zip(pages, rows, strict=True):
-            part.flatten(0, 1)[self._slots_on(keys.device)] = new
+            part.flatten(0, 1)[self._slots] = new
         return BlockPages(self, *pages)
 
     def indices(self) -> list[int]:
@@ -277,15 +287,18 @@ class PackedCache:
         for sequence, past, span in zip(self.sequences, self.past, self.spans, strict=True):
             tokens = range(past, span)
             numbers += [sequence.pages[t // size] * size + t % size for t in tokens]
+        for counts in (self.lengths, self.spans):
+            numbers += accumulate(counts, initial=0)
         numbers += self.spans
         return [*numbers, *chain.from_iterable(self.tables)]
 
     def put(self, indices: Tensor) -> None:
         """Take over `indices` on the device, so that a caller sends all that it has at once."""
         N, new = len(self.spans), sum(self.lengths)
-        slots, spans, table = indices.split_with_sizes([new, N, len(indices) - new - N])
-        self._slots = slots
-        self._arguments = {"seqused_k": spans.int(), "block_table": table.view(N, -1).int()}
+        self._slots, rest = indices.tensor_split([new])
+        sizes = [N + 1, N + 1, N, N * len(self.tables[0])]
+        *starts_and_spans, pages = rest.int().split_with_sizes(sizes)
+        self._tables = Tables(*starts_and_spans, pages.view(N, -1))
 
     @cached_property
     def tables(self) -> list[list[int]]:
@@ -293,17 +306,12 @@ class PackedCache:
         longest = max(len(sequence.pages) for sequence in self.sequences)
         return [[*s.pages, *[0] * (longest - len(s.pages))] for s in self.sequences]
 
-    def arguments(self, device: torch.device) -> dict[str, Tensor]:
-        """Flash attention's: the tables (N, n) and the tokens (N,) of the sequences, in int32."""
-        self._slots_on(device)
-        return self._arguments
-
-    def _slots_on(self, device: torch.device) -> Tensor:
-        """(T,): where in the pages, one after the other, the new tokens are."""
-        if self._slots is None:
+    def tables_on(self, device: torch.device) -> Tables:
+        """The tables, from now on on `device`."""
+        if self._tables is None:
             self.put(to_device(torch.tensor(self.indices()), device))
-        assert self._slots is not None
-        return self._slots
+        assert self._tables is not None
+        return self._tables
 
     def advance(self) -> None:
         """Count the new tokens, once every block has them.

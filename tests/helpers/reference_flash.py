@@ -4,7 +4,7 @@ and what they hand back, is checked and computed without one.
 While `reference_flash` is entered, `aten._flash_attention_forward` and `_backward` of packed
 sequences run on CPU tensors, and this project takes a CPU for a device that has them. So torch's
 own `varlen_attn`, its autograd and our calls of them run. The memory-efficient kernel of a causal
-row does, too.
+row does, too. Keys and values may stand in pages, as flash attention 2 or 3 reads them.
 
 Shown: arguments that the C++ of torch 2.13 rejects (dtypes, head sizes, strides, shapes, the
 log-sum-exp's layout) are rejected, and those it trusts without a check are held to what it makes of
@@ -14,6 +14,8 @@ window of -1 is none. Also whether backward was asked to add in a fixed order (`
 Not shown: that a kernel exists for these sizes on a card, its rounding (here fp32 inside, one
 rounding out), its speed and memory, races, and anything about torch's choice among kernels in
 `scaled_dot_product_attention`.
+
+`flash_3`: of pages it wants no starts of the keys, where flash attention 2 wants both or none.
 
 `rocm` is what AMD's AOTriton does of this without its newer interface: log-sum-exps padded to (B,
 H, max_q), windows ignored, and a causal mask aligned with the first key instead of the last.
@@ -35,6 +37,7 @@ from pipeline.models import kernels
 @dataclass
 class Calls:
     forward: int = 0
+    paged: int = 0  # of them, those of keys in pages
     # of each backward: was a fixed order asked for
     repeatable: list[bool] = field(default_factory=list)
 
@@ -220,16 +223,43 @@ def _efficient_backward(
     return *(x.to(q.dtype) for x in grads), torch.zeros(0)
 
 
+def _out_of_pages(
+    k: Tensor, v: Tensor, q_starts: Tensor, k_starts: Tensor | None, options: Any, flash_3: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values in a row, and their starts, from pages (pages, size, G, K)."""
+    used, table, B = options["seqused_k"], options["block_table"], len(q_starts) - 1
+    if flash_3:
+        assert k_starts is None, "If cu_seqlens_k is passed in, then page table is not supported"
+    else:
+        assert k_starts is not None, "both starts must be set or both not set"
+        assert k_starts.dtype == torch.int32 and k_starts.shape == (B + 1,)
+        assert k.shape[1] % 256 == 0, "Paged KV cache block size must be divisible by 256"
+    assert table.dtype == torch.int32, "block_table must have dtype torch.int32"
+    assert table.stride(-1) == 1 and len(table) == B
+    assert used.dtype == torch.int32 and used.shape == (B,) and used.is_contiguous()
+    assert options["num_splits"] == 1, "else a row's sums depend on the longest beside it"
+    rows = [
+        [part[pages.long()].flatten(0, 1)[:count] for part in (k, v)]
+        for pages, count in zip(table, used.tolist(), strict=True)
+    ]
+    keys, values = (torch.cat(parts) for parts in zip(*rows, strict=True))
+    starts = F.pad(used.cumsum(0), (1, 0)).int()
+    assert k_starts is None or torch.equal(k_starts, starts)
+    return keys, values, starts
+
+
 @contextmanager
-def reference_flash(rocm: bool = False) -> Iterator[Calls]:
+def reference_flash(rocm: bool = False, flash_3: bool = False) -> Iterator[Calls]:
     """Inside the block CPUs have flash attention of packed sequences; counts its calls."""
     calls = Calls()
 
     def sequences(*args: Any, **options: Any) -> _Sequences:
         q, k, v, q_starts, k_starts, max_q, max_k, dropout, causal = args
-        assert dropout == 0 and all(
-            options.get(name) is None for name in ("seqused_k", "block_table", "alibi_slopes")
-        )
+        assert dropout == 0 and options.get("alibi_slopes") is None
+        assert (options.get("seqused_k") is None) == (options.get("block_table") is None)
+        if options.get("block_table") is not None:
+            calls.paged += 1
+            k, v, k_starts = _out_of_pages(k, v, q_starts, k_starts, options, flash_3)
         window = tuple(
             -1 if (side := options[f"window_size_{name}"]) is None else side
             for name in ("left", "right")

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, lru_cache
 from importlib.util import find_spec
-from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +17,8 @@ from torch.nn import attention
 
 from pipeline.models.device import to_device
 from pipeline.models.kernels import random_tensors, suits_flash_attention, writes_scores
-from pipeline.models.kernels.flash import flash_attention, supports_flash
 from pipeline.models.kernels.plain_attention import (
+    Pairs,
     Rule,
     attend_each,
     attend_explicit,
@@ -31,6 +30,10 @@ from pipeline.models.kernels.repeatable import repeatable
 from pipeline.models.pages import PAGE, BlockPages, PackedCache, PagePool, SequenceCache
 from pipeline.project.probes import attempt, record
 
+# torch's own function for it, `varlen_attn`, takes the host five times as long, and may compute
+# forward by cuDNN what `_flash_attention_backward` then differentiates
+_flash_forward = torch.ops.aten._flash_attention_forward
+_flash_backward = torch.ops.aten._flash_attention_backward
 BLOCK = 256  # queries whose scores are in memory at once
 # relative, of outputs and gradients in 16 bits; what is masked wrongly differs by its own size
 AGREEMENT = 0.05
@@ -53,11 +56,9 @@ def attend_on_accelerator(
     sees key S - T + t. `pages`: keys and values in a cache, the new ones included, instead of k and v.
     """
     if pages is not None and _supports_pages(q, v, rule, pages):
-        return _paged(q, pages, lengths, rule)
+        return _paged(q, pages, rule)
     pairs = None if pages is None else pages.pairs()
-    varlen = _supports_varlen(q, v, rule, cached=lengths != spans)
-    flash = not varlen and rule.sinks is None and supports_flash(q, v)
-    packed = varlen or flash
+    packed = _supports_flash(q, v, rule, cached=lengths != spans)
     # torch's own attention: as many queries as keys, or one new token, which needs no mask
     fused = rule.plain and (max(lengths) <= LONGEST or not writes_scores(q))
     fused = fused and all(t in (1, s) for t, s in zip(lengths, spans, strict=True))
@@ -67,15 +68,19 @@ def attend_on_accelerator(
     if fused and not packed:
         return attend_each(q, pairs or split_sequences(k, v, spans), lengths, rule)
     if pairs is not None:
-        k, v = (torch.cat(parts, 2) for parts in zip(*pairs, strict=True))
-    if flash:
-        return flash_attention(q, k, v, lengths, spans, rule)
-    return (_varlen if varlen else _blockwise)(q, k, v, lengths, spans, rule)
+        k, v = _joined(pairs)
+    return (_flash if packed else _blockwise)(q, k, v, lengths, spans, rule)
 
 
-def _supports_varlen(q: Tensor, v: Tensor, rule: Rule, cached: bool) -> bool:
+def _joined(pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """Keys and values of all sequences end to end, (1, G, S, K) each."""
+    k, v = (torch.cat(parts, 2) for parts in zip(*pairs, strict=True))
+    return k, v
+
+
+def _supports_flash(q: Tensor, v: Tensor, rule: Rule, cached: bool) -> bool:
     """Whether torch's flash attention of packed sequences applies; `cached`: with older keys."""
-    if rule.softcap is not None or not suits_flash_attention(q, v) or not _has_varlen():
+    if rule.softcap is not None or not suits_flash_attention(q, v):
         return False
     has_numbers = type(q) is Tensor and not q.is_meta
     if torch.version.hip is None or not has_numbers:
@@ -106,22 +111,11 @@ def take_flash_3(device: torch.device) -> bool:
     return False
 
 
-@cache
-def _has_varlen() -> bool:
-    """Whether this torch has `varlen_attn` with the arguments passed here: it came after 2.9."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return False
-    arguments = signature(varlen_attn).parameters.keys()
-    return {"scale", "window_size", "enable_gqa", "return_aux"} <= arguments
-
-
 def _supports_pages(q: Tensor, v: Tensor, rule: Rule, pages: BlockPages) -> bool:
     """Whether flash attention reads keys and values by a table of pages."""
     if pages.cache.pool.size % PAGE or torch.version.hip is not None:
         return False
-    if not _supports_varlen(q, v, rule, cached=True) or not _has_pages():
+    if not _supports_flash(q, v, rule, cached=True) or not _has_pages():
         return False
     has_numbers = type(q) is Tensor and not q.is_meta
     return not has_numbers or _pages_agree(
@@ -131,31 +125,28 @@ def _supports_pages(q: Tensor, v: Tensor, rule: Rule, pages: BlockPages) -> bool
 
 @cache
 def _has_pages() -> bool:
-    """Whether this torch's `varlen_attn` takes tables of pages: it came after 2.11."""
-    from torch.nn.attention.varlen import varlen_attn
+    """Whether this torch's flash attention takes tables of pages: it came after 2.11."""
+    arguments = {argument.name for argument in _flash_forward.default._schema.arguments}
+    return {"block_table", "num_splits"} <= arguments
 
-    return {"seqused_k", "block_table"} <= signature(varlen_attn).parameters.keys()
 
-
-def _paged(q: Tensor, pages: BlockPages, lengths: list[int], rule: Rule) -> Tensor:
+def _paged(q: Tensor, pages: BlockPages, rule: Rule) -> Tensor:
     """(1, T, H, K) for q (1, H, T, K); no key and no value is copied."""
-    from torch.nn.attention.varlen import AuxRequest, varlen_attn
-
     cache = pages.cache
-    rows = q[0].transpose(0, 1)  # (T, H, K)
-    out, lse = varlen_attn(
-        rows,
+    q_starts, k_starts, used, table = cache.tables_on(q.device)
+    out, lse, *_ = _flash_forward(
+        q[0].transpose(0, 1),  # (T, H, K)
         pages.keys,
         pages.values,
-        sequence_starts((*lengths,), q.device),
-        None,
-        max(lengths),
+        q_starts,
+        # flash attention 2 wants them, though it reads `seqused_k`; 3 wants none beside a table
+        None if take_flash_3(q.device) else k_starts,
+        max(cache.lengths),
         max(cache.spans),
-        scale=rule.scale,
-        window_size=(-1 if rule.window is None else rule.window - 1, 0),
-        enable_gqa=q.shape[1] != pages.keys.shape[2],
-        return_aux=AuxRequest(lse=True),
-        **cache.arguments(q.device),
+        *_settings(rule),
+        **_window(rule),
+        seqused_k=used,
+        block_table=table,
         # of a split row the sums depend on the longest sequence beside it
         num_splits=1,
     )  # (T, H, K) and (H, T)
@@ -176,32 +167,34 @@ def _pages_agree(device: torch.device, dtype: torch.dtype, window: bool, sinks: 
     """Whether flash attention reads pages as it reads what is copied out of them."""
     tried = f"flash attention of pages in {dtype} on {device}"
     slower = "keys and values are copied for each token"
-    lengths, spans = [1, 3], [PAGE + 5, 40]
     rule = Rule(0.125, 8 if window else None, None, None)
     if sinks:
         rule = replace(rule, sinks=torch.linspace(-1, 1, 4).to(device, dtype))
-    pool = PagePool()
-    sequences = [SequenceCache(pool, span) for span in spans]
-    # the second's page stands between those of the first
-    for n, length in ((0, 5), (1, 5), (0, spans[0])):
-        sequences[n].reserve(length)
-    cache = PackedCache(sequences, spans)
-    shapes = ((1, 4, 4, 64), *[(1, 2, sum(spans), 64)] * 2)
-    q, k, v = (x.to(device, dtype) for x in random_tensors(*shapes))
-    pages = cache.append(0, k, v)
 
-    def largest_error() -> float:
-        fast = _paged(q, pages, lengths, rule).float()
-        plain = _blockwise(q, k, v, lengths, spans, rule).float()
+    def error(lengths: list[int]) -> float:
+        pool, past = PagePool(), [PAGE + 4, 37]
+        sequences = [SequenceCache(pool, 2 * PAGE) for _ in past]
+        # the second's page stands between those of the first
+        for n, length in ((0, 5), (1, 5), (0, PAGE + 5)):
+            sequences[n].reserve(length)
+        for counts in (past, lengths):
+            shapes = [(1, heads, sum(counts), 64) for heads in (4, 2, 2)]
+            q, k, v = (x.to(device, dtype) for x in random_tensors(*shapes))
+            cache = PackedCache(sequences, counts)
+            pages = cache.append(0, k, v)
+            cache.advance()
+        fast = _paged(q, pages, rule).float()
+        plain = _blockwise(q, *_joined(pages.pairs()), lengths, cache.spans, rule).float()
         return float(torch.dist(fast, plain) / plain.norm())
 
-    error = attempt(tried, slower, largest_error)
-    if error is not None and error >= AGREEMENT:
-        record(tried, f"its numbers are off by {error:.0%}", slower)
-    return error is not None and error < AGREEMENT
+    # one token of each takes another kernel
+    largest = attempt(tried, slower, lambda: max(map(error, ([1, 1], [1, 3]))))
+    if largest is not None and largest >= AGREEMENT:
+        record(tried, f"its numbers are off by {largest:.0%}", slower)
+    return largest is not None and largest < AGREEMENT
 
 
-def _varlen(
+def _flash(
     q: Tensor, k: Tensor, v: Tensor, lengths: list[int], spans: list[int], rule: Rule
 ) -> Tensor:
     """(B, T, H, K), all sequences in one call: a call for each would cost more than attention."""
@@ -209,13 +202,23 @@ def _varlen(
     # not cached under FakeTensorMode, where the starts are fake
     starts = sequence_starts if type(q) is Tensor else sequence_starts.__wrapped__
     q_starts, k_starts = (starts((*sizes * B,), q.device) for sizes in (lengths, spans))
-    window = (-1 if rule.window is None else rule.window - 1, 0)
     longest = max(lengths), max(spans)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B·T, H, K) and (B·S, G, K)
     out: Tensor = _FlashAttention.apply(
-        q, k, v, rule.sinks, q_starts, k_starts, longest, rule.scale, window
+        q, k, v, rule.sinks, q_starts, k_starts, longest, replace(rule, sinks=None)
     )  # type: ignore[no-untyped-call]
     return out.view(B, T, H, K)
+
+
+def _window(rule: Rule) -> dict[str, Any]:
+    """Of both ways: the scale, and the keys before and behind a query that it sees; -1: all."""
+    left = -1 if rule.window is None else rule.window - 1
+    return {"scale": rule.scale, "window_size_left": left, "window_size_right": 0}
+
+
+def _settings(rule: Rule) -> tuple[float, bool, bool]:
+    """No dropout, whether it is the causal mask alone, no weights in return."""
+    return 0.0, rule.window is None, False
 
 
 class _FlashAttention(torch.autograd.Function):
@@ -238,27 +241,13 @@ class _FlashAttention(torch.autograd.Function):
         q_starts: Tensor,
         k_starts: Tensor,
         longest: tuple[int, int],
-        scale: float,
-        window: tuple[int, int],
+        rule: Rule,
     ) -> Tensor:
-        from torch.nn.attention.varlen import AuxRequest, varlen_attn
-
-        out: Tensor
-        out, lse = varlen_attn(
-            q,
-            k,
-            v,
-            q_starts,
-            k_starts,
-            *longest,
-            scale=scale,
-            window_size=window,
-            enable_gqa=q.shape[1] != k.shape[1],
-            return_aux=AuxRequest(lse=True),
-        )  # (T, H, K) and (H, T)
-        out = _with_sinks(out, lse, sinks)
+        given = (q, k, v, q_starts, k_starts, *longest)
+        out, lse, *_ = _flash_forward(*given, *_settings(rule), **_window(rule))
+        out = _with_sinks(out, lse, sinks)  # (T, H, K)
         ctx.save_for_backward(q, k, v, out, lse, q_starts, k_starts, sinks)
-        ctx.longest, ctx.scale, ctx.window = longest, scale, window
+        ctx.longest, ctx.rule = longest, rule
         return out
 
     @staticmethod
@@ -270,26 +259,13 @@ class _FlashAttention(torch.autograd.Function):
             drift = (d_out.float() * out.float()).sum(-1).T  # (H, T)
             d_sinks = -((sink - lse).sigmoid() * drift).sum(1).to(sinks.dtype)
             lse = torch.logaddexp(lse, sink)
-        is_causal = ctx.window == (-1, 0)
-        # of dropout: there is none, and nobody reads it
+        # of dropout: there is none, and nobody reads them
         rng = torch.empty(2, dtype=torch.uint64, device=q.device)
+        given = (d_out, q, k, v, out, lse, q_starts, k_starts, *ctx.longest)
+        causal = ctx.rule.window is None
         with repeatable():
-            grads = torch.ops.torch_attn._varlen_attn_backward(
-                d_out,
-                q,
-                k,
-                v,
-                out,
-                lse,
-                q_starts,
-                k_starts,
-                *ctx.longest,
-                is_causal,
-                rng,
-                ctx.scale,
-                window_size=[*ctx.window],
-            )
-        return *grads, d_sinks, None, None, None, None, None
+            grads = _flash_backward(*given, 0.0, causal, rng, rng, **_window(ctx.rule))
+        return *grads, d_sinks, None, None, None, None
 
 
 @cache
@@ -323,7 +299,7 @@ def _agrees(
         # the block that asks may be recomputed, or without gradients: neither concerns what is
         # computed here
         with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(_same, _same):
-            pairs = zip(compute(_varlen), compute(_blockwise), strict=True)
+            pairs = zip(compute(_flash), compute(_blockwise), strict=True)
         return max(float(torch.dist(fast, plain) / plain.norm()) for fast, plain in pairs)
 
     error = attempt(tried, slower, largest_error)

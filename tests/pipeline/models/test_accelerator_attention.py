@@ -35,13 +35,8 @@ from pipeline.models.kernels.repeatable import RepeatableAttention, repeatable
 from pipeline.project.probes import held
 from tests.helpers.reference_flash import reference_flash
 
-if not accelerator_attention._has_varlen():
-    pytest.skip(
-        "this torch has no varlen_attn with scale, windows and log-sum-exps",
-        allow_module_level=True,
-    )
-
-from torch.nn.attention.varlen import varlen_attn
+varlen = pytest.importorskip("torch.nn.attention.varlen")  # after torch 2.9
+varlen_attn = varlen.varlen_attn
 
 Three = tuple[Tensor, Tensor, Tensor]
 SETTINGS: Any = deterministic

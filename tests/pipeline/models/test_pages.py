@@ -18,6 +18,8 @@ from pipeline.models.kernels import accelerator_attention
 from pipeline.models.kernels.accelerator_attention import attend_on_accelerator
 from pipeline.models.kernels.plain_attention import Rule
 from pipeline.models.pages import PAGE, PackedCache, PagePool, Prefix, SequenceCache
+from pipeline.project.probes import held
+from tests.helpers.reference_flash import Calls, reference_flash
 
 SIZE = 16
 
@@ -168,7 +170,6 @@ class BytesMade(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
 
-@pytest.mark.skipif(not accelerator_attention._has_varlen(), reason="an older torch")
 def test_a_token_of_16_long_sequences_copies_no_old_key_on_a_gpu() -> None:
     """On `meta`, which takes a GPU's path. All keys and values would be 268 MB for each block."""
     pool, lengths = PagePool(), [4095] * 16
@@ -189,50 +190,29 @@ def test_a_token_of_16_long_sequences_copies_no_old_key_on_a_gpu() -> None:
     assert made.total < 4 * (q.nbytes + k.nbytes + v.nbytes)
 
 
+paged = pytest.mark.skipif(not accelerator_attention._has_pages(), reason="an older torch")
+
+
 @pytest.fixture
-def flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
-    """`varlen_attn` in plain torch, as its documentation says it reads pages; its calls."""
-    from torch.nn.attention import varlen
-
-    calls: list[dict[str, Any]] = []
-
-    def attend(
-        q: Tensor, k: Tensor, v: Tensor, starts: Tensor, *_: Any, **options: Any
-    ) -> tuple[Tensor, Tensor]:
-        calls.append(options)
-        outs, sums = [], []
-        for n, used in enumerate(options["seqused_k"].tolist()):
-            rows = q[starts[n] : starts[n + 1]].float().transpose(0, 1)  # (H, T, K)
-            table = options["block_table"][n].long()
-            keys, values = (
-                x[table].flatten(0, 1)[:used].float().transpose(0, 1) for x in (k, v)
-            )  # (G, S, K)
-            R = len(rows) // len(keys)
-            keys, values = keys.repeat_interleave(R, 0), values.repeat_interleave(R, 0)
-            T, S = rows.shape[1], used
-            visible = torch.ones(T, S, dtype=torch.bool).tril(S - T)
-            left = options["window_size"][0]
-            if left >= 0:
-                visible = visible.triu(S - T - left)
-            scores = (rows @ keys.mT * options["scale"]).masked_fill(~visible, -torch.inf)
-            outs.append((scores.softmax(-1) @ values).transpose(0, 1))
-            sums.append(scores.logsumexp(-1))
-        return torch.cat(outs).to(q.dtype), torch.cat(sums, 1)
-
-    monkeypatch.setattr(varlen, "varlen_attn", attend)
-    monkeypatch.setattr(accelerator_attention, "_has_pages", lambda: True)
-    monkeypatch.setattr(accelerator_attention, "_supports_varlen", lambda *_, **__: True)
+def flash(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
+    """Flash attention 2, or where a test says so 3, which reads pages on this CPU; its calls."""
+    flash_3 = getattr(request, "param", 2) == 3
+    monkeypatch.setattr(accelerator_attention, "take_flash_3", lambda _: flash_3)
     accelerator_attention._pages_agree.cache_clear()
-    yield calls
+    with reference_flash(flash_3=flash_3) as calls:
+        yield calls
     accelerator_attention._pages_agree.cache_clear()
 
 
+@paged
+@pytest.mark.parametrize("flash", [2, 3], indirect=True)
+@pytest.mark.parametrize("lengths", [[1, 3, 1], [1, 1, 1]], ids=["prompts", "tokens"])
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("sinks", [False, True])
 def test_flash_attention_reads_pages_where_they_are(
-    flash: list[dict[str, Any]], window: int | None, sinks: bool
+    flash: Calls, lengths: list[int], window: int | None, sinks: bool
 ) -> None:
-    pool, lengths = PagePool(), [1, 3, 1]
+    pool, T = PagePool(), sum(lengths)
     sequences = [SequenceCache(pool, 3 * PAGE) for _ in lengths]
     generator = torch.Generator().manual_seed(0)
     past = [PAGE + 3, 20, 2 * PAGE - 1]
@@ -243,31 +223,31 @@ def test_flash_attention_reads_pages_where_they_are(
     PackedCache(sequences, past).append(0, random(sum(past), 2), random(sum(past), 2))
     for sequence, length in zip(sequences, past, strict=True):
         sequence.length = length
-    q, cache = random(5, 4), PackedCache(sequences, lengths)
-    pages = cache.append(0, random(5, 2), random(5, 2))
+    q, cache = random(T, 4), PackedCache(sequences, lengths)
+    pages = cache.append(0, random(T, 2), random(T, 2))
     sink = torch.linspace(-1, 1, 4) if sinks else None
     rule = Rule(8**-0.5, window, None, sink)
     k, v = (torch.cat(parts, 2) for parts in zip(*pages.pairs(), strict=True))
     wanted = accelerator_attention._blockwise(q, k, v, lengths, cache.spans, rule)
-    found = attend_on_accelerator(q, k, v, lengths, cache.spans, rule, pages)
-    assert_close(found, wanted, rtol=0.02, atol=0.02)
-    # the probe's call, and this one, whose table is that of the pages themselves
-    assert [call["num_splits"] for call in flash] == [1, 1]
-    assert flash[-1]["block_table"].tolist() == cache.tables
+    with held() as found:
+        actual = attend_on_accelerator(q, k, v, lengths, cache.spans, rule, pages)
+    assert_close(actual, wanted, rtol=0.02, atol=0.02)
+    # the probe's calls, and this one
+    assert flash.paged == flash.forward == 3 and not found
 
 
-@pytest.mark.usefixtures("flash")
+@paged
 def test_a_flash_attention_that_misreads_pages_is_not_taken(
-    monkeypatch: pytest.MonkeyPatch,
+    flash: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from torch.nn.attention import varlen
+    right = accelerator_attention._flash_forward
 
-    right = varlen.varlen_attn
-    monkeypatch.setattr(
-        varlen,
-        "varlen_attn",
-        lambda *given, block_table, **options: right(
-            *given, block_table=block_table * 0, **options
-        ),
-    )
-    assert not accelerator_attention._pages_agree(torch.device("cpu"), torch.bfloat16, False, False)
+    def misread(*given: Any, block_table: Tensor, **options: Any) -> Any:
+        return right(*given, block_table=block_table * 0, **options)
+
+    monkeypatch.setattr(accelerator_attention, "_flash_forward", misread)
+    with held() as found:
+        agrees = accelerator_attention._pages_agree(
+            torch.device("cpu"), torch.bfloat16, False, False
+        )
+    assert not agrees and "off by" in found[0].said and flash.paged
