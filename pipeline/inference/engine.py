@@ -3,16 +3,19 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipeline.adapters.batched import lora_layers
 from pipeline.adapters.folder import quantization_of
 from pipeline.adapters.peft import EACH_TIME, Reading, load_adapter
 from pipeline.data.tokenizers.word import Tokenizer
 from pipeline.models.base import CausalLM
 from pipeline.models.device import move_for_inference
 from pipeline.models.generate import GREEDY, Sampling, encode_prompt, finite, generate
+from pipeline.models.kernels import uses_cpu_kernels
 from pipeline.models.load import load_base
 from pipeline.project.params.sections import Quantization
 from pipeline.project.stage_graph import Project
@@ -57,9 +60,21 @@ def load(
     )
     # before the adapter, whose tensors go where the layers are
     move_for_inference(model, make_room)
+    if not uses_cpu_kernels(model.device):
+        model.prepare_for_accelerator(model.device)
     if adapter is not None:
-        load_adapter(model, base, adapter, reading)
+        attach_for_inference(model, base, adapter, reading)
     return LoadedModel(name or (adapter or base).name, model.eval(), tokenizer, base, adapter)
+
+
+def attach_for_inference(model: CausalLM, base: Path, adapter: Path, reading: Reading) -> Any:
+    """`load_adapter`. An accelerator gets A and B as products read them: no token casts them."""
+    spec = load_adapter(model, base, adapter, reading)
+    if not uses_cpu_kernels(model.device):
+        for _, _, layer in lora_layers(model):
+            for factor in (layer.lora_A, layer.lora_B):
+                factor.data = factor.to(model.dtype)
+    return spec
 
 
 def variant_folders(project: Project) -> dict[str, tuple[Path, Path | None]]:

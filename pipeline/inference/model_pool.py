@@ -19,7 +19,7 @@ from torch import nn
 from pipeline.adapters.attach import AdapterScale
 from pipeline.adapters.config import AdapterSpec
 from pipeline.adapters.folder import quantization_of
-from pipeline.adapters.peft import Reading, load_adapter
+from pipeline.adapters.peft import Reading
 from pipeline.errors import UserError
 from pipeline.files.base_model import base_fingerprint
 from pipeline.files.digest_cache import Signature, signature
@@ -184,9 +184,8 @@ class ModelPool:
             adapted = view(shared.loaded.model)
             # before loading: a change during it then shows
             files = signature(adapter)
-            spec = load_adapter(
-                adapted, base, adapter, Reading(fingerprint=lambda _: shared.fingerprint)
-            )
+            reading = Reading(fingerprint=lambda _: shared.fingerprint)
+            spec = engine.attach_for_inference(adapted, base, adapter, reading)
             loaded = LoadedModel(name, adapted.eval(), shared.loaded.tokenizer, base, adapter)
             lora = spec if isinstance(spec, AdapterSpec) else None
             scales = AdapterScale(adapted, shared.loaded.model, lora) if lora is not None else None

@@ -195,8 +195,8 @@ class CausalLM(nn.Module):
     def prepare_cpu_training(self) -> None:
         """Replace parts by faster ones that compute the same, in place."""
 
-    def prepare_accelerator_training(self, device: torch.device) -> None:
-        """The same for training on another `device`. The model may not be there yet."""
+    def prepare_for_accelerator(self, device: torch.device) -> None:
+        """The same for training and answers on another `device`. The model may not be there yet."""
 
     @property
     def trains_natively(self) -> bool:

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM
 from pipeline.models.device import to_device
+from pipeline.models.kernels import uses_cpu_kernels
 from pipeline.models.kernels.decode import fast_decoding, reads_pages
 from pipeline.models.pages import PackedCache, PagePool, SequenceCache
 from pipeline.project.probes import computes
@@ -131,7 +133,7 @@ def stream(
 
 def _reader(model: CausalLM) -> Callable[[list[int]], Tensor]:
     """Reads the next tokens of one sequence: logits (V,) after the last."""
-    if reads_pages(model) and model.virtual is None:
+    if model.virtual is None and _has_fast_pages(model):
         sequence = SequenceCache(PagePool(), model.max_length)
         return lambda ids: read_side_by_side(model, [sequence], [ids])[0]
     cache = model.new_cache()
@@ -141,6 +143,19 @@ def _reader(model: CausalLM) -> Callable[[list[int]], Tensor]:
         return model.logits(model.hidden_states(new, cache=cache)[0, -1])
 
     return read
+
+
+def _has_fast_pages(model: CausalLM) -> bool:
+    """Whether a PackedCache is faster than transformers' cache, which copies all keys per token."""
+    if uses_cpu_kernels(model.device):
+        return reads_pages(model)
+    if model not in _side_by_side:
+        _side_by_side[model] = _reads_side_by_side(model)
+    return _side_by_side[model]
+
+
+# by model on an accelerator: whether it reads sequences from a PackedCache
+_side_by_side: WeakKeyDictionary[CausalLM, bool] = WeakKeyDictionary()
 
 
 def generate_all(

@@ -230,7 +230,7 @@ class TransformersModel(CausalLM):
         fuse_llama_blocks(self)
         keep_freed_memory()
 
-    def prepare_accelerator_training(self, device: torch.device) -> None:
+    def prepare_for_accelerator(self, device: torch.device) -> None:
         from pipeline.models.kernels.accelerator import fuse  # a run on a CPU does not load it
 
         fuse(self, device)

@@ -32,7 +32,7 @@ def try_kernels(device: torch.device) -> Sequence[Finding]:
                 from pipeline.models.kernels.accelerator.products import adds_in_fp32
                 from pipeline.models.kernels.accelerator.weights import dequantizes_nf4
 
-                model.prepare_accelerator_training(device)
+                model.prepare_for_accelerator(device)
                 fuses_head(model.to(device))
                 adds_in_fp32(device, torch.bfloat16)
                 dequantizes_nf4(device)

@@ -157,7 +157,7 @@ def prepare_model(
     if uses_cpu_kernels(device):
         model.prepare_cpu_training()
     elif not compiles:  # the compiler fuses the same parts
-        model.prepare_accelerator_training(device)
+        model.prepare_for_accelerator(device)
     if compiles:
         # torch's compiler takes 1.4 seconds to import
         from pipeline.models.kernels.compiled import compile_blocks

@@ -26,13 +26,13 @@ from pipeline.models.kernels.short_attention import NATIVE_LANES
 from pipeline.project.probes import PLAIN, attempt
 
 # options of the block's own forward only
-ALONE = ("cache", "past_key_values", "past", "attention_mask")
+ALONE = ("cache", "past_key_values", "attention_mask")
 
 
 class TrainingBlock(nn.Module):
-    """A block of Llama with a faster forward for training.
+    """A block of Llama with a faster forward: on a CPU for training, elsewhere for answers too.
 
-    It stands before the block's own class, whose forward still evaluates. After its attention the
+    It stands before the block's own class, whose forward computes the rest. After its attention the
     last block computes only the rows that carry a label: (1, n, D) for an index (n,).
     """
 
@@ -56,7 +56,7 @@ class TrainingBlock(nn.Module):
             q, k = attention.q_norm(q), attention.k_norm(k)
         q, k = self.rotate(q, k, *options["position_embeddings"])
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, K)
-        given = {key: options[key] for key in ("segments", "prefix") if key in options}
+        given = {key: options[key] for key in ("segments", "prefix", "past") if key in options}
         # (B, T, H, K)
         attended, _ = attend(attention, q, k, v, None, scaling=attention.scaling, **given)
         attended = attended.view(B, T, -1)

@@ -155,7 +155,7 @@ def _training_step(
     """
     ours = isinstance(model, MiniGPT) or run.ours
     _make_trainable(model, method, DTYPES[run.adapter_precision])
-    # as `prepare_cpu_training` and `prepare_accelerator_training` do with real tensors
+    # as `prepare_cpu_training` and `prepare_for_accelerator` do with real tensors
     if run.ours and isinstance(model, TransformersModel):
         fuse_rms_norms(model, checked=False)
         if not run.cpu:

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from pipeline.adapters.lora import DoRALinear, LoRALinear
 from pipeline.models.base import CausalLM
+from pipeline.models.generate import read_side_by_side
 from pipeline.models.kernels import accelerator
 from pipeline.models.kernels.accelerator import block as accelerator_block
 from pipeline.models.kernels.accelerator import fuse
 from pipeline.models.kernels.accelerator.block import AcceleratorBlock
 from pipeline.models.kernels.accelerator.products import linears
-from pipeline.models.quantized_linear import QuantizedLinear
+from pipeline.models.pages import PagePool, SequenceCache
+from pipeline.models.quantized_linear import QuantizedLinear, quantize
 from pipeline.training.batches import collate
 from pipeline.training.optimizer import FlatOptimizer
 from pipeline.training.step import loss_of
@@ -181,12 +183,45 @@ def test_a_block_that_computes_something_else_is_left_alone() -> None:
     assert not any(isinstance(block, AcceleratorBlock) for block in model.blocks)
 
 
-def test_evaluation_takes_the_familys_own_forward() -> None:
-    model = with_lora(toy("qwen3"), names=TARGETS)
-    ids = torch.arange(11)[None]
-    expected = model.eval()(ids)
-    fuse(model.train(), CPU)
-    assert torch.allclose(model.eval()(ids), expected, atol=1e-4)
+@torch.no_grad()
+def test_answers_take_the_fused_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They read a cache of pages as the family's own forward reads it."""
+    model = with_lora(toy("qwen3"), names=TARGETS).eval()
+
+    def read() -> list[Tensor]:
+        pool = PagePool(16)
+        caches = [SequenceCache(pool, 16) for _ in range(2)]
+        return [
+            read_side_by_side(model, caches, parts) for parts in ([[1, 2, 3], [4]], [[5], [6]])
+        ]
+
+    expected = read()
+    fuse(model, CPU)
+    for block in model.blocks:  # its own forward does not run any more
+        kind = type(block).__mro__[2]
+        monkeypatch.setattr(kind, "forward", None)
+    assert torch.allclose(torch.stack(read()), torch.stack(expected), atol=1e-4)
+
+
+@torch.no_grad()
+def test_an_answer_multiplies_by_the_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight of few bits is dequantized in training, where there are many rows."""
+    model = toy("llama")
+    quantize(model, "nf4", None, CPU)
+    for adapted in with_lora(model, names=TARGETS).modules():
+        if isinstance(adapted, LoRALinear):
+            adapted.folds = False
+    fuse(model.eval(), CPU)
+    inputs = list[tuple[int, ...]]()
+    forward = QuantizedLinear.forward
+
+    def counted(layer: QuantizedLinear, x: Tensor) -> Tensor:
+        inputs.append((*x.shape,))
+        return forward(layer, x)
+
+    monkeypatch.setattr(QuantizedLinear, "forward", counted)
+    model(torch.arange(3)[None])
+    assert len(inputs) == 7 * len(model.blocks)
 
 
 def test_turning_back_is_the_transpose_of_turning() -> None:

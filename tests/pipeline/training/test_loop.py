@@ -545,7 +545,7 @@ def test_a_model_is_prepared_for_its_device_and_stays_where_it_is(
         def prepare_cpu_training(self) -> None:
             calls.append("cpu")
 
-        def prepare_accelerator_training(self, device: torch.device) -> None:
+        def prepare_for_accelerator(self, device: torch.device) -> None:
             calls.append(device)
 
     monkeypatch.setattr("pipeline.training.task.device_for", lambda model: model.device)

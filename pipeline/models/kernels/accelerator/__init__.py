@@ -52,7 +52,7 @@ class GatedProduct(torch.autograd.Function):
 
 
 def fuse(model: CausalLM, device: torch.device) -> list[str]:
-    """Replace the parts of a model that trains on `device`, in place; returns the modules' names.
+    """Replace the parts of a model that trains or answers on `device`; returns their names.
 
     Does not move it. A rotation is a function of a module of transformers: it is replaced for
     tensors on CUDA in all its models.

@@ -1,4 +1,4 @@
-"""Training of Llama's blocks on an accelerator: the block of llama_block.py with parts in few calls.
+"""Llama's blocks on an accelerator, in training and answers: that of llama_block.py in few calls.
 
 Besides the products, a block launches a kernel for each norm, two for its sums, and few for rotary
 positions and SwiGLU (one each with Liger). After its attention the last block computes only the rows
@@ -59,7 +59,7 @@ class AcceleratorBlock(TrainingBlock):
 
     @override
     def _supports(self, x: Tensor, options: dict[str, Any]) -> bool:
-        return self.training and all(options.get(key) is None for key in ALONE)
+        return all(options.get(key) is None for key in ALONE)
 
 
 def fuse_blocks(model: CausalLM, device: torch.device, checked: bool, rotation: Rotate) -> None:

@@ -60,10 +60,14 @@ def linears(x: Tensor, modules: Sequence[nn.Module]) -> Sequence[Tensor]:
     terms = [term(module) for module in modules]
     if None in terms:
         return [module(x) for module in modules]
-    trained = list[Tensor | None]()
+    trained, is_low_bit = list[Tensor | None](), False
     for found in terms:
         assert found is not None
+        is_low_bit |= isinstance(found.base, LowBitLinear)
         trained += found.A, found.B, found.rows and found.rows.magnitude
+    if is_low_bit and not torch.is_grad_enabled():
+        # few rows are multiplied by the codes: a weight is not dequantized for each token
+        return [type(module).forward(module, x) for module in modules]
     outs: Sequence[Tensor] = _Linears.apply(x, terms, *trained)  # type: ignore[no-untyped-call]
     return outs
 
