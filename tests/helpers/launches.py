@@ -1,10 +1,10 @@
-"""How many kernels a training step launches, and how often the host waits, on the CUDA device of
+"""How many kernels a training step or an answer's token launches, and how often the host waits, on the CUDA device of
 cuda_device.py.
 
 `python -m tests.helpers.launches`, started by `run_with_cuda`, prints them as JSON: of Qwen3's shapes
 with two blocks and with three, from which those of any depth follow. A call of torch on the device
-that computes anything counts as one kernel, and so does a launch of Triton's; `SEVERAL` are the
-calls known to launch more.
+that computes anything counts as one kernel, and so does a launch of Triton's; bitsandbytes' product
+as what it launches.
 """
 
 import json
@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -23,10 +24,9 @@ from torch.utils._pytree import tree_leaves
 
 from tests.helpers.cuda_device import CudaDevice
 
+ANSWERS = ("base", "adapter", "two adapters", "nf4")
 METHODS = ("lora", "qlora", "dora", "full")
 CHECKPOINTING = ("none", "full")
-# what bitsandbytes 0.50 launches for more than 1,536 rows: scales, weight and product
-SEVERAL = {"bitsandbytes::gemm_4bit": 4}
 MOVES = ("_to_copy", "copy_")
 NOTHING = {"detach", "lift_fresh", "_unsafe_view", "resize_", "set_", "is_pinned", "_pin_memory"}
 NOTHING |= {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
@@ -73,8 +73,13 @@ class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif name == "copies":
             self.counted["copies"] += 1
         elif not is_view and name not in NOTHING:
-            self.kernels[name] += SEVERAL.get(name, 1)
+            self.kernels[name] += _launched(name, args[0])
         return out
+
+
+def _launched(name: str, x: Any) -> int:
+    """bitsandbytes 0.50: of up to 4 rows one, of more than 1,536 scales, weight and product."""
+    return 4 if name == "bitsandbytes::gemm_4bit" and x.numel() > 4 * x.shape[-1] else 1
 
 
 def _is_there(leaf: Any) -> bool:
@@ -169,6 +174,52 @@ def count(config: dict[str, Any], method: str, checkpointing: str, liger: bool) 
     return [of_batches[0], Count(*(total - batch for total, batch in pairs))]
 
 
+def count_token(config: dict[str, Any], case: str) -> Count:
+    """Of the next token of each of four sequences, with the reading of what was drawn."""
+    from pipeline.adapters.attach import attach
+    from pipeline.adapters.config import AdapterSpec
+    from pipeline.adapters.mixed import MixedAdapter, changed_layers
+    from pipeline.inference.batched_model import BatchedModel, Part
+    from pipeline.inference.model_pool import view
+    from pipeline.models.generate import next_tokens, read_side_by_side
+    from pipeline.models.pages import PagePool, SequenceCache
+    from pipeline.models.quantized_linear import quantize
+    from pipeline.models.transformers_model import from_config
+
+    launches, spec = Launches(), AdapterSpec(16, 32.0, TARGETS)
+    with CudaDevice(), patched(launches, True), torch.no_grad():
+        with DEVICE:
+            model = from_config(config, torch.bfloat16).eval()
+        if case == "nf4":
+            quantize(model, "nf4-dq", None, DEVICE)
+        model.prepare_for_accelerator(DEVICE)
+        pool, adapters = PagePool(), list[MixedAdapter | None]([None] * 4)
+        if case == "two adapters":
+            base: Any = SimpleNamespace(loaded=SimpleNamespace(model=model))
+            with mock.patch.object(BatchedModel, "_agrees", lambda *_: True):
+                batched = BatchedModel(base)
+            for n in (0, 2):
+                adapted = view(model)
+                attach(adapted, spec, torch.bfloat16)
+                layers = changed_layers(adapted, model)
+                assert layers is not None
+                batched._install(layers)
+                adapters[n : n + 2] = [MixedAdapter(layers)] * 2
+        elif case != "base":
+            attach(model, spec, torch.bfloat16)
+        caches = [SequenceCache(pool, 4096) for _ in adapters]
+        for ids in ([1] * 300, [1], [1]):  # the prompts, and what the first token prepares
+            launches.counted.clear()
+            launches.kernels.clear()
+            with launches:
+                if case == "two adapters":
+                    parts = zip(adapters, caches, [ids] * 4, strict=True)
+                    next_tokens(batched.logits([Part(*part) for part in parts]))
+                else:
+                    next_tokens(read_side_by_side(model, caches, [ids] * 4))
+    return launches.total()
+
+
 def with_blocks(model: str, blocks: int) -> dict[str, Any]:
     """A built-in model's config with so many blocks."""
     from pipeline.calc.sources.open_model import entry
@@ -187,6 +238,10 @@ def main() -> None:
                     key = f"{method} {checkpointing} {'liger' if liger else 'plain'} {blocks}"
                     config = with_blocks("qwen3-0.6b", blocks)
                     found[key] = count(config, method, checkpointing, liger)
+        for case in ANSWERS:
+            for blocks in (2, 3):
+                config = with_blocks("qwen3-0.6b", blocks)
+                found[f"{case} {blocks}"] = count_token(config, case)
     json.dump(found, sys.stdout)
 
 
