@@ -297,8 +297,8 @@ class PackedCache:
         N, new = len(self.spans), sum(self.lengths)
         self._slots, rest = indices.tensor_split([new])
         sizes = [N + 1, N + 1, N, N * len(self.tables[0])]
-        *starts_and_spans, pages = rest.int().split_with_sizes(sizes)
-        self._tables = Tables(*starts_and_spans, pages.view(N, -1))
+        q_starts, k_starts, spans, pages = rest.int().split_with_sizes(sizes)
+        self._tables = Tables(q_starts, k_starts, spans, pages.view(N, -1))
 
     @cached_property
     def tables(self) -> list[list[int]]:

@@ -1,11 +1,12 @@
 """torch's CUDA build on a machine without a GPU: the choices that the program makes on a GPU are
 taken, not patched.
 
-A stub (cuda_stub/) answers what torch asks of CUDA's driver and runtime, and tensors on `cuda` are
-fake (cuda_device.py). It shows which kernel, precision and device each path takes at each compute
-capability; shapes and types through every operator, those of bitsandbytes too; every read of the
-device, and every copy that the host waits for. It cannot show numbers, time, memory or streams, nor
-any Triton kernel: those of Liger are in interpreted_liger.py.
+A stub (cuda_stub/) answers what torch asks of CUDA's driver and runtime, and tensors on `cuda` lie
+in the host's memory or are fake (cuda_device.py). It shows which kernel, precision and device each
+path takes at each compute capability; shapes and types through every operator, those of
+bitsandbytes too; what torch checks before it launches; every read of the device, and every copy
+that the host waits for. It cannot show numbers, time, memory or streams, nor any Triton kernel:
+those of Liger are in interpreted_liger.py.
 
 The environment is this one where its torch is a CUDA build, else the one that `make
 cuda-environment` made.

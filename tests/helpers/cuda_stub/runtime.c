@@ -1,4 +1,5 @@
-// What torch asks of the CUDA runtime, answered as a machine with one GPU would that never computes.
+// What torch asks of the CUDA runtime, answered as a machine with one GPU would that never computes. Its memory is the
+// host's, and a launch succeeds and does nothing: so what torch checks on the host before a launch is checked.
 // LORA_STUB_CAPABILITY: "9.0" by default. LORA_STUB_FREE: a file with the GPU's free bytes; without it all are free.
 #include <driver_types.h> // of the environment: triton/backends/nvidia/include
 #include <stddef.h>
@@ -88,6 +89,10 @@ int cudaGetDeviceProperties(struct cudaDeviceProp *of, int device) {
   of->multiProcessorCount = 132;
   of->warpSize = 32;
   of->maxThreadsPerBlock = 1024;
+  for (int i = 0; i < 3; i++) {
+    of->maxThreadsDim[i] = i < 2 ? 1024 : 64;
+    of->maxGridSize[i] = i ? 65535 : 2147483647;
+  }
   of->maxThreadsPerMultiProcessor = 2048;
   of->sharedMemPerBlock = 49152;
   of->sharedMemPerBlockOptin = 232448;
@@ -106,6 +111,46 @@ int cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, int device
   default: return one(value, 1);
   }
 }
+
+int cudaMalloc(void **memory, size_t size) {
+  *memory = aligned_alloc(512, (size + 511) / 512 * 512);
+  if (*memory) memset(*memory, 0, size);
+  return *memory ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+
+int cudaFree(void *memory) {
+  free(memory);
+  return cudaSuccess;
+}
+
+int cudaMemcpyAsync(void *to, const void *from, size_t size, int kind, void *stream) {
+  memmove(to, from, size);
+  return cudaSuccess;
+}
+
+int cudaMemcpy(void *to, const void *from, size_t size, int kind) {
+  return cudaMemcpyAsync(to, from, size, kind, NULL);
+}
+
+int cudaMemsetAsync(void *memory, int value, size_t size, void *stream) {
+  memset(memory, value, size);
+  return cudaSuccess;
+}
+
+int cudaMemset(void *memory, int value, size_t size) { return cudaMemsetAsync(memory, value, size, NULL); }
+int cudaLaunchKernel() { return cudaSuccess; }
+int cudaLaunchKernelExC() { return cudaSuccess; }
+int cudaFuncSetAttribute() { return cudaSuccess; }
+
+int cudaFuncGetAttributes(struct cudaFuncAttributes *of, const void *function) {
+  memset(of, 0, sizeof *of);
+  of->maxThreadsPerBlock = 1024;
+  of->ptxVersion = of->binaryVersion = 10 * capability(0) + capability(1);
+  return cudaSuccess;
+}
+
+int cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks) { return one(blocks, 2); }
+int cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks) { return one(blocks, 2); }
 
 int cudaHostAlloc(void **memory, size_t size, unsigned flags) {
   *memory = aligned_alloc(64, (size + 63) / 64 * 64);
@@ -130,4 +175,35 @@ int cudaPointerGetAttributes(struct cudaPointerAttributes *of, const void *memor
   memset(of, 0, sizeof *of);
   of->type = cudaMemoryTypeHost;
   return cudaSuccess;
+}
+
+// cuBLAS, which would ask the driver for more than is here
+int cublasCreate_v2(void **out) { return handle(out); }
+int cublasDestroy_v2(void *handle) { return 0; }
+int cublasSetStream_v2() { return 0; }
+int cublasSetWorkspace_v2() { return 0; }
+int cublasSetMathMode() { return 0; }
+int cublasGetMathMode(void *handle, int *mode) { return one(mode, 0); }
+int cublasSetPointerMode_v2() { return 0; }
+int cublasGetPointerMode_v2(void *handle, int *mode) { return one(mode, 0); }
+int cublasSgemmEx() { return 0; }
+int cublasGemmEx() { return 0; }
+int cublasGemmStridedBatchedEx() { return 0; }
+int cublasSgemm_v2() { return 0; }
+int cublasSgemmStridedBatched() { return 0; }
+int cublasLtCreate(void **out) { return handle(out); }
+int cublasLtMatmulDescCreate(void **out) { return handle(out); }
+int cublasLtMatmulDescDestroy() { return 0; }
+int cublasLtMatmulDescSetAttribute() { return 0; }
+int cublasLtMatrixLayoutCreate(void **out) { return handle(out); }
+int cublasLtMatrixLayoutDestroy() { return 0; }
+int cublasLtMatrixLayoutSetAttribute() { return 0; }
+int cublasLtMatmulPreferenceCreate(void **out) { return handle(out); }
+int cublasLtMatmulPreferenceDestroy() { return 0; }
+int cublasLtMatmulPreferenceSetAttribute() { return 0; }
+int cublasLtMatmul() { return 0; }
+
+int cublasLtMatmulAlgoGetHeuristic(void *lt, void *of, void *a, void *b, void *c, void *d, void *preference, int wanted,
+                                   void *results, int *found) {
+  return one(found, 1);
 }

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.models import nf4
 from pipeline.models.kernels import accelerator_attention, plain_attention
-from tests.helpers.cuda_device import CudaDevice
+from tests.helpers.cuda_device import FakeCudaDevice
 from tests.helpers.stand_in import STAND_IN
 
 
@@ -21,5 +21,5 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for table in (accelerator_attention._seen, plain_attention.sequence_starts):
         monkeypatch.setattr(table, "__wrapped__", table)
         table.cache_clear()
-    with CudaDevice():
+    with FakeCudaDevice():
         yield

@@ -2,6 +2,7 @@
 `stand_in`.
 """
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from pipeline.inference.batched_model import BatchedModel, Part
 from pipeline.inference.engine import LoadedModel
 from pipeline.inference.model_pool import ResidentBase, view
 from pipeline.models.base import CausalLM, packed_hidden_states
-from pipeline.models.generate import Sampling, generate
+from pipeline.models.generate import Sampling, _side_by_side, generate
 from pipeline.models.kernels import decode
 from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.models.pages import PagePool, SequenceCache
@@ -54,7 +55,9 @@ def model_of(name: str, dtype: torch.dtype) -> CausalLM:
 @each_model
 def test_generation_reads_a_token_and_no_more(family: str, dtype: torch.dtype) -> None:
     model = ready(model_of(family, dtype))
-    for sampling in (Sampling(), Sampling(0.7), Sampling(0.7, top_k=5, top_p=0.9)):
+    samplings = (Sampling(), Sampling(0.7), Sampling(0.7, top_k=5, top_p=0.9))
+    for pages, sampling in product((False, True), samplings):
+        _side_by_side[model] = pages and model.takes_packed_cache
         with watched(LONG - 1) as seen:
             assert len(list(generate(model, PROMPT, (), 4, sampling))) == 4
         refuse(seen, {TOKEN: 4})

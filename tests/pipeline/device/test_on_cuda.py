@@ -13,7 +13,7 @@ pytestmark = [
     pytest.mark.skipif(STAND_IN.type == "cuda", reason="this is the run on cuda"),
 ]
 # What a capability decides: which attention, which product of experts, which precision.
-DECIDED = "once_and_copies or on_the_host or fp16 or retention_is or no_more"
+DECIDED = "once_and_copies or on_the_host or fp16 or retention_is or no_more or host_checks"
 
 
 @pytest.mark.parametrize("capability", ["7.5", "8.0", "8.9", "9.0", "12.0"])
