@@ -191,9 +191,7 @@ def test_answers_take_the_fused_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     def read() -> list[Tensor]:
         pool = PagePool(16)
         caches = [SequenceCache(pool, 16) for _ in range(2)]
-        return [
-            read_side_by_side(model, caches, parts) for parts in ([[1, 2, 3], [4]], [[5], [6]])
-        ]
+        return [read_side_by_side(model, caches, parts) for parts in ([[1, 2, 3], [4]], [[5], [6]])]
 
     expected = read()
     fuse(model, CPU)
