@@ -61,7 +61,7 @@ def gather_facts(project: "Project", stages: "Sequence[Stage]") -> "list[Facts]"
     with suppress(UserError, OSError):
         model = _shapes(project, str(folder or project.params.origin.base))
     in_bf16 = any(project.section(stage).precision == "bf16" for stage in stages)
-    bf16 = _multiplies_bf16(model) if in_bf16 and project.params.origin.imports else None
+    precision = _fast_precision(model) if in_bf16 and project.params.origin.imports else None
     return [
         Facts(
             stage.name,
@@ -69,16 +69,16 @@ def gather_facts(project: "Project", stages: "Sequence[Stage]") -> "list[Facts]"
             **_count_data(project, stage, tokenizer),
             left=_leaves_alpha(project, stage.section),
             measured=_measured_keys(project, stage),
-            bf16=bf16,
+            precision=precision,
         )
         for stage in stages
     ]
 
 
-def _multiplies_bf16(model: "Architecture | None") -> bool:
-    from pipeline.models.device import LARGE, device_for_size, multiplies_bf16  # imports torch
+def _fast_precision(model: "Architecture | None") -> str:
+    from pipeline.models.device import LARGE, device_for_size, fast_precision  # imports torch
 
-    return multiplies_bf16(device_for_size(model.total if model else LARGE))
+    return fast_precision(device_for_size(model.total if model else LARGE))
 
 
 def _leaves_alpha(project: "Project", section: str) -> bool:

@@ -34,8 +34,8 @@ class Facts(NamedTuple):
     `examples`, and `tokens` with a label, once each; `more`: there are more than these. `cut`:
     share that max_length truncates. `left`: the rank is changed by --set, and alpha stays as a file
     sets it. `measured`: the swept keys, if the settings are those of the best adapter of the
-    project's sweep. `bf16`: whether the device multiplies in bf16. `width`: of an imported base's
-    hidden states.
+    project's sweep. `precision`: the fastest of the device. `width`: of an imported base's hidden
+    states.
     """
 
     section: str
@@ -48,7 +48,7 @@ class Facts(NamedTuple):
     more: bool = False
     left: bool = False
     measured: tuple[str, ...] = ()
-    bf16: bool | None = None
+    precision: str | None = None
     width: int | None = None
 
 
@@ -136,11 +136,13 @@ def window(settings: Any, _: Facts) -> Answer | None:
 
 @rule("precision", source="docs/how-to/new-project.md", imported_only=True)
 def precision(settings: Any, facts: Facts) -> Answer | None:
-    """A CPU without instructions for bf16 computes in it several times more slowly than in fp32."""
-    if settings.precision != "bf16" or facts.bf16 is not False:
+    """A CPU without instructions for bf16 computes in it several times more slowly than in fp32, a
+    GPU than in fp16.
+    """
+    if settings.precision != "bf16" or facts.precision in (None, "bf16"):
         return None
     return Answer(
-        "fp32, if the memory suffices",
+        "fp16" if facts.precision == "fp16" else "fp32, if the memory suffices",
         "this device has no instructions for bf16, and is slower in it",
         SLOWER,
     )

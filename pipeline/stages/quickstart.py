@@ -32,7 +32,7 @@ from pipeline.models.device import (
     available_memory,
     device_for_size,
     device_info,
-    multiplies_bf16,
+    fast_precision,
 )
 from pipeline.project.new_project import DEFAULTS, PARAMS, copy_data, refuse_folder, write_project
 from pipeline.project.params import edit
@@ -197,7 +197,7 @@ def start(request: Request, graph: StageGraph) -> Generator[Event, None, Started
     machine = Machine(
         str(device_info(device)["name"]),
         available_memory(device),
-        multiplies_bf16(device),
+        fast_precision(device),
         device.type == "cpu",
     )
     context = model.context if model else 0

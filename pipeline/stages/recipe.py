@@ -44,7 +44,7 @@ class Machine:
 
     device: str
     memory: int  # bytes that training can use
-    bf16: bool  # whether it multiplies in bf16
+    precision: str  # bf16, fp16 or fp32: `fast_precision`
     is_cpu: bool = False
 
 
@@ -93,13 +93,13 @@ def choose(
         "epochs" not in stage.settings.PRETRAINED for stage in stages
     ):
         recipe.set(f"{TRAINING}.epochs", epochs, f"{examples:,} examples: more would be memorized")
-    precision = defaults.pop("precision")
+    defaults.pop("precision")
     for key, value in defaults.items():
         recipe.set(f"{TRAINING}.{key}", value)
     why = "half the memory, and the device multiplies it"
-    if not machine.bf16:
-        precision, why = "fp32", "this device has no instructions for bf16"
-    recipe.set(f"{TRAINING}.precision", precision, why)
+    if machine.precision != "bf16":
+        why = "this device has no instructions for bf16"
+    recipe.set(f"{TRAINING}.precision", machine.precision, why)
     if not data.evaluation:
         why = "too few examples to hold one out"
         if held_out:
@@ -205,7 +205,7 @@ def _fit(
         f"{s.section}.quantization" for s in stages if issubclass(s.settings, AdapterTraining)
     ]
     quantizations = ["none"]
-    if len(adapters) == len(stages) and machine.bf16:
+    if len(adapters) == len(stages) and machine.precision != "fp32":
         quantizations.append("nf4-dq")
     accumulated = recipe.set(f"{TRAINING}.gradient_accumulation_steps", 1)
     examples = batch * accumulated

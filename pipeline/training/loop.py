@@ -18,7 +18,7 @@ import torch
 
 from pipeline.errors import Interrupted, OutOfMemory, UserError, is_out_of_memory
 from pipeline.files.text import in_units
-from pipeline.models.device import multiplies_bf16
+from pipeline.models.device import fast_precision
 from pipeline.project.logs.run_log import (
     DIVERGED,
     STOPPED,
@@ -362,7 +362,7 @@ def _place_model(
         )
     with task.path.base():
         device = prepare_model(model, settings.gradient_checkpointing, settings.compile)
-    if device.type == "cuda" and settings.precision == "bf16" and not multiplies_bf16(device):
+    if settings.precision == "bf16" and fast_precision(device) == "fp16":
         yield Note(
             f"{name}: this GPU has no bf16 instructions and is slow with it. Set "
             f"{name}.precision=fp16."

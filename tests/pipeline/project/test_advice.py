@@ -46,9 +46,9 @@ def keys(advice: list[Advice]) -> list[str]:
         ({"learning_rate": 2e-3}, {}, ["learning_rate"]),
         ({"learning_rate": 2e-3, "rank": 64, "alpha": 128}, {}, ["learning_rate"]),
         ({"learning_rate": 0.1, "optimizer": "sgd"}, {}, []),
-        ({"precision": "bf16"}, {"bf16": False}, ["precision"]),
-        ({"precision": "bf16"}, {"bf16": True}, []),
-        ({"precision": "fp32"}, {"bf16": False}, []),
+        ({"precision": "bf16"}, {"precision": "fp32"}, ["precision"]),
+        ({"precision": "bf16"}, {"precision": "bf16"}, []),
+        ({"precision": "fp32"}, {"precision": "fp32"}, []),
         ({"window": 63}, {}, ["window"]),
         ({"window": 64}, {}, []),
         ({"train_embeddings": "all"}, {}, ["train_embeddings"]),
@@ -163,9 +163,24 @@ def test_what_large_models_taught_is_not_held_against_minigpt() -> None:
         "alpha": 1,
     }
     broken |= {"window": 4, "train_embeddings": "all"}
-    facts = Facts("finetune_lora", base=10, trained=1, examples=3, tokens=100, cut=0.5, bf16=False)
+    facts = Facts(
+        "finetune_lora",
+        base=10,
+        trained=1,
+        examples=3,
+        tokens=100,
+        cut=0.5,
+        precision="fp32",
+    )
     assert keys(advised("minigpt", facts, **broken, epochs=90)) == ["rank", "max_length"]
     assert len(advised("org/model", facts, **broken, epochs=90, quantization="nf4")) == len(RULES)
+
+
+@pytest.mark.parametrize("fast", ["fp16", "fp32"])
+def test_instead_of_bf16_what_the_device_multiplies_is_advised(fast: str) -> None:
+    facts = Facts("finetune_lora", precision=fast)
+    (advice,) = advised(facts=facts, precision="bf16")
+    assert advice.advised.startswith(fast)
 
 
 def test_every_rule_says_why_in_a_sentence_and_names_its_source() -> None:
@@ -177,7 +192,7 @@ def test_every_rule_says_why_in_a_sentence_and_names_its_source() -> None:
         examples=3,
         tokens=100,
         cut=0.5,
-        bf16=False,
+        precision="fp32",
     )
     broken: dict[str, Any] = {
         "learning_rate": 1,

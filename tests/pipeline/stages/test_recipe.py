@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.calc.sources.open_model import built_in
 from pipeline.data.check import DataReport, check
 from pipeline.errors import UserError
+from pipeline.models.device import fast_precision
 from pipeline.stages.methods.lora import FinetuneLora, rate_for
 from pipeline.stages.quickstart import _share
 from pipeline.stages.recipe import ON_CPU, ROOM, Machine, Recipe, choose
@@ -30,9 +32,12 @@ STAGES = [METHODS["lora"]]
 GIB = 2**30
 
 
-def chosen(memory: float, data: DataReport = DATA, bf16: bool = True, **given: object) -> Recipe:
+def chosen(
+    memory: float, data: DataReport = DATA, precision: str = "bf16", **given: object
+) -> Recipe:
     said = {f"training.{key}": value for key, value in given.items()}
-    return choose(QWEN, data, 0.1, Machine("a device", round(memory * GIB), bf16), STAGES, said)
+    machine = Machine("a device", round(memory * GIB), precision)
+    return choose(QWEN, data, 0.1, machine, STAGES, said)
 
 
 @pytest.mark.parametrize("method", COUNTED)
@@ -44,7 +49,7 @@ def test_a_bare_section_has_what_is_chosen_but_for_what_depends_on_data_and_memo
     (tmp_path / "model").mkdir()
     write_json(tmp_path / "model/config.json", {"hidden_size": QWEN.hidden})
     bare = load(tmp_path / "params.yaml").section(stage.section)
-    recipe = choose(QWEN, DATA, 0.1, Machine("a device", 64 * GIB, True), [stage], {})
+    recipe = choose(QWEN, DATA, 0.1, Machine("a device", 64 * GIB, "bf16"), [stage], {})
     by_data = {"batch_size", "tokens_per_batch", "max_length", "eval_share", "samples"}
     # the texts are copied into the project
     by_data |= {"retention_data", "retention_weight", "retention_batch_size"}
@@ -87,7 +92,7 @@ def test_batches_have_the_most_tokens_that_fit_without_recomputation(gib: float)
 
 
 def test_a_cpu_begins_with_smaller_batches() -> None:
-    machine = Machine("a CPU", 64 * GIB, True, is_cpu=True)
+    machine = Machine("a CPU", 64 * GIB, "bf16", is_cpu=True)
     recipe = choose(QWEN, DATA, 0.1, machine, STAGES, {})
     assert recipe.values["training.tokens_per_batch"] == ON_CPU
 
@@ -136,18 +141,36 @@ def test_answers_on_other_texts_are_retained_unless_the_user_says_otherwise() ->
         4,
     ]
     given = {"finetune_lora.retention_weight": 0}
-    off = choose(QWEN, DATA, 0.1, Machine("a device", 64 * GIB, True), STAGES, given)
+    off = choose(QWEN, DATA, 0.1, Machine("a device", 64 * GIB, "bf16"), STAGES, given)
     assert (
         not {"finetune_lora.retention_data", "finetune_lora.retention_batch_size"}
         & off.values.keys()
     )
 
 
-def test_a_device_without_bf16_trains_in_fp32_and_is_never_quantized() -> None:
-    recipe = chosen(64, bf16=False)
+def test_a_cpu_without_bf16_trains_in_fp32_and_is_never_quantized() -> None:
+    recipe = chosen(64, precision="fp32")
     assert recipe.values["training.precision"] == "fp32"
     with pytest.raises(UserError, match="a step takes"):
-        chosen(1.5, bf16=False)
+        chosen(1.5, precision="fp32")
+
+
+def test_a_t4_trains_8_billion_parameters_in_nf4_and_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has 16 GB and compute capability 7.5: no instructions for bf16."""
+
+    def has_bf16(including_emulation: bool = True) -> bool:
+        return including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", has_bf16)
+    t4 = Machine("Tesla T4", round(14.5 * GIB), fast_precision(torch.device("cuda", 0)))
+    recipe = choose(built_in("qwen3-8b").shapes, DATA, 0.1, t4, STAGES, {})
+    assert recipe.values["training.precision"] == "fp16"
+    assert recipe.values["finetune_lora.quantization"] == "nf4-dq"
+    assert recipe.peak is not None and recipe.peak <= ROOM * t4.memory
+    small = choose(QWEN, DATA, 0.1, t4, STAGES, {})
+    assert small.values["finetune_lora.quantization"] == "none"
+    bf16 = choose(QWEN, DATA, 0.1, replace(t4, precision="bf16"), STAGES, {})
+    assert small.peak == bf16.peak, "16 bits are 16 bits"
 
 
 def test_the_examples_a_step_are_those_of_the_accumulation_that_the_user_set() -> None:

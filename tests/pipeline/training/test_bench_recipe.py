@@ -87,7 +87,7 @@ def test_the_chosen_setting_is_what_lora_train_chooses_for_a_base_of_this_width(
         quantiles={"max": 100},
         suggested_max_length=100,
     )
-    recipe = choose(base, data, 0.1, Machine("cpu", 2**36, bf16=False), [METHODS["lora"]], {})
+    recipe = choose(base, data, 0.1, Machine("cpu", 2**36, "fp32"), [METHODS["lora"]], {})
     chosen = {key.partition(".")[2]: value for key, value in recipe.values.items()}
     tried = for_rows(CHOSEN, rows).params(rows)
     del tried["train_embeddings"]  # without new tokens, new_rows trains none

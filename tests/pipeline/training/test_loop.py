@@ -631,12 +631,12 @@ def test_a_gpu_without_bf16_is_noted_where_bf16_is_asked_for(
     def move(_: object) -> None:
         raise Moved
 
-    def first(precision: str, device: str, multiplies: bool) -> str:
+    def first(precision: str, device: str, fast: str) -> str:
         """What is said before the model is moved to the device."""
         task = new_task(settings(precision=precision))
         monkeypatch.setattr(task.model, "to", move)
         monkeypatch.setattr(loop, "prepare_model", lambda *_: torch.device(device))
-        monkeypatch.setattr(loop, "multiplies_bf16", lambda _: multiplies)
+        monkeypatch.setattr(loop, "fast_precision", lambda _: fast)
         said: list[Event] = []
         with pytest.raises(Moved):
             said.extend(train(new_job(tmp_path / "run"), task))
@@ -647,12 +647,12 @@ def test_a_gpu_without_bf16_is_noted_where_bf16_is_asked_for(
             return ""
 
     assert "no bf16 instructions and is slow with it. Set finetune_full.precision=fp16" in first(
-        "bf16", "cuda", False
+        "bf16", "cuda", "fp16"
     )
     assert [
-        first("bf16", "cuda", True),
-        first("fp32", "cuda", False),
-        first("bf16", "cpu", False),
+        first("bf16", "cuda", "bf16"),
+        first("fp32", "cuda", "fp16"),
+        first("bf16", "cpu", "fp32"),
     ] == ["", "", ""]
 
 

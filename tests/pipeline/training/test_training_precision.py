@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from pipeline.errors import UserError
 from pipeline.models.load import Base, load_base
+from pipeline.models.quantized_linear import quantize
 from pipeline.project.logs.run_log import Step, epoch_means, read_steps
 from pipeline.project.params.sections import Quantization, Training
 from pipeline.stages.methods.lora import FinetuneLora
 from pipeline.training import optimizer as optimizers
 from pipeline.training.batches import Batches
 from pipeline.training.optimizer import LARGEST_SCALE, FlatOptimizer
+from pipeline.training.task import build_optimizer
 from tests.helpers.families import FAMILIES, new_project
 from tests.helpers.projects import load, make, make_base
 from tests.helpers.real import listed, steps_of, toy, trained, windows_of, with_lora
@@ -57,6 +59,16 @@ def test_pitfall_18_fp16_an_fp16_base_trains_fp32_adapters_on_the_cpu() -> None:
     )
     assert [r.loss for r in again] == pytest.approx([r.loss for r in exact], rel=0.01)
     assert [r.grad_norm for r in again] == pytest.approx([r.grad_norm for r in exact], rel=0.05)
+
+
+def test_pitfall_18_fp16_a_base_in_nf4_trains_in_fp16_with_a_loss_scale() -> None:
+    model = toy("llama", torch.bfloat16, std=0.1)
+    quantize(model, "nf4-dq", torch.float16, torch.device("cpu"))
+    with_lora(model, torch.float32)
+    optimizer = build_optimizer(model.train(), FP16)
+    assert optimizer.scale == LARGEST_SCALE and model.dtype == torch.float16
+    means = epoch_means([*steps_of(model, batches(), FP16, optimizer)])
+    assert means[-1] < 0.8 * means[0]
 
 
 def run_from(scale: float) -> tuple[list[Step], dict[str, Tensor], list[float], int]:
