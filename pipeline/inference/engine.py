@@ -1,7 +1,9 @@
 """Loads models with or without an adapter and prompts them."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,8 @@ from pipeline.adapters.batched import lora_layers
 from pipeline.adapters.folder import quantization_of
 from pipeline.adapters.peft import EACH_TIME, Reading, load_adapter
 from pipeline.data.tokenizers.word import Tokenizer
-from pipeline.models.base import CausalLM
-from pipeline.models.device import move_for_inference
+from pipeline.models.base import CausalLM, LowBitLinear
+from pipeline.models.device import fast_precision, move_for_inference
 from pipeline.models.generate import GREEDY, Sampling, encode_prompt, finite, generate
 from pipeline.models.kernels import uses_cpu_kernels
 from pipeline.models.load import load_base
@@ -61,10 +63,29 @@ def load(
     # before the adapter, whose tensors go where the layers are
     move_for_inference(model, make_room)
     if not uses_cpu_kernels(model.device):
+        _leave_bf16(model)
         model.prepare_for_accelerator(model.device)
     if adapter is not None:
         attach_for_inference(model, base, adapter, reading)
     return LoadedModel(name or (adapter or base).name, model.eval(), tokenizer, base, adapter)
+
+
+def _leave_bf16(model: CausalLM) -> None:
+    """Cast what is in bf16 to fp16 on a GPU that emulates bf16, if all of it is in fp16's range."""
+    stored = [t for t in chain(model.parameters(), model.buffers()) if t.dtype == torch.bfloat16]
+    if fast_precision(model.device) != "fp16":
+        return
+    if any(t.abs().max() > torch.finfo(torch.float16).max for t in stored if t.numel()):
+        logging.getLogger(__name__).warning(
+            "this GPU has no bf16 instructions, and the weights are too large for fp16: answers are "
+            "slow"
+        )
+        return
+    for tensor in stored:
+        tensor.data = tensor.data.half()
+    for module in model.modules():
+        if isinstance(module, LowBitLinear):
+            module.dtype = model.dtype
 
 
 def attach_for_inference(model: CausalLM, base: Path, adapter: Path, reading: Reading) -> Any:

@@ -182,7 +182,7 @@ def dequantize_weight(
         # a run on a CPU does not load it
         from pipeline.models.kernels.accelerator.weights import dequantize_nf4, dequantizes_nf4
 
-        if dequantizes_nf4(codes.device):
+        if dequantizes_nf4(codes.device, dtype):
             return dequantize_nf4(quantized, shape, dtype)
     count, functional = math.prod(shape), _bitsandbytes()
     if functional is None:
@@ -244,7 +244,7 @@ def quantize(
     if device.type == "cuda" and kind != "int8" and _bitsandbytes() is None:
         from pipeline.models.kernels.accelerator.weights import dequantizes_nf4
 
-        if not dequantizes_nf4(device):
+        if not dequantizes_nf4(device, dtype or torch.float16):  # every GPU has it
             nf4.tell_cost()
     for name in quantizable(model):
         layer = QuantizedLinear(model.get_submodule(name), kind, device)

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
+from pipeline.models.device import fast_precision
 from pipeline.models.kernels import uses_cpu_kernels
+from pipeline.models.load import DTYPES
 from pipeline.models.transformers_model import from_config
 from pipeline.project.probes import Finding, held, record
 
@@ -24,7 +26,9 @@ def try_kernels(device: torch.device) -> Sequence[Finding]:
     """What was tried on `device` and did not work."""
     with held() as findings:
         try:
-            model = from_config(LLAMA, torch.bfloat16).eval()
+            # before Ampere Triton compiles no bf16, and nothing of ours uses it
+            dtype = DTYPES["fp16" if fast_precision(device) == "fp16" else "bf16"]
+            model = from_config(LLAMA, dtype).eval()
             if uses_cpu_kernels(device):
                 model.prepare_cpu_training()
             else:
@@ -34,8 +38,8 @@ def try_kernels(device: torch.device) -> Sequence[Finding]:
 
                 model.prepare_for_accelerator(device)
                 fuses_head(model.to(device))
-                adds_in_fp32(device, torch.bfloat16)
-                dequantizes_nf4(device)
+                adds_in_fp32(device, dtype)
+                dequantizes_nf4(device, dtype)
             _ = model.supports_packing  # reading it tries packed sequences
         except Exception as error:  # of a driver, or of a card without memory
             record(f"a small model on {device}", error, "nothing is computed there")

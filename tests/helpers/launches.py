@@ -98,7 +98,7 @@ def patched(launches: Launches, liger: bool) -> Iterator[None]:
 
     with (
         mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(weights, "_works", lambda _: True),
+        mock.patch.object(weights, "_works", lambda *_: True),
         mock.patch.object(accelerator_attention, "AGREEMENT", math.inf),
     ):
         if liger:

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.adapters.lora import DoRALinear, LoRALinear
+from pipeline.models import trial
 from pipeline.models.base import CausalLM
 from pipeline.models.generate import read_side_by_side
 from pipeline.models.kernels import accelerator
 from pipeline.models.kernels.accelerator import block as accelerator_block
-from pipeline.models.kernels.accelerator import fuse
+from pipeline.models.kernels.accelerator import fuse, products, weights
 from pipeline.models.kernels.accelerator.block import AcceleratorBlock
 from pipeline.models.kernels.accelerator.products import linears
 from pipeline.models.pages import PagePool, SequenceCache
@@ -234,8 +235,22 @@ def test_turning_back_is_the_transpose_of_turning() -> None:
     assert accelerator._same_rotation(accelerator_block.rotate, accelerator_block.rotate, CPU)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-def test_our_kernels_compile_for_a_card(capability: int) -> None:
+@pytest.mark.parametrize(
+    ("fast", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.bfloat16)]
+)
+def test_kernels_are_tried_in_what_the_device_computes_in(
+    monkeypatch: pytest.MonkeyPatch, fast: str, dtype: torch.dtype
+) -> None:
+    tried = list[torch.dtype]()
+    monkeypatch.setattr(trial, "fast_precision", lambda _: fast)
+    monkeypatch.setattr(trial, "uses_cpu_kernels", lambda _: False)
+    for module, name in ((products, "adds_in_fp32"), (weights, "dequantizes_nf4")):
+        monkeypatch.setattr(module, name, lambda _, dtype: tried.append(dtype))
+    assert not trial.try_kernels(CPU) and tried == [dtype] * 2
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(75, "fp16"), (80, "bf16"), (90, "bf16")])
+def test_our_kernels_compile_for_a_card(capability: int, dtype: str) -> None:
     """To machine code, which needs no card."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
@@ -247,8 +262,8 @@ def test_our_kernels_compile_for_a_card(capability: int) -> None:
         "codes": "*u8",
         "scales": "*u8",
         "labels": "*i64",
-        "logits": "*bf16",
-        "out": "*bf16",
+        "logits": f"*{dtype}",
+        "out": f"*{dtype}",
     }
     fixed = {"CAP": 30.0, "GRADIENT": True, "COLUMNS": 4096}
     fixed |= {"BLOCK": 64, "SCALE_BLOCK": 256, "DOUBLE": True, "COUNT": 1024}

@@ -263,7 +263,7 @@ def test_what_nf4_costs_on_a_gpu_without_bitsandbytes_is_said(
 ) -> None:
     monkeypatch.setattr(quantized_linear, "_bitsandbytes", lambda: library)
     monkeypatch.setattr(quantized_linear, "quantizable", lambda _: [])
-    monkeypatch.setattr(weights, "dequantizes_nf4", lambda _: False)
+    monkeypatch.setattr(weights, "dequantizes_nf4", lambda *_: False)
     with held() as found:
         quantize(toy("llama"), kind, None, torch.device(device))
     assert [(each.tried, "lora-workbench[qlora]" in each.slower) for each in found] == [

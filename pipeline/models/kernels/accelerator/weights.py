@@ -16,9 +16,9 @@ COUNT = 1024  # weights of a program
 AGREEMENT = 2**-8  # of the largest: a rounding to bf16
 
 
-def dequantizes_nf4(device: torch.device) -> bool:
-    """Whether the kernel works on `device`."""
-    return device.type == "cuda" and _works(device)
+def dequantizes_nf4(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel works on `device` for weights in `dtype`."""
+    return device.type == "cuda" and _works(device, dtype)
 
 
 def dequantize_nf4(
@@ -42,9 +42,12 @@ def dequantize_nf4(
 
 
 @cache
-def _works(device: torch.device) -> bool:
+def _works(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether it compiles there and gives nf4.py's numbers. Tried once."""
-    tried, slower = f"a kernel for NF4 weights on {device}", "three calls dequantize a weight"
+    tried, slower = (
+        f"a kernel for NF4 weights in {dtype} on {device}",
+        "three calls dequantize a weight",
+    )
 
     def agrees() -> bool:
         weight = random_tensors((96, 128))[0]
@@ -58,7 +61,7 @@ def _works(device: torch.device) -> bool:
             "offset": scales.offset,
         }
         there = {name: tensor.to(device) for name, tensor in stored.items()}
-        actual = dequantize_nf4(there, (96, 128), torch.bfloat16).cpu().float()
+        actual = dequantize_nf4(there, (96, 128), dtype).cpu().float()
         expected = nf4.dequantize(quantized)
         return bool((actual - expected).abs().max() <= AGREEMENT * expected.abs().max())
 
