@@ -17,7 +17,7 @@ from pipeline.models.base import CausalLM
 from pipeline.models.device import to_device
 from pipeline.models.kernels import uses_cpu_kernels
 from pipeline.models.kernels.decode import fast_decoding, reads_pages
-from pipeline.models.pages import PackedCache, PagePool, SequenceCache
+from pipeline.models.pages import LANES, PAGE, PackedCache, PagePool, SequenceCache
 from pipeline.project.probes import computes
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def _generate_group(
     rooms = [min(limit, model.max_length - len(prompt)) for prompt, limit in pairs]
     capacities = [len(prompt) + room for prompt, room in zip(prompts, rooms, strict=True)]
     # a page for each sequence
-    pool = PagePool(max(capacities, default=0))
+    pool = _page_pool(model, max(capacities, default=0))
     caches = [SequenceCache(pool, capacity) for capacity in capacities]
     likely = dict[int, NextToken]()
     for n, prompt in enumerate(prompts):
@@ -211,6 +211,11 @@ def _generate_group(
         rows = next_tokens(read_side_by_side(model, [caches[n] for n in running], tokens))
         likely = dict(zip(running, rows, strict=True))
     return answers
+
+
+def _page_pool(model: CausalLM, tokens: int) -> PagePool:
+    """Pages of so many tokens, or the few more that the kernels of the model's device need."""
+    return PagePool(tokens, lanes=LANES if uses_cpu_kernels(model.device) else PAGE)
 
 
 def read_side_by_side(
@@ -255,7 +260,7 @@ def agrees(
     first, second = ([id_ % alone.shape.rows for id_ in probe] for probe in PROBES)
 
     def side_by_side() -> Tensor:
-        pool = PagePool(len(first) + len(second))
+        pool = _page_pool(alone, len(first) + len(second))
         caches = [SequenceCache(pool, len(ids)) for ids in (first, second)]
         all_but_last = read(caches, [first[:-1], second[:-1]])
         return torch.stack([all_but_last[0], read(caches, [first[-1:], second[-1:]])[0]])
@@ -342,10 +347,18 @@ def draw(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     samplings = [draws[n][0] for n in warm]
     numbers = torch.cat([torch.rand(1, generator=draws[n][1]) for n in warm])
     rows = to_device(torch.tensor(warm), logits.device)
-    sums = distributions(logits[rows], samplings).cumsum(1)
+    sums = _prefix_sums(distributions(logits[rows], samplings))
     sought = to_device(numbers, logits.device)[:, None] * sums[:, -1:]
     found = torch.searchsorted(sums, sought, right=True)[:, 0]
     return ids.index_copy(0, rows, found.clamp_max(logits.shape[1] - 1))  # of NaNs
+
+
+def _prefix_sums(probabilities: Tensor) -> Tensor:
+    """`cumsum` of each row (N, V), the same each time."""
+    if probabilities.device.type == "cpu":
+        return probabilities.cumsum(1)
+    # CUDA adds up a lone row of floats in an order that varies, which whole numbers do not show
+    return (probabilities * 2.0**40).long().cumsum(1) / 2.0**40
 
 
 def distributions(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
@@ -369,7 +382,7 @@ def _sorted_distributions(logits: Tensor, samplings: Sequence[Sampling]) -> Tens
     ordered, order = logits.sort(dim=1, descending=True, stable=True)
     ranks = torch.arange(V, device=logits.device)
     cut = ordered.masked_fill(ranks >= k, -torch.inf).softmax(1)
-    before = cut.cumsum(1) - cut  # mass of the likelier tokens
+    before = _prefix_sums(cut) - cut  # mass of the likelier tokens
     cut = cut.masked_fill((before >= p) & (ranks > 0), 0)
     return torch.zeros_like(logits).scatter(1, order, cut / cut.sum(1, keepdim=True))
 

@@ -70,6 +70,8 @@ class Seen:
 
     # of the device: the host waits until all is computed
     reads: Counter[str] = field(default_factory=Counter)
+    # that these copy to the host
+    read_bytes: Counter[str] = field(default_factory=Counter)
     # copies to the device from memory that is not pinned
     blocking: Counter[str] = field(default_factory=Counter)
     # copies to the device that the host does not wait for
@@ -78,6 +80,8 @@ class Seen:
     hosted: Counter[str] = field(default_factory=Counter)
     # tensors with two dimensions of a row's tokens
     square: Counter[str] = field(default_factory=Counter)
+    # sums whose order is another each time: torch's `cumsum` of floats is such on CUDA
+    unordered: Counter[str] = field(default_factory=Counter)
 
     def clear(self) -> None:
         for counted in vars(self).values():
@@ -125,6 +129,7 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
             to = target.device if isinstance(target, Tensor) else torch.device(target)
             if _is_there(source) and to.type == "cpu":
                 seen.reads[_where(name)] += 1
+                seen.read_bytes[_where(name)] += source.nbytes
                 if name == "copy_":
                     return target.zero_()
                 zeros = torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
@@ -163,6 +168,8 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return args[0].flatten(0, whole[0].dim() - 1)  # as if it were true everywhere
             if any(one is not None and one.dim() and not _is_there(one) for one in args[1]):
                 seen.blocking[_where(f"{name} by indices of the host")] += 1
+        if name == "cumsum" and of_meta and args[0].is_floating_point():
+            seen.unordered[_where(name)] += 1
         out = func(*args, **kwargs)
         for one in tree_leaves(out):
             if isinstance(one, Tensor) and not _is_there(one) and one.dim() and one.numel():
@@ -283,6 +290,7 @@ def refuse(seen: Seen, reads: Mapping[str, int]) -> None:
             del counted[where]
     assert dict(seen.reads) == dict(reads), f"reads of the device: {dict(seen.reads)}"
     assert not seen.blocking, f"copies that the host waits for: {seen.blocking}"
+    assert not seen.unordered, f"sums in no fixed order: {seen.unordered}"
     assert not seen.square, f"two dimensions of a row's tokens: {seen.square}"
     assert all(where.startswith(QUEUED) for where in seen.queued), seen.queued
     hosted = [where for where in seen.hosted if not where.startswith((*HOSTED,))]

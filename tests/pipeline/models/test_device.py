@@ -29,8 +29,10 @@ from pipeline.files.text import in_units
 from pipeline.inference import engine, server
 from pipeline.inference.handlers import RequestHandler
 from pipeline.models import device, quantized_linear
-from pipeline.models.generate import generate
+from pipeline.models import generate as generation
+from pipeline.models.generate import Sampling, draw, generate
 from pipeline.models.load import load_base
+from pipeline.models.pages import PAGE, PagePool
 from pipeline.project import process
 from pipeline.project.dvc_yaml import render_dvc_yaml
 from pipeline.project.logs.run_log import read_steps
@@ -159,6 +161,41 @@ def test_a_packed_step_and_generation_of_each_family_are_the_cpus(
     assert list(generate(model, (5, 9, 17), {1}, 12)) == list(
         generate(load_base(tmp_path).model, (5, 9, 17), {1}, 12)
     )
+
+
+@on_accelerator
+def test_pages_there_are_of_sizes_that_flash_attention_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy_checkpoint(tmp_path, max_position_embeddings=512)
+    prompts, limits, sizes = [(5, 9, 17), (3, 4)], [12, 300], set[int]()
+
+    class Noted(PagePool):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, **named)
+            sizes.add(self.size)
+
+    monkeypatch.setattr(generation, "PagePool", Noted)
+    there = generation.generate_all(engine.load(tmp_path).model, prompts, {1}, limits)
+    assert sizes == {PAGE, 2 * PAGE}
+    sizes.clear()
+    here = generation.generate_all(load_base(tmp_path).model, prompts, {1}, limits)
+    assert there == here and sizes == {16, 304}, "a CPU keeps no more than it needs"
+
+
+def test_a_seed_draws_there_what_it_draws_on_the_cpu(accelerator: torch.device) -> None:
+    logits = torch.randn(3, 5000, generator=torch.Generator().manual_seed(1)) * 3
+    samplings = [Sampling(0.8), Sampling(1.0, 40, 0.9), Sampling(1.3, top_p=0.7)]
+
+    def drawn(logits: torch.Tensor, seed: int, n: int = 3) -> list[int]:
+        seeded = [torch.Generator().manual_seed(seed + row) for row in range(n)]
+        ids: list[int] = draw(logits[:n], [*zip(samplings[:n], seeded, strict=True)]).tolist()
+        return ids
+
+    there = logits.to(accelerator)
+    for seed in range(50):
+        expected = drawn(logits, seed)
+        assert drawn(there, seed) == expected and drawn(there, seed, 1) == expected[:1]
 
 
 # as preferences are read where a base does not read sequences end to end
