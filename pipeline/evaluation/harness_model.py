@@ -3,6 +3,7 @@
 Its tokens, truncations and stop sequences are those of lm-eval's `hf` model.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -22,7 +23,8 @@ from pipeline.inference.completions import cache_tokens
 from pipeline.inference.model_pool import ModelPool
 from pipeline.inference.score import CHUNK
 from pipeline.models.base import CausalLM, packed_hidden_states
-from pipeline.models.generate import Sampling, finite
+from pipeline.models.device import fp64_device, read_numbers, to_device
+from pipeline.models.generate import NOT_FINITE, Sampling
 
 GENERATION = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
 # a request, and the ids of its context and its continuation
@@ -127,28 +129,39 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             numbers_of.setdefault(key, []).append(number)
         # what is too large fails first
         inputs = sorted(numbers_of, key=lambda key: len(key[0]), reverse=True)
-        answers: dict[int, tuple[float, bool]] = {}
         every = packed_hidden_states(self._model, [ids for ids, _length in inputs])
         # none where stderr is no terminal
         shown = tqdm(every, desc=self._name, total=len(inputs), disable=None)
+        order, measured = list[int](), list[Tensor]()
         for key, hidden in zip(inputs, shown, strict=True):
             numbers = numbers_of[key]
+            order += numbers
             continuations = torch.tensor([requests[number][2] for number in numbers])  # (M, T)
-            scored = self._log_likelihoods(hidden[-key[1] :], continuations)
-            answers |= zip(numbers, scored, strict=True)
+            measured.append(self._log_likelihoods(hidden[-key[1] :], continuations))
+        # read at the end: until then a GPU is not waited for
+        read = read_numbers(measured)
+        if not all(map(math.isfinite, read)):
+            raise UserError(NOT_FINITE)
+        scored = zip(read[::2], (not others for others in read[1::2]), strict=True)
+        answers = dict(zip(order, scored, strict=True))
         return [answers[number] for number in range(len(requests))]
 
-    def _log_likelihoods(self, hidden: Tensor, continuations: Tensor) -> list[tuple[float, bool]]:
-        """Those of continuations (M, T) that the same hidden states (T, D) predict."""
-        total = torch.zeros(len(continuations), dtype=torch.float64)
-        greedy = torch.ones(len(continuations), dtype=torch.bool)
+    def _log_likelihoods(self, hidden: Tensor, continuations: Tensor) -> Tensor:
+        """(M, 2): the sum, NaN if logits are not finite, and how many tokens are not the likeliest.
+
+        Of continuations (M, T) that the same hidden states (T, D) predict.
+        """
+        exact = fp64_device(hidden.device)
+        total = torch.zeros(len(continuations), dtype=torch.float64, device=exact)
+        others = torch.zeros_like(total)  # tokens that are not the likeliest
         predicted = torch.split(hidden, CHUNK)
-        expected = torch.split(continuations.T.to(hidden.device), CHUNK)
+        expected = torch.split(to_device(continuations, hidden.device).T, CHUNK)
         for rows, labels in zip(predicted, expected, strict=True):
-            log_p = finite(self._model.logits(rows).float()).log_softmax(-1)  # (n, V)
-            total += log_p.gather(1, labels).cpu().double().sum(0)  # MPS has no fp64
-            greedy &= (log_p.argmax(-1, keepdim=True) == labels).all(0).cpu()
-        return [*zip(total.tolist(), greedy.tolist(), strict=True)]
+            log_p = self._model.logits(rows).float().log_softmax(-1)  # (n, V)
+            of_labels = log_p.gather(1, labels) + 0 * log_p.min()
+            total += of_labels.to(exact).double().sum(0)
+            others += (log_p.argmax(-1, keepdim=True) != labels).sum(0).to(exact)
+        return torch.stack([total, others], 1)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
         """Log-likelihood of each text; one that is too long is cut in windows without overlap."""

@@ -5,7 +5,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,13 +26,12 @@ from pipeline.inference.engine import (
     complete,
     free,
     load,
-    top_tokens,
 )
 from pipeline.inference.engine import encode as encode_prompt
 from pipeline.inference.model_pool import ModelPool
 from pipeline.models.base import compute_in_fp32, packed_hidden_states
-from pipeline.models.device import to_device
-from pipeline.models.generate import finite
+from pipeline.models.device import read_numbers, to_device
+from pipeline.models.generate import NOT_FINITE
 from pipeline.project.new_project import DEFAULTS
 from pipeline.project.params.sections import Quantization
 
@@ -171,22 +170,27 @@ def score_answers(
                 f"The prompt {abbreviate_repr(prompt)} and its answer without the last token have "
                 f"{len(sequence)} tokens; {loaded.name} takes {model.max_length}. Shorten them."
             )
-    scores = []
+    k, measured = min(k, len(tokenizer)), list[Tensor]()
     for ids, answer, hidden in zip(
         prompts, answers, packed_hidden_states(model, sequences), strict=True
     ):
+        tokens = to_device(torch.tensor(answer, dtype=torch.int64), model.device)
         # the prompt's last token predicts the answer's first
-        # (tokens of the answer, V)
-        log_p = model.logits(hidden[len(ids) - 1 :]).float().log_softmax(-1).cpu()
-        top = top_tokens(loaded, finite(log_p[0]).exp(), k)
-        if not answer:
-            scores.append(AnswerScore(None, False, top))
-            continue
-        tokens = torch.tensor(answer)
-        token_log_p = log_p.gather(1, tokens[:, None])
-        total = token_log_p.sum()
-        first = bool((log_p.argmax(dim=-1) == tokens).all())
-        scores.append(AnswerScore(float(total.exp()), first, top, float(total)))
+        log_p = model.logits(hidden[len(ids) - 1 :]).float().log_softmax(-1)  # (n, V)
+        of_answer = log_p[: len(answer)]  # none if it is empty
+        total = of_answer.gather(1, tokens[:, None]).sum()
+        first = (of_answer.argmax(dim=-1) == tokens).all()
+        measured += [log_p[0].min(), total, total.exp(), first, *log_p[0].exp().topk(k)]
+    # read at the end: until then a GPU is not waited for
+    numbers, scores = iter(read_numbers(measured)), []
+    for answer in answers:
+        least, log_probability, probability, greedy, *values = islice(numbers, 4 + k)
+        if not math.isfinite(least):
+            raise UserError(NOT_FINITE)
+        words = [tokenizer.word(int(id_)) for id_ in islice(numbers, k)]
+        top = [*map(TokenProbability, words, values)]
+        scored = AnswerScore(probability, bool(greedy), top, log_probability)
+        scores.append(scored if answer else AnswerScore(None, False, top))
     return scores
 
 

@@ -57,7 +57,7 @@ HOSTED = {
     "models/base.py:packed_hidden_states": "texts to score, a row of them",
     "models/generate.py:": "a prompt; and the logits, for sampling is on the host",
     "inference/score.py:": "labels; and what was read of the answers",
-    "inference/engine.py:top_tokens": "what was read of the answers",
+    "evaluation/harness_model.py:_loglikelihood_tokens": "the tokens to score",
     "inference/batched_model.py:logits": "the next tokens of many sequences",
     "adapters/mixed.py:masks": "which rows are whose, when that changes",
     "models/device.py:": "what was read, or is copied",

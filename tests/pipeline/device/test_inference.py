@@ -4,6 +4,7 @@
 
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from pipeline.models.minigpt import MiniGPT, MiniGPTConfig
 from pipeline.models.pages import PagePool, SequenceCache
 from pipeline.models.virtual_tokens import PrefixTokens, PromptTokens
 from tests.helpers.real import ROWS, toy, with_lora
-from tests.helpers.stand_in import refuse, to_stand_in, watched
+from tests.helpers.stand_in import READ, refuse, to_stand_in, watched
 
 LONG = 600
 PROMPT = [3 + n % 90 for n in range(LONG)]
@@ -129,11 +130,29 @@ def test_an_evaluation_is_read_when_all_of_it_is_queued(dtype: torch.dtype) -> N
     refuse(seen, {"inference/score.py:score _to_copy": 3})
 
 
-def test_answers_are_read_one_by_one() -> None:
-    model = ready(model_of("llama", torch.bfloat16))
+def test_answers_are_read_when_all_of_them_are_queued() -> None:
+    """Numbers of each, and no logits."""
+    model, k = ready(model_of("llama", torch.bfloat16)), 3
+    pairs = [(TEXT, "5 6 7"), (TEXT, "8"), ("3", "4"), ("3", "")]
     with watched(LONG - 1) as seen:
-        score.score_answers(loaded(model), [(TEXT, "5 6 7"), (TEXT, "8"), ("3", "4")])
-    refuse(seen, {"inference/score.py:score_answers _to_copy": 3})
+        score.score_answers(loaded(model), pairs, k)
+    refuse(seen, {READ: 1})
+    assert seen.read_bytes[READ] == len(pairs) * (4 + 2 * k) * 4
+
+
+def test_log_likelihoods_of_a_task_are_read_when_all_of_them_are_queued() -> None:
+    """Two numbers of each continuation, two of which follow the same context, another is long."""
+    pytest.importorskip("lm_eval")
+    from pipeline.evaluation.harness_model import HarnessModel
+
+    resident = SimpleNamespace(loaded=loaded(ready(model_of("llama", torch.bfloat16))))
+    pool = SimpleNamespace(loaded=lambda _: resident)
+    harness = HarnessModel(pool, "model")  # type: ignore[arg-type]
+    requests = [(None, PROMPT[:9], [5]), (None, PROMPT[:9], [6]), (None, PROMPT[:50], PROMPT[:300])]
+    with watched(LONG - 1) as seen:
+        assert len(harness._loglikelihood_tokens(requests)) == 3
+    refuse(seen, {READ: 1})
+    assert seen.read_bytes[READ] == len(requests) * 2 * 8
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
