@@ -8,13 +8,16 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from pipeline.models import device, nf4
+from pipeline.models.pages import BlockPages
 from pipeline.models.transformers_model import TransformersModel
 from pipeline.stages.gpu_checks import __main__ as child
 from pipeline.stages.gpu_checks import checks, report
@@ -140,39 +143,42 @@ def test_memory_measured_is_compared_with_the_prediction(
 
 
 @pytest.mark.usefixtures("small")
-def test_speed_is_compared_with_what_is_installed_and_one_that_fails_stops_no_other(
+def test_answers_are_the_same_from_pages_and_keys_that_are_mixed_up_are_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(checks, "find_spec", lambda _: None)
-    here, *others = seen_by("tokens per second")
-    assert here.as_expected and [each.as_expected for each in others] == [None, None]
-    assert all("not installed" in each.text and "`pip install" in each.remedy for each in others)
-
-    def other(library: str, *_: object) -> tuple[str, float]:
-        if library == "trl":
-            raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
-        return "packed", 1e-9
-
-    monkeypatch.setattr(checks, "find_spec", lambda name: name)
-    monkeypatch.setattr(checks, "_other", other)
-    _, trl, unsloth = seen_by("tokens per second")
-    assert trl.as_expected is None and "out of memory" in trl.text and "End what else" in trl.remedy
-    assert unsloth.what == "unsloth, packed" and unsloth.as_expected is False
+    seen = seen_by("answers")
+    expected = dict.fromkeys(("pages", "llama, 1 side by side", "llama, 64 side by side"), True)
+    assert verdicts(seen) == {**expected, "launches of a token": None}, "a CPU launches nothing"
+    assert all("tokens per second" in each.text for each in seen[1:3])
+    pairs = BlockPages.pairs
+    monkeypatch.setattr(
+        BlockPages, "pairs", lambda pages: [(k.roll(1, 2), v) for k, v in pairs(pages)]
+    )
+    pages = seen_by("answers")[0]
+    assert pages.as_expected is False and "tokens differ, by" in pages.text
 
 
-def test_another_program_sees_the_card_that_is_checked_alone(
+@pytest.mark.usefixtures("small")
+def test_launches_of_a_token_are_those_that_the_profiler_counts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert checks._card(torch.device("cuda", 1)) == "1"
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-7")
-    assert [checks._card(torch.device("cuda", n)) for n in range(2)] == ["5", "GPU-7"]
+    events = [("cudaLaunchKernel", 30), ("cuLaunchKernelEx", 12), ("cudaMemcpyAsync", 2)]
+    named = [SimpleNamespace(key=key, count=count) for key, count in events]
+
+    class Profile(nullcontext[Any]):
+        def key_averages(self) -> list[SimpleNamespace]:
+            return named
+
+    made = Profile()
+    made.enter_result = made
+    monkeypatch.setattr(torch.profiler, "profile", lambda: made)
+    assert seen_by("answers")[-1] == Seen("launches of a token", "42, 21 a block")
 
 
-@pytest.mark.slow
-def test_trl_trains_the_same_examples() -> None:
-    how, seconds = checks._other("trl", TOY, CPU)
-    assert "padded" in how and seconds > 0
+@pytest.mark.usefixtures("small")
+def test_the_speed_of_training_is_a_number() -> None:
+    (seen,) = seen_by("tokens per second")
+    assert seen.as_expected and int(seen.text.replace(",", "")) > 0
 
 
 @pytest.mark.slow
@@ -351,14 +357,10 @@ def test_the_command_writes_a_report_for_readers_and_programs(
     assert code == (verdict is False) and (
         "error: not as expected: versions and card, " in err
     ) == (verdict is False)
-    assert (
-        err.count("error:") == (verdict is False)
-        and "r.md" in err
-        and "8 of 8: tokens per second" in err
-    )
+    assert err.count("error:") == (verdict is False) and "r.md" in err and "9 of 9: answers" in err
     lines = [line for row in rows["checks"] for line in row["lines"]]
     assert {line["verdict"] for line in lines} == {report.VERDICTS[verdict]}
-    assert text.count("| its / numbers differ |") == len(CHECKS) and "16 s on cuda:0" in text
+    assert text.count("| its / numbers differ |") == len(CHECKS) and "18 s on cuda:0" in text
     assert "gemma2: its | numbers differ" in out
     assert out.count(CHECKS["packing"].remedy[:40]) == (verdict is False)
 
