@@ -483,7 +483,7 @@ def answers(device: torch.device) -> Iterator[Seen]:
     model = _answering(SMALL, device)
     prompts = [ids for ids, _ in SMALL.examples()]
     tokens = zip(*islice(_tokens(model, prompts), MEASURED), strict=True)
-    distances = torch.stack([_distance(model, *each) for each in zip(prompts, tokens, strict=True)])
+    distances = torch.stack([_distance(model, *pair) for pair in zip(prompts, tokens, strict=True)])
     largest, others = float(distances.max()), int(distances.count_nonzero())
     text = f"{others} of {distances.numel()} tokens differ, by {largest:.1%} of a logit at most"
     yield Seen("pages", text, largest <= ROUNDING)
