@@ -52,6 +52,10 @@ def serve(
             "free memory.",
         ),
     ] = None,
+    engine: Annotated[
+        Literal["auto", "own", "vllm"],
+        Option(help="What computes; auto: vLLM where it, a GPU and only low-rank adapters are."),
+    ] = "auto",
     quantization: Annotated[
         Literal["q8_0"] | None,
         Option(help="Keep the bases' linears in int8; on a CPU. Prints what that changes."),
@@ -69,15 +73,16 @@ def serve(
 ) -> None:
     """Serve base and adapters over OpenAI's HTTP API.
 
-    By default the models of this project, on this machine only, for one user. For many take vLLM.
+    By default the models of this project, on this machine only.
     """
-    from cli.console import print_line, print_note
+    from cli.console import print_line
     from pipeline.adapters.folder import common_base
     from pipeline.project.stage_graph import ARTIFACTS
     from pipeline.stages.registry import current_project
 
     require("lora serve")
 
+    from pipeline.certify.vllm import Choice
     from pipeline.inference.http import models, server
     from pipeline.inference.http.q8_0 import Q8Bases
 
@@ -104,22 +109,21 @@ def serve(
             return models.project_models(project)
 
     quantize = Q8Bases() if quantization else None
+    unmet = "--quantization" if quantization else "--max-total-tokens" if max_total_tokens else ""
+    choice = Choice(engine, trust_remote_code, unmet)
     served = server.HttpServer(
         *(scan, access, port, allowed, trust_remote_code, max_batch, max_waiting, max_total_tokens),
         quantize,
+        choice,
     )
     key = 'os.environ["LORA_API_KEY"]' if api_key else '"none"'
     header = ' -H "Authorization: Bearer $LORA_API_KEY"' if api_key else ""
     print_line(f"Serving {served.models.base} at {served.url}/v1, stop with Ctrl-C. Models:")
     for name in served.models.sources:
         print_line(f"  {name}")
-    for line in quantize.lines if quantize else ():
+    for line in (choice.line, *(quantize.lines if quantize else ())):
         print_line(line)
     print_line(f"Running sequences may have {served.generator.max_tokens:,} tokens in all.")
     print_line(f"Try: curl {served.url}/v1/models{header}")
     print_line(f'or:  OpenAI(base_url="{served.url}/v1", api_key={key})')
-    print_note(
-        "It is made for one desk. For production use vLLM: lora export ADAPTER --format vllm "
-        "--out DIR"
-    )
     served.run()

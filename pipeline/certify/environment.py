@@ -37,7 +37,7 @@ def environments_folder() -> Path:
     return Path(named) if named else home_folder() / ".cache" / "lora-workbench" / "engines"
 
 
-def python_with(requirements: Sequence[str]) -> Path:
+def python_with(requirements: Sequence[str], make: bool = True) -> Path:
     """The Python of an environment with `requirements`, which is made if there is none.
 
     Raises UserError with the reason where it cannot be had.
@@ -52,6 +52,8 @@ def python_with(requirements: Sequence[str]) -> Path:
     with folder.with_suffix(".lock").open("a") as lock:
         flock(lock)  # another command may be making it
         if not ready.exists():
+            if not make:
+                raise UserError(f"{requirements[0]} is not installed")
             _make(folder, python, wanted)
             _link_torch(python, site)
             ready.touch()

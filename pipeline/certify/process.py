@@ -33,7 +33,7 @@ class Process:
         command = (str(python), "-E", "-P", str(RUNNERS / runner), *words)
         self._worker = Worker(command, self._log)
         try:
-            self.name: str = self._ask("start")[0]["name"]  # the program and its version
+            self.about, _ = self._ask("start")  # `name`: the program and its version
         except BaseException:  # Ctrl-C too
             self.close()
             raise
@@ -41,6 +41,11 @@ class Process:
     def close(self) -> None:
         self._worker.kill()
         self._log.close()
+
+    @property
+    def name(self) -> str:
+        """The program and its version."""
+        return str(self.about["name"])
 
     @property
     def is_alive(self) -> bool:
@@ -90,12 +95,21 @@ class Process:
         return list(answer["answer"])
 
     def _ask(self, do: str, **fields: Any) -> tuple[Answer, bytearray]:
-        self._worker.send(do, **fields)
+        self.send(do, **fields)
         try:
-            return self._worker.read(SILENCE_SECONDS)
+            return self.read(SILENCE_SECONDS)
         except TimeoutError:
             self._worker.kill()
             raise UserError(f"it did not answer within {SILENCE_SECONDS:g} seconds") from None
+
+    def send(self, do: str, **fields: Any) -> int:
+        """Ask without waiting; the id of what `read` gives for it."""
+        return self._worker.send(do, **fields)
+
+    def read(self, seconds: float) -> tuple[Answer, bytearray]:
+        """The next answer. Raises TimeoutError after `seconds`."""
+        try:
+            return self._worker.read(seconds)
         except EOFError:
             raise UserError(f"it died{self._last_words()}") from None
 

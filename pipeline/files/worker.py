@@ -66,13 +66,15 @@ class Worker:
         self._ids = itertools.count(1)
         self._unread = bytearray()  # output after the last answer
 
-    def send(self, do: str, **fields: object) -> None:
-        """Send a request; `read` gives its answers."""
-        line = json.dumps({"id": next(self._ids), "do": do, **fields}).encode() + b"\n"
+    def send(self, do: str, **fields: object) -> int:
+        """Send a request; `read` gives its answers, which have the id that is returned."""
+        id_ = next(self._ids)
+        line = json.dumps({"id": id_, "do": do, **fields}).encode() + b"\n"
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):  # it died: reading says so
             self.process.stdin.write(line)
             self.process.stdin.flush()
+        return id_
 
     def read(self, seconds: float) -> tuple[Answer, bytearray]:
         """The next answer, and the bytes that follow it.

@@ -189,7 +189,7 @@ class BatchedGenerator:
         self.tokens = 0  # generated since the start
         # forwards by the number of requests that got a token from them
         self.batch_sizes = Counter[int]()
-        self._pool = pool
+        self.pool = pool
         self._batched: WeakKeyDictionary[ResidentBase, BatchedModel] = WeakKeyDictionary()
         self._changed = threading.Condition()  # guards what other threads write
         self._waiting, self._calls = deque[Ticket](), deque[Callable[[], None]]()
@@ -234,7 +234,7 @@ class BatchedGenerator:
 
     def _capacity(self, generation: Generation) -> int:
         """The tokens that its cache may hold. Raises UserError for a bad request."""
-        resident, ids, limit = self._pool.loaded(generation.model), generation.ids, generation.limit
+        resident, ids, limit = self.pool.loaded(generation.model), generation.ids, generation.limit
         model = resident.loaded.model
         resident.refuse_strength(generation.strength)
         if not 0 <= generation.strength <= 2:
@@ -270,7 +270,7 @@ class BatchedGenerator:
         def run() -> None:
             if future.set_running_or_notify_cancel():
                 try:
-                    future.set_result(function(self._pool))
+                    future.set_result(function(self.pool))
                 except Exception as error:  # the caller's to handle
                     future.set_exception(error)
 
@@ -298,7 +298,7 @@ class BatchedGenerator:
             batched.pool.forget()
         held = sum(run.tokens_read for run in self._running)
         self.max_tokens = held + min(
-            (cache_room(base.loaded.model) for base in self._pool.bases), default=MAX_TOKENS
+            (cache_room(base.loaded.model) for base in self.pool.bases), default=MAX_TOKENS
         )
 
     def _wake(self) -> None:
@@ -363,7 +363,7 @@ class BatchedGenerator:
 
     def _begin(self, ticket: Ticket) -> Running:
         generation = ticket.generation
-        resident = self._pool.get(generation.model)  # loaded again if its files changed
+        resident = self.pool.get(generation.model)  # loaded again if its files changed
         self._capacity(generation)  # again: there may be less memory since, or another vocabulary
         base = resident.base
         if base not in self._batched:
@@ -441,10 +441,12 @@ class BatchedGenerator:
             if choice is not None:
                 self._sample(run, choice)
 
-    def _sample(self, run: Running, choice: NextToken | Tensor) -> None:
+    def _sample(self, run: Running, choice: NextToken | Tensor | GeneratedToken) -> None:
         """Hand on the next token, and end the request if it was the last."""
         try:
-            if isinstance(choice, NextToken):
+            if isinstance(choice, GeneratedToken):
+                token = choice
+            elif isinstance(choice, NextToken):
                 token = GeneratedToken(finite_id(choice.id), choice.logprob, ())
             else:
                 token = _draw_token(run, choice)

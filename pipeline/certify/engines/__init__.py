@@ -70,7 +70,7 @@ class Wanted(NamedTuple):
     def engine(self) -> Engine:
         return ENGINES[self.name]
 
-    def python(self, kind: str) -> Path:
+    def python(self, kind: str, make: bool = True) -> Path:
         """This Python where no version is asked for and it has the program; else an environment's.
 
         Raises UserError where it cannot be had.
@@ -79,7 +79,7 @@ class Wanted(NamedTuple):
 
         if self.version is None and self.engine.is_here(kind):
             return Path(sys.executable)
-        return python_with(self.engine.requirements(self.version))
+        return python_with(self.engine.requirements(self.version), make)
 
 
 def parse(text: str) -> list[Wanted]:

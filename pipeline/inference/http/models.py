@@ -85,7 +85,6 @@ class ServedModels:
     def __init__(
         self,
         generator: BatchedGenerator,
-        pool: ModelPool,
         scan: Callable[[], Sources],
         adapter_folders: Sequence[Path] = (),
         trust_remote_code: bool = False,
@@ -97,7 +96,7 @@ class ServedModels:
 
         `fits_memory`: the generator's `max_tokens` follows the memory that the loaded models leave.
         """
-        self._generator, self.pool, self._scan = generator, pool, scan
+        self._generator, self.pool, self._scan = generator, generator.pool, scan
         self._adapter_folders = [folder.resolve() for folder in adapter_folders]
         self._trusted, self._fits_memory = trust_remote_code, fits_memory
         self._scanned = dict(scan())

@@ -156,20 +156,28 @@ class HttpServer:
         max_waiting: int = 256,
         max_tokens: int | None = None,
         prepare: Prepare | None = None,
+        other: Callable[[Sources, int, int], BatchedGenerator | None] = lambda *_: None,
     ) -> None:
         """Binds the port and loads the base. Raises UserError.
 
         `max_tokens`: of all running sequences; None: as many as fit into memory. `prepare`: what is
-        done to a base before its first use.
+        done to a base before its first use. `other`: of the models, `max_batch` and `max_waiting`,
+        what computes in place of our own generator, or None.
         """
         access.check()
         self._socket = bind(access.host, port)
         self.port: int = self._socket.getsockname()[1]
         pool = ModelPool(most=models.MAX_LOADED, most_bases=models.MAX_BASES, prepare=prepare)
-        self.generator = BatchedGenerator(pool, max_batch, max_waiting, max_tokens or MAX_TOKENS)
+        try:
+            self.generator = other(scan(), max_batch, max_waiting) or BatchedGenerator(
+                pool, max_batch, max_waiting, max_tokens or MAX_TOKENS
+            )
+        except BaseException:
+            self._socket.close()
+            raise
         try:
             self.models = ServedModels(
-                self.generator, pool, scan, adapter_folders, trust_remote_code, max_tokens is None
+                self.generator, scan, adapter_folders, trust_remote_code, max_tokens is None
             )
             if max_tokens is None:
                 self._refuse_without_room()
