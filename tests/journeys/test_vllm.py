@@ -10,13 +10,15 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import pytest
 import torch
 from filelock import FileLock
+from psutil import Process, pid_exists
 
 from pipeline.adapters.config import AdapterSpec
 from pipeline.inference.engine import load
@@ -211,3 +213,68 @@ def test_vllm_answers_with_our_exports_as_we_do(served: str, toys: Path) -> None
             logits[name, len(ids)] = scores
     for name in SPECS:
         assert (logits[name, 6][0] - logits["base", 6][0]).abs().max() > 0.01
+
+
+def ask(address: str, key: str = "sesame", **body: Any) -> tuple[int, Any]:
+    """Status and answer of a completion."""
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    request = urllib.request.Request(
+        f"{address}/v1/completions", json.dumps(body).encode(), headers
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=120) as response:
+            return response.status, json.load(response)
+    except HTTPError as error:
+        return error.code, json.load(error)
+
+
+@contextmanager
+def serving(engine: str, base: Path, *adapters: Path) -> Iterator[tuple[str, str]]:
+    """Address and first lines of a `lora serve`, which must end on Ctrl-C with all it started."""
+    named = [word for adapter in adapters for word in ("--adapter", str(adapter))]
+    command = ["lora", "serve", "--base", str(base), *named, "--engine", engine, "--port", "0"]
+    server = subprocess.Popen(
+        [*command, "--api-key", "sesame"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert server.stdout is not None
+    with server, server.stdout:
+        try:
+            lines = list[str]()
+            for line in server.stdout:
+                lines.append(line.decode())
+                if "OpenAI(" in lines[-1]:
+                    break
+            assert "OpenAI(" in lines[-1], lines
+            started = [server.pid, *(child.pid for child in Process(server.pid).children(True))]
+            assert len(started) > 1 or engine == "own"
+            yield lines[0].split(" at ")[1].split("/v1")[0], "".join(lines)
+        finally:
+            server.send_signal(signal.SIGINT)
+            server.wait(60)
+        assert not [pid for pid in started if pid_exists(pid)]
+
+
+def test_lora_serve_answers_by_vllm_as_by_our_engine(toys: Path) -> None:
+    base, adapters = toys / "project/base", [toys / "plain", toys / "rows"]
+    prompts = [[1, 5, 9, 30], [1, 100, 44, 7, 5, 60]]
+    told = dict[str, list[Any]]()
+    for engine in ("own", "vllm"):
+        with serving(engine, base, *adapters) as (address, lines):
+            assert ("vLLM" in lines) == (engine == "vllm"), lines
+            asked: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "logprobs": 1}
+            told[engine] = [
+                ask(address, model=name, prompt=prompts, **asked)
+                for name in ("base", "plain", "rows")
+            ]
+            assert ask(address, "wrong", model="base", prompt=[1])[0] == 401
+            assert ask(address, model="nothing", prompt=[1])[0] == 404
+            code, said = ask(address, model="plain", prompt=[1], strength=0.5, max_tokens=1)
+            assert (code, "strength" in str(said)) == (200 if engine == "own" else 400, code != 200)
+    for ours, theirs in zip(told["own"], told["vllm"], strict=True):
+        assert (ours[0], theirs[0]) == (200, 200), theirs
+        for our, their in zip(ours[1]["choices"], theirs[1]["choices"], strict=True):
+            assert (our["text"], our["finish_reason"]) == (their["text"], their["finish_reason"])
+            expected = torch.tensor(our["logprobs"]["token_logprobs"])
+            assert (expected - torch.tensor(their["logprobs"]["token_logprobs"])).abs().max() < 1e-4
+    texts = {str([choice["text"] for choice in said["choices"]]) for _, said in told["own"]}
+    assert len(texts) == 3

@@ -736,7 +736,7 @@ async def test_an_adapter_that_is_asked_for_while_it_is_unloaded_is_not_served_a
 ) -> None:
     sources = named_models(folders / "base", [folders / "a-1"])
     generator = BatchedGenerator(ModelPool())
-    served = await asyncio.to_thread(ServedModels, generator, generator._pool, lambda: sources)
+    served = await asyncio.to_thread(ServedModels, generator, lambda: sources)
     busy = threading.Event()
     generator.call(lambda _: busy.wait(60))
     unloading = asyncio.create_task(served.unload_adapter("a-1"))
