@@ -247,10 +247,14 @@ def serving(engine: str, base: Path, *adapters: Path) -> Iterator[tuple[str, str
             assert "OpenAI(" in lines[-1], lines
             started = [server.pid, *(child.pid for child in Process(server.pid).children(True))]
             assert len(started) > 1 or engine == "own"
-            yield lines[0].split(" at ")[1].split("/v1")[0], "".join(lines)
+            address = lines[0].split(" at ")[1].split("/v1")[0]
+            host, port = address.removeprefix("http://").split(":")
+            while socket.socket().connect_ex((host, int(port))):
+                time.sleep(0.1)
+            yield address, "".join(lines)
         finally:
             server.send_signal(signal.SIGINT)
-            server.wait(60)
+            server.wait(30)
         assert not [pid for pid in started if pid_exists(pid)]
 
 

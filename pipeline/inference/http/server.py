@@ -206,13 +206,15 @@ class HttpServer:
     def run(self) -> None:
         """Serve until SIGINT or SIGTERM. Raises Interrupted."""
         stopped: list[int] = []
+
+        def stop(number: int, _: object) -> None:
+            stopped.append(number)
+            self.uvicorn.should_exit = True  # also if it has not begun yet
+
         # uvicorn handles both itself; when it has stopped, it raises them again for these handlers
         # of ours.
         numbers = (signal.SIGINT, signal.SIGTERM)
-        previous = {
-            number: signal.signal(number, lambda number, _: stopped.append(number))
-            for number in numbers
-        }
+        previous = {number: signal.signal(number, stop) for number in numbers}
         try:
             self.serve()
         finally:
