@@ -152,7 +152,7 @@ class HttpServer:
         port: int,
         adapter_folders: Sequence[Path] = (),
         trust_remote_code: bool = False,
-        max_batch: int = 16,
+        max_batch: int | None = None,
         max_waiting: int = 256,
         max_tokens: int | None = None,
         prepare: Prepare | None = None,
