@@ -39,8 +39,14 @@ def serve(
         ),
     ] = None,
     max_batch: Annotated[
-        int, Option(min=1, max=1024, help="Sequences that are generated together.")
-    ] = 16,
+        int | None,
+        Option(
+            min=1,
+            max=1024,
+            help="Sequences that are generated together; default: 16 on a CPU, up to 256 on an "
+            "accelerator.",
+        ),
+    ] = None,
     max_waiting: Annotated[
         int, Option(min=1, max=10_000, help="Sequences that may wait; more: status 429.")
     ] = 256,

@@ -22,7 +22,7 @@ from pipeline.inference.engine import LoadedModel
 from pipeline.inference.http.models import Source, Sources
 from pipeline.inference.model_pool import ModelPool, Resident, ResidentBase
 from pipeline.inference.requests import FieldError
-from pipeline.models.device import best_device
+from pipeline.models.device import best_device, device_limits
 from pipeline.models.load import skeleton, stored_precision
 
 EngineName = Literal["auto", "own", "vllm"]
@@ -84,13 +84,13 @@ class VllmGenerator(BatchedGenerator):
 
     pool: VllmPool
 
-    def __init__(self, pool: VllmPool, python: Path, max_batch: int, max_waiting: int) -> None:
+    def __init__(self, pool: VllmPool, python: Path, max_batch: int | None, max_waiting: int) -> None:
         folder, adapters = pool.base.folder, len(pool.names)
         options: Mapping[str, Any] = {
             "model": str(folder),
             "dtype": DTYPES.get(stored_precision(folder) or "", "auto"),
             "trust_remote_code": pool.base.trusted,
-            "max_num_seqs": max_batch,
+            "max_num_seqs": max_batch or device_limits(torch.device("cuda")).sequences,
             "max_logprobs": 20,
             "max_lora_rank": next(rank for rank in vllm.RANKS if rank >= pool.widest),
             # A slot stays empty: on a CPU, the base itself would get the head's update in the last.
@@ -117,7 +117,8 @@ class VllmGenerator(BatchedGenerator):
             raise FieldError(generation.grammar.field, " needs `lora serve --engine own`.")
         adapter = resident.folder if generation.strength else None
         sampling, ids = generation.sampling, generation.ids
-        limit = self._capacity(generation) - len(ids)
+        self._capacity(generation)  # again: its files may have changed
+        limit = min(generation.limit, resident.loaded.model.max_length - len(ids))
         ends = resident.loaded.tokenizer.end_ids
         id_ = self._process.send(
             "generate",
@@ -177,7 +178,7 @@ class Choice:
         self.line = "Our own engine answers."
 
     def __call__(
-        self, sources: Sources, max_batch: int, max_waiting: int
+        self, sources: Sources, max_batch: int | None, max_waiting: int
     ) -> BatchedGenerator | None:
         """vLLM's generator, or None for ours. Raises UserError where vLLM is asked for."""
         if self._engine == "own":
@@ -192,7 +193,7 @@ class Choice:
         self.line = f"{generator.name} answers."
         return generator
 
-    def _start(self, sources: Sources, max_batch: int, max_waiting: int) -> VllmGenerator:
+    def _start(self, sources: Sources, max_batch: int | None, max_waiting: int) -> VllmGenerator:
         device = best_device()
         if self._unmet:
             raise UserError(f"vLLM has no {self._unmet}")

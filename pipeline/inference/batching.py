@@ -1,19 +1,19 @@
 """Continuous batching: one forward per token for many requests, whatever their adapters.
 
 A thread owns the models. Between two steps requests join, end and are cancelled. A step reads at
-most PROMPT_TOKENS tokens of the prompts that have joined, so that a long one does not hold up the
-others. Then it gives every running request a token. Requests begin in the order in which they came.
+most `Limits.prompt_tokens` of the prompts that have joined, so that a long one does not hold up the
+others, and gives every running request a token. Requests begin in the order in which they came.
 A model that cannot be computed beside others (virtual tokens, or a forward that does not agree with
 the model's own) takes its turns alone, in the same thread.
 """
 
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import compress
+from itertools import chain, compress
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -25,35 +25,27 @@ from pipeline.errors import UserError, first_line, is_out_of_memory
 from pipeline.inference.batched_model import BatchedModel, Part
 from pipeline.inference.model_pool import ModelPool, Resident, ResidentBase
 from pipeline.inference.requests import FieldError
-from pipeline.models.base import CausalLM
-from pipeline.models.device import available_memory, release_workers
+from pipeline.models.device import device_limits, release_workers
 from pipeline.models.generate import (
     GREEDY,
     Draw,
     NextToken,
     Sampling,
-    bytes_per_token,
+    cache_room,
+    cached_tokens,
     draw,
     finite,
     finite_id,
     next_tokens,
 )
+from pipeline.models.kernels import uses_cpu_kernels
 from pipeline.models.kernels.decode import fast_decoding
 from pipeline.models.pages import PAGE, Prefix, SequenceCache
 
-PROMPT_TOKENS = 512  # read per step, at most
 # tokens whose keys and values all running requests may need, where nothing else is said
 MAX_TOKENS = 65_536
 
 T = TypeVar("T")
-
-
-def cache_room(model: CausalLM) -> int:
-    """Tokens whose keys and values fit into half of the free memory.
-
-    The rest is for activations, logits and adapters.
-    """
-    return available_memory(model.device) // 2 // max(bytes_per_token(model), 1)
 
 
 class Busy(UserError):
@@ -109,7 +101,7 @@ class Ticket:
     """A submitted request. The callbacks run on the generator's thread."""
 
     generation: Generation
-    capacity: int  # tokens of prompt and answer, at most
+    capacity: int  # `cached_tokens` of prompt and answer, at most
     on_token: Callable[[GeneratedToken], None]
     on_end: Callable[[str | Exception], None]
     wake: Callable[[], None]
@@ -174,13 +166,14 @@ class Running:
 class BatchedGenerator:
     """Runs requests on the models of `pool`, in a thread that owns them: others reach it by `call`.
 
-    Without a thread of its own (`threaded`), requests run when `run_all` is called.
+    Without a thread of its own (`threaded`), requests run when `run_all` is called. `max_batch`:
+    requests at once; None: `Limits.sequences`.
     """
 
     def __init__(
         self,
         pool: ModelPool,
-        max_batch: int = 16,
+        max_batch: int | None = None,
         max_waiting: int = 256,
         max_tokens: int = MAX_TOKENS,
         threaded: bool = True,
@@ -233,7 +226,7 @@ class BatchedGenerator:
         return ticket
 
     def _capacity(self, generation: Generation) -> int:
-        """The tokens that its cache may hold. Raises UserError for a bad request."""
+        """`cached_tokens` that it may need. Raises UserError for a bad request."""
         resident, ids, limit = self.pool.loaded(generation.model), generation.ids, generation.limit
         model = resident.loaded.model
         resident.refuse_strength(generation.strength)
@@ -261,7 +254,7 @@ class BatchedGenerator:
                 f"Prompt and answer may take {capacity} tokens; there is memory for "
                 f"{self.max_tokens}. Lower the limit."
             )
-        return capacity
+        return cached_tokens(model, [capacity])
 
     def call(self, function: Callable[[ModelPool], T]) -> Future[T]:
         """Run `function` on the generator's thread between two steps, such as a load."""
@@ -349,11 +342,14 @@ class BatchedGenerator:
 
     def _admit(self) -> None:
         """Begin the requests that there is room for, in order."""
-        while self._waiting and len(self._running) < self.max_batch and not self._closed:
+        while self._waiting and not self._closed:
             ticket = self._waiting[0]
             held = sum(run.ticket.capacity for run in self._running)
-            if self._running and held + ticket.capacity > self.max_tokens:
-                return  # none overtakes: a long one would wait for ever
+            if self._running:
+                device = self._running[0].resident.loaded.model.device
+                most = self.max_batch or device_limits(device).sequences
+                if len(self._running) >= most or held + ticket.capacity > self.max_tokens:
+                    return  # none overtakes: a long one would wait for ever
             with self._changed:
                 self._waiting.popleft()
             try:
@@ -398,45 +394,41 @@ class BatchedGenerator:
         for run in [run for run in self._running if run.left <= 0]:
             self._end(run, "length")
         for run in [run for run in self._running if run.batched is None]:
-            self._advance([run], [len(run.unread)], run.logits_alone)
+            self._advance({run: len(run.unread)}, run.logits_alone)
         for batched in {run.batched: None for run in self._running if run.batched is not None}:
-            for started in (False, True):
+            # a CPU has kernels for one token of each
+            apart = uses_cpu_kernels(batched.model.device)
+            for started in (False, True) if apart else (None,):
                 self._advance_together(batched, started)
 
-    def _advance_together(self, batched: BatchedModel, started: bool) -> None:
-        """One forward for all requests that have a token already, or for those that have none."""
-        room = PROMPT_TOKENS
-        runs, counts = list[Running](), list[int]()
-        for run in self._running:
-            if run.batched is batched and run.started == started and room > 0:
-                runs.append(run)
-                counts.append(min(len(run.unread), room))
-                room -= counts[-1]
-        if not runs:
-            return
-        first = dict[MixedAdapter | None, int]()
-        for n, run in enumerate(runs):
-            first.setdefault(run.adapter, n)
+    def _advance_together(self, batched: BatchedModel, started: bool | None) -> None:
+        """One forward for all requests that have a token already, or have none; None: for both."""
+        room = device_limits(batched.model.device).prompt_tokens
         # those of an adapter side by side
-        order = sorted(range(len(runs)), key=lambda n: first[runs[n].adapter])
-        runs = [runs[n] for n in order]
-        counts = [counts[n] for n in order]
-        pairs = zip(runs, counts, strict=True)
-        parts = [Part(run.adapter, run.cache, run.unread[:count]) for run, count in pairs]
-        self._advance(runs, counts, lambda: batched.logits(parts))
+        by_adapter = dict[MixedAdapter | None, dict[Running, int]]()
+        for run in self._running:
+            count = 1 if run.started else min(len(run.unread), room)
+            if run.batched is batched and started in (None, run.started) and count:
+                by_adapter.setdefault(run.adapter, {})[run] = count
+                room -= 0 if run.started else count
+        counts = dict(chain.from_iterable(map(dict.items, by_adapter.values())))
+        parts = [Part(run.adapter, run.cache, run.unread[:count]) for run, count in counts.items()]
+        if parts:
+            self._advance(counts, lambda: batched.logits(parts))
 
-    def _advance(
-        self, runs: Sequence[Running], counts: Sequence[int], forward: Callable[[], Tensor]
-    ) -> None:
-        """Sample a token for each request whose unread tokens `forward` reads to the end."""
+    def _advance(self, counts: Mapping[Running, int], forward: Callable[[], Tensor]) -> None:
+        """Sample a token for each request whose unread tokens `forward` reads to the end.
+
+        `counts`: how many it reads.
+        """
         try:
-            tokens = _choices(runs, counts, forward())
+            tokens = _choices(counts, forward())
         except Exception as error:
-            for run in runs:
+            for run in counts:
                 self._end(run, _reported(error))
             return
-        self.batch_sizes[len(runs)] += 1
-        for run, count, choice in zip(runs, counts, tokens, strict=True):
+        self.batch_sizes[len(counts)] += 1
+        for (run, count), choice in zip(counts.items(), tokens, strict=True):
             del run.unread[:count]
             if choice is not None:
                 self._sample(run, choice)
@@ -480,27 +472,25 @@ class BatchedGenerator:
         _notify_end(run.ticket, reason)
 
 
-def _choices(
-    runs: Sequence[Running], counts: Sequence[int], logits: Tensor
-) -> list[NextToken | Tensor | None]:
+def _choices(counts: Mapping[Running, int], logits: Tensor) -> list[NextToken | Tensor | None]:
     """What decides each request's next token, of logits (N, V); None where some are left to read.
 
     The token itself; or where that is not enough the logits (V,) on the CPU. The device is read
     once.
     """
-    ready = [len(run.unread) <= count for run, count in zip(runs, counts, strict=True)]
-    if not all(run.is_plain for run in compress(runs, ready)):
+    ready = [len(run.unread) <= count for run, count in counts.items()]
+    if not all(run.is_plain for run in compress(counts, ready)):
         logits = logits.float().cpu()
     choices: list[NextToken | Tensor | None] = [*logits]
     # a number is taken from a generator only for a token that is used
     draws = [
         run.draw if run.is_plain and is_ready else (GREEDY, run.generator)
-        for run, is_ready in zip(runs, ready, strict=True)
+        for run, is_ready in zip(counts, ready, strict=True)
     ]
-    for n, token in enumerate(next_tokens(logits, draws)):
+    for n, (run, token) in enumerate(zip(counts, next_tokens(logits, draws), strict=True)):
         if not ready[n]:
             choices[n] = None
-        elif runs[n].is_plain:
+        elif run.is_plain:
             choices[n] = token
     return choices
 

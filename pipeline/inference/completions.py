@@ -5,17 +5,15 @@ from concurrent.futures import Future
 
 from pipeline.inference import engine
 from pipeline.inference.batching import (
-    MAX_TOKENS,
     BatchedGenerator,
     GeneratedToken,
     Generation,
-    cache_room,
 )
 from pipeline.inference.engine import LoadedModel
 from pipeline.inference.model_pool import ModelPool
 from pipeline.models.base import CausalLM
-
-BATCH = 16  # prompts that get a token from one forward
+from pipeline.models.device import device_limits
+from pipeline.models.generate import cache_room
 
 
 def complete_all(
@@ -39,7 +37,7 @@ def complete_all(
     # Here and not on a thread: which prompts share a forward, and so the last bits of their logits,
     # is always the same.
     generator = BatchedGenerator(
-        pool, BATCH, len(requests), cache_tokens(loaded.model, requests), threaded=False
+        pool, None, len(requests), cache_tokens(loaded.model, requests), threaded=False
     )
     texts = [_submit(generator, loaded, request, stops) for request in requests]
     generator.run_all()
@@ -49,7 +47,7 @@ def complete_all(
 def cache_tokens(model: CausalLM, requests: Sequence[Generation]) -> int:
     """Tokens in the cache at once: as many as fit into memory, and at least the longest request."""
     longest = max((len(request.ids) + request.limit for request in requests), default=0)
-    return max(longest, min(MAX_TOKENS, cache_room(model)))
+    return max(longest, min(4096 * device_limits(model.device).sequences, cache_room(model)))
 
 
 def _submit(

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.files.base_model import TensorLocation
-from pipeline.models.device import to_device
+from pipeline.models.device import device_limits, to_device
 from pipeline.project import probes
 
-ROW = 1024  # tokens of a packed row of texts to score, at most
 ADAPTER_PARAMETER = r"\.(lora_|magnitude)"
 Checkpointing = Literal["none", "selective", "full"]
 # Puts a prefix's keys and values before those of each packed sequence: number of a block, keys and
@@ -62,7 +61,8 @@ class CausalLM(nn.Module):
     def supports_packing(self) -> bool:
         """Whether sequences packed end to end give what each gives alone: tried once."""
         # a CPU would take minutes for more
-        most = min(self.max_length - 4, 64 if self.device.type == "cpu" else ROW)
+        row = 64 if self.device.type == "cpu" else device_limits(self.device).row_tokens
+        most = min(self.max_length - 4, row)
         if most < 0:
             return False  # too few positions to try it
         reach = max((size for size in self.local_reach if size <= most), default=0)
@@ -414,15 +414,15 @@ def checkpointed(how: Checkpointing, block: int) -> bool:
 def packed_hidden_states(model: CausalLM, sequences: Sequence[Sequence[int]]) -> Iterator[Tensor]:
     """Hidden states (T, D) of each sequence of ids, in order.
 
-    Up to ROW tokens are packed into one row, so that a large model's weights are read once for many
-    short texts.
+    Up to `Limits.row_tokens` are packed into one row, so that a large model's weights are read once
+    for many short texts.
     """
     start = 0
     while start < len(sequences):
         stop, tokens = start + 1, len(sequences[start])
         while model.supports_packing and stop < len(sequences):
             tokens += len(sequences[stop])
-            if tokens > ROW:
+            if tokens > device_limits(model.device).row_tokens:
                 break
             stop += 1
         row = sequences[start:stop]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -183,6 +183,19 @@ def available_memory(device: torch.device) -> int:
     from pipeline.files.memory import read_memory  # most runs do not ask
 
     return read_memory().available
+
+
+class Limits(NamedTuple):
+    """How much is answered at once, where memory holds it."""
+
+    sequences: int  # that get a token from one forward
+    prompt_tokens: int  # that are read per step
+    row_tokens: int  # of texts to score, packed into one row
+
+
+def device_limits(device: torch.device) -> Limits:
+    """An accelerator waits for the weights, whatever the number of tokens; a CPU computes."""
+    return Limits(16, 512, 1024) if device.type == "cpu" else Limits(256, 4096, 8192)
 
 
 def fast_precision(device: torch.device) -> str:

@@ -14,11 +14,12 @@ from torch.utils._pytree import tree_leaves
 
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM
-from pipeline.models.device import to_device
+from pipeline.models.device import available_memory, device_limits, to_device
 from pipeline.models.kernels import uses_cpu_kernels
 from pipeline.models.kernels.decode import fast_decoding, reads_pages
-from pipeline.models.pages import LANES, PAGE, PackedCache, PagePool, SequenceCache
+from pipeline.models.pages import PAGE, PackedCache, PagePool, SequenceCache
 from pipeline.project.probes import computes
+from pipeline.project.process import world
 
 if TYPE_CHECKING:
     from pipeline.data.tokenizers.word import Tokenizer
@@ -50,8 +51,6 @@ Draw = tuple[Sampling, torch.Generator]  # the generator is on the CPU
 GREEDY = Sampling()
 # ids of two sequences, whose last tokens are read one at a time
 PROBES = ((1, 2, 3, 4, 5), (2, 3, 4))
-# most tokens of prompts and answers side by side: their keys and values are in memory
-GROUP_TOKENS = 4096
 NOT_FINITE = (
     "The model's outputs are not finite: its weights or its adapter's scale are too large. "
     "Train it again with a lower learning_rate."
@@ -170,13 +169,15 @@ def generate_all(
         pairs = zip(prompts, limits, strict=True)
         return [list(generate(model, prompt, ends, limit, packed=False)) for prompt, limit in pairs]
     answers: list[list[int]] = []
-    start = size = 0
-    for stop, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
-        tokens = len(prompt) + limit
-        if stop > start and size + tokens > GROUP_TOKENS:
+    start, room = 0, PAGE * device_limits(model.device).sequences
+    # ranks run the same forwards of a sharded model, whatever memory each has
+    if world().world_size == 1:
+        room = min(room, cache_room(model))
+    lengths = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
+    for stop in range(1, len(lengths)):
+        if cached_tokens(model, lengths[start : stop + 1]) > room:
             answers += _generate_group(model, prompts[start:stop], ends, limits[start:stop])
-            start, size = stop, 0
-        size += tokens
+            start = stop
     return answers + _generate_group(model, prompts[start:], ends, limits[start:])
 
 
@@ -188,8 +189,8 @@ def _generate_group(
     pairs = zip(prompts, limits, strict=True)
     rooms = [min(limit, model.max_length - len(prompt)) for prompt, limit in pairs]
     capacities = [len(prompt) + room for prompt, room in zip(prompts, rooms, strict=True)]
-    # a page for each sequence
-    pool = _page_pool(model, max(capacities, default=0))
+    # a page for each sequence, and no more
+    pool = PagePool(cached_tokens(model, [max(capacities, default=0)]), len(capacities))
     caches = [SequenceCache(pool, capacity) for capacity in capacities]
     likely = dict[int, NextToken]()
     for n, prompt in enumerate(prompts):
@@ -213,9 +214,11 @@ def _generate_group(
     return answers
 
 
-def _page_pool(model: CausalLM, tokens: int) -> PagePool:
-    """Pages of so many tokens, or the few more that the kernels of the model's device need."""
-    return PagePool(tokens, lanes=LANES if uses_cpu_kernels(model.device) else PAGE)
+def cached_tokens(model: CausalLM, lengths: Sequence[int]) -> int:
+    """Tokens that sequences take in a cache, on an accelerator all as many pages as the longest."""
+    if uses_cpu_kernels(model.device):
+        return sum(lengths)
+    return len(lengths) * -(-max(lengths) // PAGE) * PAGE
 
 
 def read_side_by_side(
@@ -260,7 +263,7 @@ def agrees(
     first, second = ([id_ % alone.shape.rows for id_ in probe] for probe in PROBES)
 
     def side_by_side() -> Tensor:
-        pool = _page_pool(alone, len(first) + len(second))
+        pool = PagePool(cached_tokens(alone, [len(first) + len(second)]))
         caches = [SequenceCache(pool, len(ids)) for ids in (first, second)]
         all_but_last = read(caches, [first[:-1], second[:-1]])
         return torch.stack([all_but_last[0], read(caches, [first[-1:], second[-1:]])[0]])
@@ -278,6 +281,14 @@ def agrees(
         again=lambda: last_logits((first + second * 8)[: alone.max_length], len(first)),
         wrong=lambda: last_logits(second + first),
     )
+
+
+def cache_room(model: CausalLM) -> int:
+    """Tokens whose keys and values fit into half of the free memory.
+
+    The rest is for activations, logits and adapters.
+    """
+    return available_memory(model.device) // 2 // max(bytes_per_token(model), 1)
 
 
 @torch.no_grad()

@@ -53,9 +53,9 @@ class PagePool:
     cache of prefixes; from `limit` pages on, those not used for longest are taken first.
     """
 
-    def __init__(self, size: int = PAGE, limit: int = 0, lanes: int = LANES) -> None:
+    def __init__(self, size: int = PAGE, limit: int = 0) -> None:
         # kernels read keys by so many
-        self.size, self.limit = -(-size // lanes) * lanes, limit
+        self.size, self.limit = -(-size // LANES) * LANES, limit
         self.count = 0  # of pages that there is memory for
         self.version = 0  # another number when the tensors are others
         self._blocks: dict[int, tuple[Tensor, Tensor]] = {}

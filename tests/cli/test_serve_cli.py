@@ -15,7 +15,7 @@ import pytest
 from openai import OpenAI
 
 from pipeline.adapters.config import AdapterSpec
-from pipeline.inference import batching, engine
+from pipeline.inference import engine
 from pipeline.inference.http.server import HttpServer
 from pipeline.models.generate import bytes_per_token
 from pipeline.models.load import load_base
@@ -96,7 +96,7 @@ def test_a_base_that_leaves_no_memory_for_keys_and_values_is_one_message_unless_
 ) -> None:
     base = checkpoint(tmp_path / "base")
     token = bytes_per_token(load_base(base).model)
-    monkeypatch.setattr(batching, "available_memory", lambda _: 100 * token)
+    monkeypatch.setattr("pipeline.models.generate.available_memory", lambda _: 100 * token)
     message = refusal(cli("serve", "--base", "base", "--port", "0", cwd=tmp_path))
     assert (
         "base leaves memory for the keys and values of 50 tokens; serving needs at least 256."
@@ -104,9 +104,25 @@ def test_a_base_that_leaves_no_memory_for_keys_and_values_is_one_message_unless_
     )
     monkeypatch.setattr(HttpServer, "run", HttpServer.close)
     for room, options in ((100, ["--max-total-tokens", "100"]), (2048, [])):
-        monkeypatch.setattr(batching, "available_memory", lambda _: 4096 * token)
+        monkeypatch.setattr("pipeline.models.generate.available_memory", lambda _: 4096 * token)
         code, out, _ = cli("serve", "--base", "base", "--port", "0", *options, cwd=tmp_path)
         assert code == 0 and f"Running sequences may have {room:,} tokens in all." in out
+
+
+def test_how_many_are_generated_together_follows_the_device_unless_the_user_says_it(
+    cli: Lora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint(tmp_path / "base")
+    seen = list[int | None]()
+
+    def run(server: HttpServer) -> None:
+        seen.append(server.generator.max_batch)
+        server.close()
+
+    monkeypatch.setattr(HttpServer, "run", run)
+    for options in ([], ["--max-batch", "3"]):
+        assert cli("serve", "--base", "base", "--port", "0", *options, cwd=tmp_path)[0] == 0
+    assert seen == [None, 3]
 
 
 @pytest.mark.parametrize(

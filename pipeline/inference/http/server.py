@@ -152,11 +152,11 @@ class HttpServer:
         port: int,
         adapter_folders: Sequence[Path] = (),
         trust_remote_code: bool = False,
-        max_batch: int = 16,
+        max_batch: int | None = None,
         max_waiting: int = 256,
         max_tokens: int | None = None,
         prepare: Prepare | None = None,
-        other: Callable[[Sources, int, int], BatchedGenerator | None] = lambda *_: None,
+        other: Callable[[Sources, int | None, int], BatchedGenerator | None] = lambda *_: None,
     ) -> None:
         """Binds the port and loads the base. Raises UserError.
 

@@ -31,6 +31,7 @@ from pipeline.inference.batching import BatchedGenerator, Busy, GeneratedToken, 
 from pipeline.inference.completions import complete_all
 from pipeline.inference.model_pool import ModelPool, Resident, ResidentBase
 from pipeline.models import pages
+from pipeline.models.device import Limits
 from pipeline.models.generate import GREEDY, Sampling, bytes_per_token, generate
 from pipeline.models.load import load_base
 from pipeline.models.pages import PagePool, SequenceCache
@@ -248,7 +249,7 @@ def test_every_family_answers_in_a_batch_as_alone(
     """Prompts and texts are longer than the sliding windows of 5 tokens, and prompts are read in
     parts.
     """
-    monkeypatch.setattr(batching, "PROMPT_TOKENS", 8)
+    monkeypatch.setattr(batching, "device_limits", lambda _: Limits(16, 8, 0))
     base = new_project(tmp_path, (FAMILIES | OTHERS)[name]) / "base"
     linears = (
         ["c_attn"]
@@ -501,7 +502,7 @@ def test_requests_begin_in_the_order_in_which_they_came(start: Start) -> None:
 def test_a_long_prompt_does_not_hold_up_those_that_run(
     start: Start, references: ModelPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batching, "PROMPT_TOKENS", 4)
+    monkeypatch.setattr(batching, "device_limits", lambda _: Limits(16, 4, 0))
     generator, order = start(), list[str]()
     long, short = Generation("lora", (*range(5, 26),), 3), Generation("other", (9,), 12)
     ends = {name: threading.Event() for name in ("long", "short")}
@@ -566,7 +567,7 @@ def test_caches_take_half_of_the_memory_that_the_models_leave(
     start: Start, pool: ModelPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     token = bytes_per_token(pool.get("base").loaded.model)
-    monkeypatch.setattr(batching, "available_memory", lambda _: 62 * token + 1)
+    monkeypatch.setattr("pipeline.models.generate.available_memory", lambda _: 62 * token + 1)
     generator = start()
     generator.call(lambda _: generator.fit_to_memory()).result()
     assert generator.max_tokens == 31
@@ -595,7 +596,7 @@ def test_a_model_that_comes_while_others_answer_leaves_them_their_caches(
 ) -> None:
     """What they hold is no longer free, and theirs."""
     token = bytes_per_token(pool.get("base").loaded.model)
-    monkeypatch.setattr(batching, "available_memory", lambda _: 20 * token)
+    monkeypatch.setattr("pipeline.models.generate.available_memory", lambda _: 20 * token)
     generator, rooms = start(), list[int]()
 
     def read(_: GeneratedToken) -> None:
@@ -621,7 +622,7 @@ def test_an_evaluation_generates_what_does_not_fit_side_by_side_one_after_the_ot
 
     monkeypatch.setattr(completions, "BatchedGenerator", Watched)
     expected = complete_all(loaded, prompts, 8)
-    monkeypatch.setattr(batching, "available_memory", lambda _: 0)
+    monkeypatch.setattr("pipeline.models.generate.available_memory", lambda _: 0)
     assert complete_all(loaded, prompts, 8) == expected
     assert [max(counts) for counts in sizes] == [len(prompts), 1]
 

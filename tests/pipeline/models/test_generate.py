@@ -21,7 +21,7 @@ from tests.helpers.families import FAMILIES, new_project
 def test_side_by_side_each_is_continued_as_alone(
     name: str, prepared: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generation, "GROUP_TOKENS", 40)  # several groups
+    monkeypatch.setattr(generation, "cache_room", lambda _: 40)  # several groups
     model, _ = load_base(new_project(tmp_path / "p", FAMILIES[name]) / "base", "fp32")
     model.eval()
     if prepared:
