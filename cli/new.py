@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
@@ -183,7 +184,10 @@ def train(
     taken: Mapping[str, Any] = {}
     if config := config or argument:
         base, data, chosen, taken = _read_config(config, base, data, chosen)
-    request = _request(out, base or "", data or [], eval_data, chosen, columns, values, taken)
+    request = replace(
+        _request(out, base or "", data or [], eval_data, chosen, columns, values, taken),
+        devices=devices * nodes,
+    )
     begun = follow(begin(request, GRAPH, experiment=name is not None), "trying a few steps")
     if begun.started:
         print_started(request, begun.started)

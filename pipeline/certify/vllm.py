@@ -84,7 +84,9 @@ class VllmGenerator(BatchedGenerator):
 
     pool: VllmPool
 
-    def __init__(self, pool: VllmPool, python: Path, max_batch: int | None, max_waiting: int) -> None:
+    def __init__(
+        self, pool: VllmPool, python: Path, max_batch: int | None, max_waiting: int
+    ) -> None:
         folder, adapters = pool.base.folder, len(pool.names)
         options: Mapping[str, Any] = {
             "model": str(folder),

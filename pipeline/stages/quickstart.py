@@ -14,6 +14,7 @@ from shlex import quote
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from msgspec import structs
 
 from pipeline.calc.sources.open_model import from_path
@@ -47,6 +48,7 @@ from pipeline.project.params.sections import (
     Training,
     change_paths,
 )
+from pipeline.project.process import world
 from pipeline.project.runner import Event, Job, Note, run
 from pipeline.project.stage_graph import Project, Stage, StageGraph
 from pipeline.stages.recipe import Machine, Recipe, choose
@@ -72,6 +74,7 @@ class Request:
     methods: Sequence[str] = ()  # to train; by default lora
     columns: Mapping[str, str] = field(default_factory=dict)
     given: Mapping[str, Any] = field(default_factory=dict)  # section.key → value
+    devices: int = 1  # that will train together
 
 
 @dataclass(frozen=True)
@@ -200,6 +203,9 @@ def start(request: Request, graph: StageGraph) -> Generator[Event, None, Started
         fast_precision(device),
         device.type == "cpu",
     )
+    if device.type == "cuda":  # elsewhere a step does not wait for launches
+        processes = max(request.devices, world().world_size)
+        machine = replace(machine, gpus=torch.cuda.device_count(), devices=processes)
     context = model.context if model else 0
     report = check(
         files,

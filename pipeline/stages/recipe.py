@@ -14,7 +14,7 @@ from pipeline.calc.settings import TrainingConfig
 from pipeline.data.check import DataReport, suggest_max_length
 from pipeline.errors import UserError
 from pipeline.files.text import in_units
-from pipeline.project.advice import BITS_PER_PARAMETER, BITS_PER_TOKEN
+from pipeline.project.advice import BATCH, BITS_PER_PARAMETER, BITS_PER_TOKEN
 from pipeline.project.params.load import TRAINING
 from pipeline.project.params.schema import Pretrained, hints
 from pipeline.project.params.sections import RETAIN, AdapterTraining, Training
@@ -33,7 +33,7 @@ ANSWERS = 8  # held-out examples that are answered at each evaluation
 # of 1,000 tokens that it takes in those of 600. More tokens gain little and take memory: 9,213 are
 # as quick in nine batches as in two, which have 2.6 times the peak.
 ON_GPU, ON_CPU = 16_384, 2_048
-# sequences per step; steps per epoch, if there are enough examples
+# sequences per step and device; steps per epoch, if there are enough examples
 LARGEST_BATCH, LEAST_STEPS = 16, 25
 EPOCHS = ((20_000, 1), (2_000, 2))  # examples at least → epochs; of fewer the default
 
@@ -46,6 +46,8 @@ class Machine:
     memory: int  # bytes that training can use
     precision: str  # bf16, fp16 or fp32: `fast_precision`
     is_cpu: bool = False
+    gpus: int = 0  # that it has
+    devices: int = 1  # GPUs that train together
 
 
 @dataclass
@@ -188,11 +190,8 @@ def _fit(
     data: DataReport,
 ) -> None:
     """Length, batches, checkpointing and quantization: the cheapest combination that fits."""
-    batch = 1
+    batch = _batch_size(data.examples, machine.devices)
     trained = data.examples * (1 - (recipe.values.get(f"{TRAINING}.eval_share") or 0.0))
-    while batch < LARGEST_BATCH and data.examples / (2 * batch) >= LEAST_STEPS:
-        batch *= 2
-
     longest = (data.quantiles or {}).get("max", 0)
     whole = suggest_max_length(longest, longest, model.context if model else None)
     most = data.suggested_max_length or 0
@@ -209,7 +208,12 @@ def _fit(
         quantizations.append("nf4-dq")
     accumulated = recipe.set(f"{TRAINING}.gradient_accumulation_steps", 1)
     examples = batch * accumulated
-    steps = f"{examples} examples a step: an epoch has {ceil(trained / examples):,} steps"
+    shared = ""
+    if machine.devices > 1:
+        shared = f" for {machine.devices} GPUs, at the learning rate for one"
+    steps = f"{examples} examples a step{shared}: an epoch has {ceil(trained / examples):,} steps"
+    if (more := _batch_size(data.examples, machine.gpus)) > batch:
+        steps += f"; for --devices {machine.gpus} set {more}"
     budgets = [ON_CPU if machine.is_cpu else ON_GPU]
     while budgets[-1] > longest:
         budgets.append(budgets[-1] // 2)
@@ -236,6 +240,14 @@ def _fit(
         f"the least precision, and {machine.device} has {in_units(machine.memory)} free. Use a "
         "smaller model, or set a lower max_length."
     )
+
+
+def _batch_size(examples: int, devices: int) -> int:
+    """Sequences per step: more for several devices, to the most that `lora advise` accepts."""
+    batch, most = 1, min(LARGEST_BATCH * devices, BATCH)
+    while batch < most and examples / (2 * batch) >= LEAST_STEPS:
+        batch *= 2
+    return batch
 
 
 def _peak(recipe: Recipe, model: Architecture, stage: Stage, length: int) -> int:

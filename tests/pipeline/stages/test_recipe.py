@@ -2,6 +2,7 @@
 that the user set.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +13,14 @@ from pipeline.calc.sources.open_model import built_in
 from pipeline.data.check import DataReport, check
 from pipeline.errors import UserError
 from pipeline.models.device import fast_precision
+from pipeline.project.advice import BATCH
 from pipeline.stages.methods.lora import FinetuneLora, rate_for
-from pipeline.stages.quickstart import _share
+from pipeline.stages.quickstart import Request, _share
 from pipeline.stages.recipe import ON_CPU, ROOM, Machine, Recipe, choose
 from pipeline.stages.registry import COUNTED, METHODS
+from tests.conftest import Lora
 from tests.helpers.json_files import write_json
-from tests.helpers.projects import load
+from tests.helpers.projects import load, refusal
 
 QWEN = built_in("qwen3-0.6b").shapes
 DATA = replace(
@@ -176,6 +179,44 @@ def test_a_t4_trains_8_billion_parameters_in_nf4_and_fp16(monkeypatch: pytest.Mo
 def test_the_examples_a_step_are_those_of_the_accumulation_that_the_user_set() -> None:
     reasons = chosen(64, gradient_accumulation_steps=4).reasons
     assert reasons["training.batch_size"] == "64 examples a step: an epoch has 15 steps"
+
+
+@pytest.mark.parametrize("devices, batch", [(1, 16), (2, 32), (8, 32)])
+def test_several_gpus_share_more_examples_a_step_up_to_what_lora_takes(
+    devices: int, batch: int
+) -> None:
+    machine = Machine("a device", 64 * GIB, "bf16", gpus=devices, devices=devices)
+    recipe = choose(QWEN, DATA, 0.1, machine, STAGES, {})
+    assert recipe.values["training.batch_size"] == batch <= BATCH, "`lora advise` agrees"
+    assert recipe.values["finetune_lora.learning_rate"] == rate_for(QWEN.hidden)
+    shared = f" for {devices} GPUs, at the learning rate for one" if devices > 1 else ""
+    steps = -(-900 // batch)
+    assert recipe.reasons["training.batch_size"] == (
+        f"{batch} examples a step{shared}: an epoch has {steps} steps"
+    )
+    few = choose(QWEN, replace(DATA, examples=60), 0.1, machine, STAGES, {})
+    assert few.values["training.batch_size"] == 2, "an epoch keeps its steps"
+
+
+def test_lora_train_counts_the_processes_of_all_machines(
+    cli: Lora, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin(request: Request, *_: object, **__: object) -> Iterator[None]:
+        raise UserError(f"{request.devices} devices")
+        yield
+
+    monkeypatch.setattr("pipeline.stages.quickstart.begin", begin)
+    train = ("train", "--devices", "4", "--nnodes", "2", "--rdzv-endpoint", "localhost:1")
+    assert refusal(cli(*train, cwd=Path())) == "error: 8 devices\n"
+
+
+def test_one_process_beside_other_gpus_is_told_what_they_would_take() -> None:
+    alone = Machine("a device", 64 * GIB, "bf16", gpus=8)
+    recipe = choose(QWEN, DATA, 0.1, alone, STAGES, {})
+    assert recipe.values == chosen(64).values
+    assert recipe.reasons["training.batch_size"] == (
+        "16 examples a step: an epoch has 57 steps; for --devices 8 set 32"
+    )
 
 
 @pytest.mark.parametrize("count", [501, 10**4, 10**6, 4_100_000, 10**8])
