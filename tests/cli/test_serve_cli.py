@@ -145,7 +145,7 @@ def test_a_projects_models_are_served_until_a_signal_even_in_the_middle_of_a_str
         command, cwd=tmp_path, env=environment, stdout=-1, stderr=-1, text=True
     ) as process:
         assert process.stdout is not None
-        first, *served = (process.stdout.readline() for _ in range(9))
+        first, *served = (process.stdout.readline() for _ in range(10))
         assert 'api_key=os.environ["LORA_API_KEY"])' in served[-1]
         (url,) = re.findall(r"http://127\.0\.0\.1:\d+/v1", first)
         client = OpenAI(base_url=url, api_key="secret", max_retries=0)
@@ -165,4 +165,4 @@ def test_a_projects_models_are_served_until_a_signal_even_in_the_middle_of_a_str
     assert [line.strip() for line in served[:5]] == ["base", *listed, "long"]
     assert "secret" not in first + output + errors
     assert errors.splitlines()[-1] == "Stopped serving."
-    assert "lora export ADAPTER --format vllm" in errors and "Traceback" not in errors
+    assert "Traceback" not in errors
