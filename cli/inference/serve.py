@@ -115,7 +115,8 @@ def serve(
             return models.project_models(project)
 
     quantize = Q8Bases() if quantization else None
-    unmet = "--quantization" if quantization else "--max-total-tokens" if max_total_tokens else ""
+    given = {"--quantization": quantization, "--max-total-tokens": max_total_tokens}
+    unmet = next((name for name, value in given.items() if value), "")
     choice = Choice(engine, trust_remote_code, unmet)
     served = server.HttpServer(
         *(scan, access, port, allowed, trust_remote_code, max_batch, max_waiting, max_total_tokens),
