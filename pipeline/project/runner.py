@@ -61,6 +61,8 @@ class Job:
     force: bool = False  # make anew what the cache has
     # whether what is frozen is split over the devices; None: if a step does not fit one
     sharded: bool | None = None
+    # what a model computes once it is sharded, before its first step
+    deferred: list[Iterator[Event]] = field(default_factory=list)
 
     def artifact(self, stage: str) -> Path:
         """The folder of another stage's artifact. Raises UserError if it is damaged or outdated."""

@@ -48,7 +48,6 @@ from pipeline.project.params.sections import (
     Training,
     change_paths,
 )
-from pipeline.project.process import world
 from pipeline.project.runner import Event, Job, Note, run
 from pipeline.project.stage_graph import Project, Stage, StageGraph
 from pipeline.stages.recipe import Machine, Recipe, choose
@@ -204,8 +203,7 @@ def start(request: Request, graph: StageGraph) -> Generator[Event, None, Started
         device.type == "cpu",
     )
     if device.type == "cuda":  # elsewhere a step does not wait for launches
-        processes = max(request.devices, world().world_size)
-        machine = replace(machine, gpus=torch.cuda.device_count(), devices=processes)
+        machine = replace(machine, gpus=torch.cuda.device_count(), devices=request.devices)
     context = model.context if model else 0
     report = check(
         files,

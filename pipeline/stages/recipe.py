@@ -208,9 +208,8 @@ def _fit(
         quantizations.append("nf4-dq")
     accumulated = recipe.set(f"{TRAINING}.gradient_accumulation_steps", 1)
     examples = batch * accumulated
-    shared = ""
-    if machine.devices > 1:
-        shared = f" for {machine.devices} GPUs, at the learning rate for one"
+    several = f" for {machine.devices} GPUs, at the learning rate for one"
+    shared = several if machine.devices > 1 else ""
     steps = f"{examples} examples a step{shared}: an epoch has {ceil(trained / examples):,} steps"
     if (more := _batch_size(data.examples, machine.gpus)) > batch:
         steps += f"; for --devices {machine.gpus} set {more}"
@@ -244,8 +243,8 @@ def _fit(
 
 def _batch_size(examples: int, devices: int) -> int:
     """Sequences per step: more for several devices, to the most that `lora advise` accepts."""
-    batch, most = 1, min(LARGEST_BATCH * devices, BATCH)
-    while batch < most and examples / (2 * batch) >= LEAST_STEPS:
+    batch = 1
+    while batch < min(LARGEST_BATCH * devices, BATCH) and examples / (2 * batch) >= LEAST_STEPS:
         batch *= 2
     return batch
 

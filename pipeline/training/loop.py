@@ -255,6 +255,8 @@ def train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer]
 def _train(job: Job, task: TrainingTask) -> Generator[Event, None, FlatOptimizer]:
     name, model = job.stage.name, task.model
     device, sharded = yield from _place_model(name, task)
+    for computation in job.deferred:
+        yield from computation
     optimizer = build_optimizer(model, *(learner.settings for learner in task.learners))
     done = yield from resume(job, task, optimizer)
     continued_steps = optimizer.steps - done  # of the run that this one continues
@@ -369,7 +371,7 @@ def _place_model(
         )
     sharded = False
     if is_distributed():
-        # a run in one process does not import it
+        # most runs in one process do not import it
         from pipeline.training.parallel.sharding import needs_shards, shard
 
         longest = task.batches.largest_step(range(len(task.batches)))

@@ -4,7 +4,7 @@ Learning without Forgetting, Li & Hoiem 2017.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Protocol
 
@@ -19,12 +19,12 @@ from pipeline.data.masking import encode
 from pipeline.data.windows import Dataset, InMemoryDataset
 from pipeline.errors import UserError
 from pipeline.models.base import CausalLM
-from pipeline.models.device import placed_for_inference
 from pipeline.models.generate import generate_all
 from pipeline.models.load import Base
 from pipeline.project.runner import Event, Job, Note
 from pipeline.training.batches import Batch, Batches
 from pipeline.training.losses import Head, divergence, mean_loss
+from pipeline.training.parallel.sharding import before_training
 
 
 class RetentionSettings(Protocol):
@@ -73,7 +73,7 @@ class RetentionLoss:
         self.weight = settings.retention_weight
         size, tokens = settings.retention_batch_size, settings.tokens_per_batch
         self.batches = Batches(texts, size, settings.seed, 1, first, tokens)
-        self._model, self._as_base = model, as_base or self._without_adapter
+        self._model, self.as_base = model, as_base or self._without_adapter
         self._originals: list[tuple[nn.Parameter, Tensor]] = []
         if as_base:
             return
@@ -92,13 +92,13 @@ class RetentionLoss:
     def divergences(self, batch: Batch, counts: Sequence[int], heads: Sequence[Head]) -> Tensor:
         """(L,): the same for each part of the batch, of `counts` tokens, with its own head."""
         model = self._model
-        with torch.no_grad(), self._as_base():
+        with torch.no_grad(), self.as_base():
             before = batch.read_by(model)  # (N, D)
         after = batch.read_by(model)
 
         # of the base only the hidden states are kept: its logits are computed chunk by chunk
         def base_logits(hidden: Tensor) -> Tensor:
-            with self._as_base():
+            with self.as_base():
                 return model.logits(hidden)
 
         rows, targets = (torch.split(states, [*counts]) for states in (after, before))
@@ -123,10 +123,11 @@ class RetentionLoss:
 
 
 def load_retention_texts(
-    job: Job, settings: RetentionSettings, base: Base
+    job: Job, settings: RetentionSettings, base: Base, as_base: AsBase = nullcontext
 ) -> Generator[Event, None, Dataset | None]:
     """The texts of retention_data, encoded; None if it is unset. The base completes prompts.
 
+    `as_base`: as of RetentionLoss, for a base that is sharded first and then has its adapter.
     Raises UserError for a weight without a file.
     """
     if settings.retention_weight and not settings.retention_data:
@@ -143,27 +144,30 @@ def load_retention_texts(
         for n, example in enumerate(examples)
         if example.prompt == example.text
     }
-    completed = dict[int, tuple[int, ...]]()
-    if prompts:
+    windows = []
+    for n, example in enumerate(examples):
+        ids = prompts.get(n)
+        if not ids:
+            positions = base.model.shape.positions
+            # without the last id: it is the end token, after which predictions do not matter
+            ids = encode(example, base.tokenizer, settings.max_length, positions).ids[:-1]
+        # the divergence counts every token, so every token is a label
+        windows.append(Window(0, ids, ids))
+
+    def complete() -> Iterator[Event]:
         yield Note(
             f"{job.stage.name}: the base completes {len(prompts)} prompts of "
             f"{settings.retention_data}"
         )
         limits = [COMPLETION] * len(prompts)
-        with placed_for_inference(base.model):
+        with as_base():
             answers = generate_all(base.model, [*prompts.values()], base.tokenizer.end_ids, limits)
-        completed = {
-            n: (*ids, *answer) for (n, ids), answer in zip(prompts.items(), answers, strict=True)
-        }
-    windows = []
-    for n, example in enumerate(examples):
-        # without the last id of a text: it is the end token, after which predictions do not matter
-        ids = completed.get(n)
-        if not ids:
-            positions = base.model.shape.positions
-            ids = encode(example, base.tokenizer, settings.max_length, positions).ids[:-1]
-        # the divergence counts every token, so every token is a label
-        windows.append(Window(0, ids, ids))
+        for (n, ids), answer in zip(prompts.items(), answers, strict=True):
+            text = (*ids, *answer)
+            windows[n] = Window(0, text, text)
+
+    if prompts:
+        yield from before_training(job, base.model, complete())
     return InMemoryDataset(windows, [example.location for example in examples])
 
 

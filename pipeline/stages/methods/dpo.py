@@ -119,7 +119,7 @@ def prepare(
 ) -> Generator[Event, None, Prepared]:
     """The pairs, with their log-probabilities under the reference: the model now, or its base."""
     from pipeline.stages.finetune import Prepared
-    from pipeline.training.parallel.sharding import is_sharded
+    from pipeline.training.parallel.sharding import is_sharded, shards_first
     from pipeline.training.preferences.batches import AnswerBatches
     from pipeline.training.preferences.data import build_answers, preferred, with_reference
     from pipeline.training.preferences.losses import WITH_REFERENCE, PreferencePath
@@ -136,8 +136,8 @@ def prepare(
         return Prepared(batches, None, path)
     in_order = AnswerBatches.held_out(held_out, settings)
     evaluation = Evaluation.of(settings, in_order, len(batches))
-    # KTO's answers are no pairs, and a trial saves no manifest
-    if settings.loss == "kto" or not job.key:
+    # KTO's answers are no pairs, and neither a trial nor a sharded run has these facts
+    if settings.loss == "kto" or not job.key or shards_first(job, base.model):
         return Prepared(batches, evaluation, path)
     # under the model as it is now, which may be the reference
     known = None if settings.init_from and as_base else held_out.reference

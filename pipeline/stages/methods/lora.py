@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -208,8 +209,10 @@ def attach(job: Job, settings: FinetuneLora, base: Base) -> Generator[Event, Non
     if settings.retention_weight:
         from pipeline.training.retention import RetentionLoss, load_retention_texts
 
-        # before A and B are attached: the plain base completes the prompts
-        texts = yield from load_retention_texts(job, settings, base)
+        # before A and B are attached: the plain base completes the prompts, unless it is sharded
+        texts = yield from load_retention_texts(
+            job, settings, base, lambda: retain.as_base() if retain else nullcontext()
+        )
     init = settings.init_lora_weights if stored is None else "document"
     attach_lora(base.model, spec, DTYPES[settings.adapter_precision], init)
     yield from note_wide_rank(base.model, job.stage.section)

@@ -1,6 +1,6 @@
 """Frozen weights sharded over the ranks (FSDP2)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from pipeline.errors import UserError
 from pipeline.files.base_model import TensorLocation
 from pipeline.models.base import CausalLM, LowBitLinear
-from pipeline.models.device import free_bytes, model_bytes
+from pipeline.models.device import device_for, free_bytes, model_bytes, placed_for_inference
 from pipeline.models.save import read_rows
+from pipeline.project.runner import Event, Job
 from pipeline.training.parallel.collectives import all_reduce_max
 
 if TYPE_CHECKING:
@@ -31,6 +32,25 @@ def needs_shards(model: CausalLM, device: torch.device, predicted_peak: Callable
     exceeds = free < torch.inf and predicted_peak() > free
     # a model without packing cannot be sharded, and may still fit unsharded
     return bool(all_reduce_max(int(exceeds and model.supports_packing)))
+
+
+def shards_first(job: Job, model: CausalLM) -> bool:
+    """Whether the base is sharded before it runs: by --shard, or a rank has no room for it."""
+    if job.sharded is None:  # room for a step is not needed yet
+        return needs_shards(model, device_for(model), lambda: 0)
+    return job.sharded and dist.is_initialized()
+
+
+def before_training(job: Job, model: CausalLM, computation: Iterator[Event]) -> Iterator[Event]:
+    """Run `computation` with the model on its device: now, or in the loop if it is sharded first.
+
+    All ranks must then run the model equally often.
+    """
+    if shards_first(job, model):
+        job.deferred.append(computation)
+        return
+    with placed_for_inference(model):
+        yield from computation
 
 
 def is_sharded(model: CausalLM) -> bool:

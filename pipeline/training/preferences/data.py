@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from itertools import chain
@@ -30,8 +30,10 @@ from pipeline.training.parallel.collectives import (
     all_reduce,
     broadcast_tensors,
     is_main_process,
-    shard_for_rank,
+    rank,
+    world_size,
 )
+from pipeline.training.parallel.sharding import before_training
 from pipeline.training.preferences.batches import Answers, batch_of
 from pipeline.training.preferences.losses import PreferenceLoss, likelihood
 
@@ -99,21 +101,25 @@ def with_reference(
     cache by what they depend on: a run that resumes, or has another loss, computes none.
     """
     given = [data for data in answers if data is not None]
-    if not job.key:  # a trial: a step takes the same time and memory whatever the reference says
-        values = {str(n): torch.zeros(len(data.windows)) for n, data in enumerate(given)}
-    else:
+    values = {str(n): torch.zeros(len(data.windows)) for n, data in enumerate(given)}
+    total = sum(map(len, values.values()))
+    if job.key:  # else a trial: a step takes the same time and memory whatever the reference says
         store = _Kept(job, given, as_base) if is_main_process() else None
-        values = broadcast_tensors(store.read() if store else {})
-        if not values:
-            total = sum(len(data.windows) for data in given)
+        known = broadcast_tensors(store.read() if store else {})
+
+        def compute() -> Iterator[Event]:
+            with disable_adapter(base.model) if as_base else nullcontext():
+                yield from _log_probs(base.model, given, values, total)
+            if store:
+                store.write(values)
+
+        if not known:
             yield Note(
                 f"{job.stage.name}: log-probabilities of {total:,} answers under the reference "
                 "are computed once"
             )
-            with disable_adapter(base.model) if as_base else nullcontext():
-                values = yield from _log_probs(base, given, total)
-            if store:
-                store.write(values)
+            yield from before_training(job, base.model, compute())
+        values = known or values
     training, *held_out = (replace(data, reference=values[str(n)]) for n, data in enumerate(given))
     return training, held_out[0] if held_out else None
 
@@ -160,25 +166,24 @@ def _reference_facts(job: Job, answers: Sequence[Answers], as_base: bool) -> Fac
 
 @torch.no_grad()
 def _log_probs(
-    base: Base, answers: Sequence[Answers], total: int
-) -> Generator[Event, None, dict[str, Tensor]]:
-    """Number of a data set → the summed log-probability of each of its answers, fp32 on the CPU.
+    model: CausalLM, answers: Sequence[Answers], values: Mapping[str, Tensor], total: int
+) -> Iterator[Event]:
+    """Fill `values`, zeros: the summed log-probability of each answer of each data set, in fp32.
 
     Each rank computes its share.
     """
-    model, done, values = base.model, 0, dict[str, Tensor]()
-    with placed_for_inference(model):
-        for n, data in enumerate(answers):
-            values[str(n)] = sums = torch.zeros(len(data.windows))
-            for start in shard_for_rank(range(0, len(sums), SCORED_TOGETHER)):
-                part = range(start, min(start + SCORED_TOGETHER, len(sums)))
-                batch = batch_of(data, part).to(model.device)
-                # `cpu` waits for the device, so that progress is what is done
-                sums[part.start : part.stop] = likelihood(model, batch).summed.cpu()
-                done += len(part)
-                yield Progress(done, total, "reference")
-            all_reduce(sums)
-    return values
+    done = 0
+    for data, sums in zip(answers, values.values(), strict=True):
+        for first in range(0, len(sums), SCORED_TOGETHER * world_size()):
+            start = first + SCORED_TOGETHER * rank()
+            part = range(len(sums))[start : start + SCORED_TOGETHER]
+            # a sharded model runs on all ranks at once: one without answers reads the first
+            batch = batch_of(data, part or range(1)).to(model.device)
+            # `cpu` waits for the device, so that progress is what is done
+            sums[part.start : part.stop] = likelihood(model, batch).summed.cpu()
+            done += len(part)
+            yield Progress(done, total, "reference")
+        all_reduce(sums)
 
 
 @torch.no_grad()
