@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -19,13 +19,12 @@ from pipeline.export.formats import Export, vllm
 from pipeline.files.digest_cache import signature
 from pipeline.inference.batching import BatchedGenerator, GeneratedToken, Running, Ticket
 from pipeline.inference.engine import LoadedModel
-from pipeline.inference.http.models import Source, Sources
+from pipeline.inference.http.models import Sources
 from pipeline.inference.model_pool import ModelPool, Resident, ResidentBase
 from pipeline.inference.requests import FieldError
 from pipeline.models.device import best_device, device_limits
 from pipeline.models.load import skeleton, stored_precision
 
-EngineName = Literal["auto", "own", "vllm"]
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # ours → vLLM's
 LEAST_RANK = 16  # of adapters that clients load
 TURN_SECONDS = 0.05  # after which new requests are looked at
@@ -87,7 +86,7 @@ class VllmGenerator(BatchedGenerator):
     def __init__(
         self, pool: VllmPool, python: Path, max_batch: int | None, max_waiting: int
     ) -> None:
-        folder, adapters = pool.base.folder, len(pool.names)
+        folder = pool.base.folder
         options: Mapping[str, Any] = {
             "model": str(folder),
             "dtype": DTYPES.get(stored_precision(folder) or "", "auto"),
@@ -95,8 +94,8 @@ class VllmGenerator(BatchedGenerator):
             "max_num_seqs": max_batch or device_limits(torch.device("cuda")).sequences,
             "max_logprobs": 20,
             "max_lora_rank": next(rank for rank in vllm.RANKS if rank >= pool.widest),
-            # A slot stays empty: on a CPU, the base itself would get the head's update in the last.
-            "max_loras": adapters + 1,
+            # One more than the adapters: on a CPU, the base would get the head's update in the last.
+            "max_loras": len(pool.names),
         }
         self._process = Process(python, "vllm_engine.py", json.dumps(options))
         self._by_id: dict[int, Running] = {}
@@ -174,8 +173,8 @@ class VllmGenerator(BatchedGenerator):
 class Choice:
     """What computes the answers. `line` says which and why."""
 
-    def __init__(self, engine: EngineName, trust_remote_code: bool, unmet: str = "") -> None:
-        """`unmet`: an option that vLLM does not have."""
+    def __init__(self, engine: str, trust_remote_code: bool, unmet: str = "") -> None:
+        """`engine`: auto, own or vllm. `unmet`: an option that vLLM does not have."""
         self._engine, self._trusted, self._unmet = engine, trust_remote_code, unmet
         self.line = "Our own engine answers."
 
@@ -204,8 +203,7 @@ class Choice:
         if device.index:
             raise UserError(f"vLLM takes the first GPU; set CUDA_VISIBLE_DEVICES={device.index}")
         python = Wanted("vllm").python("adapter", make=self._engine == "vllm")
-        base: Source = next(iter(sources.values()))
-        pool = VllmPool(base.base, self._trusted)
+        pool = VllmPool(next(iter(sources.values())).base, self._trusted)
         try:
             for name, source in sources.items():  # first: it says what vLLM cannot compute
                 pool.load(name, source.base, source.adapter)

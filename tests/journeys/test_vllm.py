@@ -265,7 +265,7 @@ def test_lora_serve_answers_by_vllm_as_by_our_engine(toys: Path) -> None:
     for engine in ("own", "vllm"):
         with serving(engine, base, *adapters) as (address, lines):
             assert ("vLLM" in lines) == (engine == "vllm"), lines
-            asked: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "logprobs": 1}
+            asked: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "logprobs": 2}
             told[engine] = [
                 ask(address, model=name, prompt=prompts, **asked)
                 for name in ("base", "plain", "rows")
@@ -278,6 +278,10 @@ def test_lora_serve_answers_by_vllm_as_by_our_engine(toys: Path) -> None:
         assert (ours[0], theirs[0]) == (200, 200), theirs
         for our, their in zip(ours[1]["choices"], theirs[1]["choices"], strict=True):
             assert (our["text"], our["finish_reason"]) == (their["text"], their["finish_reason"])
+            tops = zip(
+                our["logprobs"]["top_logprobs"], their["logprobs"]["top_logprobs"], strict=True
+            )
+            assert all(ours.keys() == theirs.keys() for ours, theirs in tops)
             expected = torch.tensor(our["logprobs"]["token_logprobs"])
             assert (expected - torch.tensor(their["logprobs"]["token_logprobs"])).abs().max() < 1e-4
     texts = {str([choice["text"] for choice in said["choices"]]) for _, said in told["own"]}

@@ -29,11 +29,11 @@ class Engine:
         )
         self._engine: Any = vllm.LLMEngine.from_engine_args(arguments)
         self._adapters: dict[str, Any] = {}
-        self._sent: dict[str, int] = {}  # request → tokens that were sent
+        self._tops: dict[str, int] = {}  # running request → alternatives to report with a token
 
     @property
     def is_busy(self) -> bool:
-        return bool(self._sent)
+        return bool(self._tops)
 
     def take(self, request: dict[str, Any]) -> None:
         """Begin a request, or cancel another one."""
@@ -43,7 +43,7 @@ class Engine:
             tokens = cache.num_gpu_blocks * cache.block_size
             self._write(id_, event="done", name=self._name, tokens=tokens)
         elif do == "cancel":
-            self._sent.pop(str(request["target"]), None)
+            self._tops.pop(str(request["target"]), None)
             self._engine.abort_request([str(request["target"])])
         else:
             try:
@@ -71,22 +71,24 @@ class Engine:
         )
         lora = adapter and self._adapters[adapter]
         self._engine.add_request(id_, {"prompt_token_ids": ids}, parameters, lora_request=lora)
-        self._sent[id_] = 0
+        self._tops[id_] = top
 
     def step(self) -> None:
         """Compute a token for every request, and send it."""
         for output in self._engine.step():
-            if output.request_id not in self._sent:
-                continue
+            most = self._tops.get(output.request_id)
+            if most is None:
+                continue  # cancelled
             (answer,) = output.outputs
             tokens = []
             for id_, likely in zip(answer.token_ids, answer.logprobs or (), strict=False):
-                top = sorted(likely.items(), key=lambda pair: pair[1].rank)
-                pairs = [[other, found.logprob] for other, found in top]
-                tokens.append([id_, likely[id_].logprob, pairs])
+                ranked = sorted(likely.items(), key=lambda pair: pair[1].rank)
+                # the drawn token is there too, if it is none of the likeliest
+                top = [[other, found.logprob] for other, found in ranked[:most]]
+                tokens.append([id_, likely[id_].logprob, top])
             self._write(int(output.request_id), event="tokens", tokens=tokens)
             if output.finished:
-                del self._sent[output.request_id]
+                del self._tops[output.request_id]
                 self._write(int(output.request_id), event="done")
 
     def _write(self, id_: int, **answer: Any) -> None:
