@@ -14,7 +14,7 @@ from pipeline.adapters.folder import quantization_of
 from pipeline.certify.engines import Wanted
 from pipeline.certify.process import Process
 from pipeline.data.tokenizers.word import load_tokenizer
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 from pipeline.export.formats import Export, vllm
 from pipeline.files.digest_cache import signature
 from pipeline.inference.batching import BatchedGenerator, GeneratedToken, Running, Ticket
@@ -187,9 +187,10 @@ class Choice:
         try:
             generator = self._start(sources, max_batch, max_waiting)
         except UserError as error:
+            reason = first_line(error).rstrip(".")
             if self._engine == "vllm":
-                raise UserError(f"--engine vllm: {error}. Leave it out, or use own.") from None
-            self.line = f"Our own engine answers: {str(error).splitlines()[0]}"
+                raise UserError(f"--engine vllm: {reason}. Leave it out, or use own.") from None
+            self.line = f"Our own engine answers: {reason}."
             return None
         self.line = f"{generator.name} answers."
         return generator

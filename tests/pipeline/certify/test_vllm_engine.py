@@ -147,7 +147,7 @@ def test_auto_says_why_our_engine_answers(models: Path, monkeypatch: pytest.Monk
             made.close()
         return choice.line
 
-    assert line("plain") == "Our own engine answers: there is no GPU for vLLM"
+    assert line("plain") == "Our own engine answers: there is no GPU for vLLM."
     monkeypatch.setattr(vllm, "best_device", lambda: torch.device("cuda"))
     assert line("plain") == "vLLM 9 answers."
     assert line("plain", "dora").startswith("Our own engine answers: ")
