@@ -28,6 +28,11 @@ class Engine:
             **options, enable_lora=True, disable_log_stats=True, skip_tokenizer_init=True
         )
         self._engine: Any = vllm.LLMEngine.from_engine_args(arguments)
+        # A token now: kernels are compiled, and a shape that they lack ends this process at once.
+        first = vllm.SamplingParams(max_tokens=1, detokenize=False)
+        self._engine.add_request("first", {"prompt_token_ids": [0]}, first)
+        while self._engine.has_unfinished_requests():
+            self._engine.step()
         self._adapters: dict[str, Any] = {}
         self._tops: dict[str, int] = {}  # running request → alternatives to report with a token
 
